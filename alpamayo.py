@@ -1,0 +1,1270 @@
+"""
+Alpamayo-R1 in one file: a driving model that looks, says why it will act, and drives.
+
+    paper    Alpamayo-R1, arXiv 2511.00088; equation and section numbers below are the paper's
+    release  github.com/NVlabs/alpamayo and the Alpamayo-R1-10B weights: every parameter here has the release's name,
+             and every numerical convention is checked against values that the official code computed (tests/golden)
+
+What the language model reads, from left to right (Eq. 1), and what the action expert reads of it:
+
+    <system> <user> [image tokens: camera by camera, oldest frame first] [ego history] <assistant> <|cot_start|>   the prompt
+    Yield since a pedestrian crosses ... <|cot_end|> <|traj_future_start|>                                         the reasoning
+    <i1503> <i1499> ... 128 action tokens ... <|traj_future_end|>                                                  training only
+    the keys and values of prompt and reasoning  ->  expert: 64 noisy controls -> velocity -> 64 controls          the drive
+
+The discrete action tokens teach the language model to drive and give reinforcement learning something to score; the
+expert, a smaller transformer that reads the language model's key-value cache layer by layer, makes the path that is
+driven, by flow matching. No gradient of the expert reaches the language model (knowledge insulation, Sec. 5.1).
+
+Conventions. x forward, y left, z up, metres, seconds; yaw left-positive. Ego frame: rear axle at time t0.
+Flow time runs from noise (t = 0) to data (t = 1). Letters in shapes: B scenes, n samples of each, N = B * n,
+T tokens, P prompt tokens, H heads, G key-value heads, d head dimension, C channels.
+
+Contents: configuration; motion and actions; tokens; seeing; reading (the language model); driving (the expert);
+the whole model with its losses and its sampler; loading and saving.
+"""
+import json
+import math
+import os
+import re
+import shutil
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration: the defaults are Alpamayo-R1-10B, number by number; a preset names only what differs.
+
+
+@dataclass
+class Config:
+    # language model: Qwen3-VL-8B's decoder (Cosmos-Reason2-8B has the same shape)
+    n_layer: int = 36
+    n_embd: int = 4096
+    n_head: int = 32
+    n_kv_head: int = 8
+    head_dim: int = 128
+    n_mlp: int = 12288
+    rope_theta: float = 5e6
+    mrope_section: tuple = (24, 20, 20)  # how many of the head_dim / 2 frequencies turn with time, height, width
+    # vision tower: Qwen3-VL's
+    v_layer: int = 27
+    v_embd: int = 1152
+    v_head: int = 16
+    v_mlp: int = 4304
+    v_grid: int = 48  # side of the learned grid of position embeddings (48 x 48 = 2304)
+    patch: int = 16  # pixels
+    merge: int = 2  # merge x merge patches become one token of the language model
+    temporal_patch: int = 2  # frames in a patch
+    deepstack: tuple = (8, 16, 24)  # tower blocks whose output also enters the first decoder layers
+    # action expert: as many layers, key-value heads and the same head_dim as the language model, narrower elsewhere
+    e_embd: int = 2048
+    e_head: int = 16
+    e_mlp: int = 8256
+    # embedding of noisy controls and flow time
+    a_layer: int = 2
+    a_embd: int = 512
+    a_fourier: int = 20
+    a_max_freq: float = 100.0
+    # normalisation of the controls: acceleration m/s^2 and curvature 1/m
+    accel_mean: float = 0.02902694707164455
+    accel_std: float = 0.6810426736454882
+    curvature_mean: float = 0.0002692167976330542
+    curvature_std: float = 0.026148280660833106
+    # tokens
+    bins: int = 3000  # of an action token, over +-bin_range standard deviations
+    bin_range: float = 10.0
+    history_bins: int = 1000  # of an ego-history token
+    text_vocab: int = 151669  # tokens of the text tokenizer; trajectory and special tokens follow
+    words: tuple = ()  # a built-in vocabulary of words and bytes; empty: a tokenizer.json, as the release
+    # what the model is given
+    cameras: tuple = (0, 1, 2, 6)  # cross left, front wide, cross right, front tele
+    frames: int = 4  # a camera, the last one at t0
+    frame_dt: float = 0.1  # seconds between them
+    min_pixels: int = 163840  # images are resized so that their area lies between these; 0: they come as they should be
+    max_pixels: int = 196608
+    ego: str = "deltas"  # deltas: 48 tokens of binned motion, as the release | kinematics: speed, acceleration, steering,
+    #                      turn signal over 2 s through a small MLP (what the paper's labels show; 4 tokens)
+    # switches that the release lacks
+    chat: bool = True  # the release's words around the images; False: images, ego motion and nothing else
+    pair_frames: bool = False  # False: each frame is an image of its own, repeated temporal_patch times, as the release;
+    #                            True: temporal_patch successive frames share patches, as Qwen3-VL reads video
+    view_embed: bool = False  # add a learned embedding of camera and time to image tokens
+    reasoning: str = "on"  # on: think, then drive | off: drive at once
+
+    @property
+    def vocab(self) -> int:
+        return self.text_vocab + self.bins + self.history_bins + sum(t not in QWEN_TOKENS for t in SPECIAL_TOKENS)
+
+    @property
+    def ego_tokens(self) -> int:
+        return 48 if self.ego == "deltas" else 4
+
+
+PRESETS = {
+    # a laptop: tests, the demo, the shipped checkpoint. 64 x 128 images; pairs of frames give 8 tokens a camera and second
+    "nano": Config(
+        n_layer=4, n_embd=160, n_head=4, n_kv_head=2, head_dim=40, n_mlp=320, rope_theta=1e4, mrope_section=(8, 6, 6),
+        v_layer=3, v_embd=96, v_head=4, v_mlp=256, v_grid=8, deepstack=(0, 1), e_embd=96, e_head=4, e_mlp=256, a_embd=96,
+        bins=128, bin_range=4.0, history_bins=0, accel_std=1.5, accel_mean=0.0, curvature_mean=0.0, curvature_std=0.03,
+        frame_dt=0.5, min_pixels=0, max_pixels=0, ego="kinematics", chat=False, pair_frames=True, view_embed=True),
+    # one GPU, an hour. 128 x 256 images
+    "mini": Config(
+        n_layer=12, n_embd=512, n_head=8, n_kv_head=4, head_dim=64, n_mlp=1536, rope_theta=1e4, mrope_section=(12, 10, 10),
+        v_layer=8, v_embd=384, v_head=6, v_mlp=1536, v_grid=16, deepstack=(1, 3, 5), e_embd=256, e_head=8, e_mlp=768, a_embd=256,
+        bins=512, bin_range=5.0, history_bins=0, accel_std=1.5, accel_mean=0.0, curvature_mean=0.0, curvature_std=0.03,
+        frame_dt=0.5, min_pixels=0, max_pixels=0, ego="kinematics", chat=False, pair_frames=True, view_embed=True),
+    "alpamayo-r1-10b": Config(),
+}  # fmt: skip
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Motion and actions: a path of 64 poses at 10 Hz <-> 64 pairs of acceleration and curvature of a unicycle (Sec. 3.2.2)
+
+DT, HORIZON = 0.1, 64  # seconds, steps: 6.4 s
+CURVATURE_BOUND = 0.33  # 1/m: a 3 m turning radius
+LOW_SPEED = 0.6  # m/s: below it a unicycle's curvature cannot be observed
+
+
+def yaw_of(rot):
+    """Heading in rad of rotation matrices (..., 3, 3)."""
+    return torch.atan2(rot[..., 1, 0], rot[..., 0, 0])
+
+
+def rot_of(yaw):
+    """Rotation matrices (..., 3, 3) about z of headings (...) in rad."""
+    c, s, o, l = yaw.cos(), yaw.sin(), torch.zeros_like(yaw), torch.ones_like(yaw)
+    return torch.stack([c, -s, o, s, c, o, o, o, l], -1).unflatten(-1, (3, 3))
+
+
+def roll_out(actions, v0):
+    """Drive a unicycle from the origin of the ego frame, in Euler steps of 0.1 s (Eq. 5).
+
+    actions (..., 64, 2): acceleration m/s^2, curvature 1/m (left-positive); v0 (...): m/s at t0.
+    Returns xyz (..., 64, 3) in metres, with z = 0, and rot (..., 64, 3, 3)."""
+    accel, curvature = actions.unbind(-1)
+    v0 = v0[..., None]
+    v = torch.cat([v0, v0 + DT * accel.cumsum(-1)], -1)  # (..., 65)
+    yaw = (DT * curvature * v[..., :-1] + DT**2 / 2 * curvature * accel).cumsum(-1)
+    yaw = torch.cat([torch.zeros_like(v0), yaw], -1)
+    vx, vy = v * yaw.cos(), v * yaw.sin()
+    x = (DT / 2 * (vx[..., :-1] + vx[..., 1:])).cumsum(-1)
+    y = (DT / 2 * (vy[..., :-1] + vy[..., 1:])).cumsum(-1)
+    return torch.stack([x, y, torch.zeros_like(x)], -1), rot_of(yaw[..., 1:])
+
+
+def differences(n, order):
+    """The matrix (n - order, n) that takes finite differences of that order, divided by DT^order."""
+    D = torch.eye(n, dtype=torch.float64)
+    for _ in range(order):
+        D = (D[1:] - D[:-1]) / DT
+    return D
+
+
+def smooth_solve(A, b, order, smooth, ridge, first=None):
+    """Tikhonov least squares: argmin_x |A x - b|^2 + smooth |D x|^2 + ridge |x|^2, D the differences of that order.
+
+    A (..., m, n), b (..., m); first (...): a known x[0], moved to the right-hand side. Normal equations by Cholesky in
+    float64: the third differences of 64 values at 10 Hz reach 1e6, too much for float32."""
+    n = A.shape[-1]
+    D = differences(n, order).to(A.device)
+    M = A.mT @ A + smooth * D.mT @ D + ridge * torch.eye(n, dtype=torch.float64, device=A.device)
+    rhs = (A.mT @ b[..., None])[..., 0]  # (..., n)
+    if first is None:
+        return torch.cholesky_solve(rhs[..., None], torch.linalg.cholesky(M))[..., 0]
+    rhs = rhs[..., 1:] - M[..., 1:, 0] * first[..., None]
+    rest = torch.cholesky_solve(rhs[..., None], torch.linalg.cholesky(M[..., 1:, 1:]))[..., 0]
+    return torch.cat([first[..., None], rest], -1)
+
+
+def unwrap(yaw):
+    """Headings (..., T) without jumps of 2 pi."""
+    step = yaw.diff(dim=-1)
+    step = step - 2 * math.pi * torch.round(step / (2 * math.pi))
+    return torch.cat([yaw[..., :1], yaw[..., :1] + step.cumsum(-1)], -1)
+
+
+def fit_speed(xy, yaw, v0=None):
+    """Speed (..., T) in m/s along a path xy (..., T, 2) with headings yaw (..., T), so that Eq. 5 meets each next point."""
+    T = xy.shape[-2]
+    u = torch.stack([yaw.cos(), yaw.sin()], -1)  # (..., T, 2), the direction of travel
+    step = torch.arange(T - 1, device=xy.device)
+    A = torch.zeros(*xy.shape[:-2], 2, T - 1, T, dtype=torch.float64, device=xy.device)
+    A[..., step, step] = u[..., :-1, :].mT
+    A[..., step, step + 1] = u[..., 1:, :].mT
+    b = 2 / DT * xy.diff(dim=-2).mT  # (..., 2, T-1): v[t] u[t] + v[t+1] u[t+1] = 2 dp / dt
+    return smooth_solve(A.flatten(-3, -2), b.flatten(-2), 3, 1e-6, 1e-4, v0)
+
+
+def initial_speed(history_xyz, history_rot):
+    """Speed in m/s at t0, (...), from ego_history_xyz (..., T, 3) and ego_history_rot (..., T, 3, 3)."""
+    yaw = unwrap(yaw_of(history_rot.double()))
+    return fit_speed(history_xyz[..., :2].double(), yaw)[..., -1].to(history_xyz.dtype)
+
+
+def fit_actions(history_xyz, history_rot, future_xyz, future_rot):
+    """Acceleration and curvature of a driven path, smoothed against sensor noise (Sec. 3.2.2), as the release does it.
+
+    history (..., 16, 3[, 3]) and future (..., 64, 3[, 3]) in the ego frame at t0. Returns (..., 64, 2) in m/s^2 and 1/m.
+    Four small least-squares problems in turn: heading, speed, acceleration, curvature. Where the car hardly moves its
+    curvature is 0 / 0, and the fit invents wild values; it is clamped to +-0.33 1/m and zeroed where either end of the
+    step is slower than 0.6 m/s. No other step changes."""
+    dtype, one = future_xyz.dtype, torch.eye(HORIZON, dtype=torch.float64, device=future_xyz.device)
+    xy = torch.cat([torch.zeros_like(future_xyz[..., :1, :2]), future_xyz[..., :2]], -2).double()  # (..., 65, 2)
+    raw = unwrap(torch.cat([torch.zeros_like(future_xyz[..., :1, 0]), yaw_of(future_rot)], -1).double())
+    start = torch.zeros_like(raw[..., 0])
+    yaw = smooth_solve(torch.eye(HORIZON + 1, dtype=torch.float64, device=one.device), raw, 3, 1e-6, 1e-8, start)
+    v = fit_speed(xy, yaw, initial_speed(history_xyz, history_rot).double())
+    accel = smooth_solve(one, v.diff(dim=-1) / DT, 2, 1e-4, 1e-4)
+    arc = DT * v[..., :-1] + DT**2 / 2 * accel  # metres of each step: dyaw = curvature * arc (Eq. 5)
+    curvature = smooth_solve(torch.diag_embed(arc), yaw.diff(dim=-1), 2, 1e-4, 1e-4)
+    curvature = curvature.clamp(-CURVATURE_BOUND, CURVATURE_BOUND)
+    moving = (v[..., :-1].abs() >= LOW_SPEED) & (v[..., 1:].abs() >= LOW_SPEED)
+    return torch.stack([accel, curvature * moving], -1).to(dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens. One vocabulary: text, then <i0> <i1> ... (action bins, then history bins), then the release's special tokens.
+
+QWEN_TOKENS = ["<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+               "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+SPECIAL_TOKENS = [  # the release's order decides their ids; those that the text tokenizer has keep theirs
+    f"<|{name}|>" for name in
+    "prompt_start prompt_end image_start image_pre_tkn image_end traj_history_start traj_history_pre_tkn "
+    "traj_history_end cot_start cot_end meta_action_start meta_action_end traj_future_start traj_future_pre_tkn "
+    "traj_future_end traj_history traj_future image_pad vectorized_wm vectorized_wm_start vectorized_wm_end "
+    "vectorized_wm_pre_tkn route_start route_pad route_end question_start question_end answer_start answer_end".split()
+]  # fmt: skip
+
+
+def split_words(text):
+    """Words with the space before them, and single characters of everything else: "Stop at 3" -> Stop, " at", " ", 3."""
+    return re.findall(r" ?[A-Za-z]+|.", text, flags=re.DOTALL)
+
+
+class WordTokenizer:
+    """256 bytes and a list of words: any text goes in and comes back exactly; known words cost one token each."""
+
+    def __init__(self, words):
+        self.words = list(words)
+        self.id_of = {w: 256 + i for i, w in enumerate(self.words)}
+
+    def __len__(self):
+        return 256 + len(self.words)
+
+    def encode(self, text):
+        return [i for w in split_words(text) for i in ([self.id_of[w]] if w in self.id_of else w.encode())]
+
+    def decode(self, ids):
+        return b"".join(bytes([i]) if i < 256 else self.words[i - 256].encode() for i in ids).decode(errors="replace")
+
+
+class FileTokenizer:
+    """The backbone's own tokenizer.json, read by the `tokenizers` package."""
+
+    def __init__(self, path):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ImportError(f"{path}: reading it needs one more package: pip install tokenizers") from None
+        try:
+            self.tokenizer = Tokenizer.from_file(path)
+        except Exception as e:  # the package raises bare Exceptions
+            raise ValueError(f"{path}: not a tokenizer.json: {e}") from None
+
+    def __len__(self):
+        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids)
+
+
+class Vocabulary:
+    """Text <-> ids of the whole model. `ids` maps every special token to its number."""
+
+    def __init__(self, cfg, folder=None):
+        path = os.path.join(folder or "", "tokenizer.json")
+        if folder and os.path.exists(path):
+            self.text, self.path = FileTokenizer(path), path
+            self.ids = {t: self.text.tokenizer.token_to_id(t) for t in QWEN_TOKENS}
+            if len(self.text) != cfg.text_vocab:
+                raise ValueError(f"{path}: {len(self.text)} tokens, config.json's traj_token_start_idx expects {cfg.text_vocab}")
+        elif cfg.words:
+            self.text, self.path = WordTokenizer(cfg.words), None
+            self.ids = {t: len(self.text) + i for i, t in enumerate(QWEN_TOKENS)}
+        else:
+            raise FileNotFoundError(f"{path}: missing; copy the text tokenizer's tokenizer.json there (Qwen3-VL-8B's for the release)")
+        self.first_action = cfg.text_vocab
+        self.first_history = self.first_action + cfg.bins
+        new = [t for t in SPECIAL_TOKENS if t not in self.ids]
+        self.ids |= {t: self.first_history + cfg.history_bins + i for i, t in enumerate(new)}
+
+    def __getitem__(self, name):
+        return self.ids[f"<|{name}|>"]
+
+    def encode(self, text):
+        """Text, possibly with <|special|> tokens in it, to a list of ids."""
+        pieces = re.split(r"(<\|[a-z_]+\|>)", text)
+        return [i for p in pieces if p for i in ([self.ids[p]] if p in self.ids else self.text.encode(p))]
+
+    def decode(self, ids):
+        """The text of a list of ids; trajectory and special tokens are left out."""
+        special = set(self.ids.values())
+        return self.text.decode([i for i in ids if i < self.first_action and i not in special])
+
+
+def to_bins(x, low, high, bins):
+    """Values to the numbers of the nearest of `bins` evenly spaced levels from low to high; out of range: the end ones."""
+    return ((x - low) / (high - low) * (bins - 1)).round().clamp(0, bins - 1).long()
+
+
+def from_bins(i, low, high, bins):
+    """The levels that to_bins chose."""
+    return low + i.float() / (bins - 1) * (high - low)
+
+
+def history_bins(history_xyz, bins):
+    """Ego history (B, 16, 3) to 48 bin numbers (B, 48): steps in x, y, z, within +-4, +-4, +-10 m. The release takes the
+    first step from the ego frame's origin, some 20 m ahead at speed, so its x is nearly always the lowest bin."""
+    step = F.pad(history_xyz, (0, 0, 1, 0)).diff(dim=1)
+    high = torch.tensor([4.0, 4.0, 10.0], device=step.device)
+    return to_bins(step, -high, high, bins).flatten(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Seeing: images -> patches -> tower -> tokens of the language model (Qwen3-VL's vision tower)
+
+
+def resize(images, cfg):
+    """The release's resizing of (..., 3, H, W) uint8: both sides to multiples of 32 pixels, the area within
+    [min_pixels, max_pixels], bicubic with antialiasing. 1080 x 1920 becomes 320 x 576."""
+    H, W = images.shape[-2:]
+    unit = cfg.patch * cfg.merge
+    if not cfg.max_pixels:
+        if H % unit or W % unit:
+            raise ValueError(f"images: {H} x {W} pixels; height and width must be multiples of {unit} (patch {cfg.patch} x merge {cfg.merge})")
+        return images
+    h, w = max(1, round(H / unit)) * unit, max(1, round(W / unit)) * unit
+    if h * w > cfg.max_pixels:
+        shrink = math.sqrt(H * W / cfg.max_pixels)
+        h, w = (max(unit, math.floor(s / shrink / unit) * unit) for s in (H, W))
+    elif h * w < cfg.min_pixels:
+        grow = math.sqrt(cfg.min_pixels / (H * W))
+        h, w = (math.ceil(s * grow / unit) * unit for s in (H, W))
+    if (h, w) == (H, W):
+        return images
+    flat = images.flatten(0, -4).float()
+    flat = F.interpolate(flat, (h, w), mode="bicubic", antialias=True, align_corners=False)
+    return flat.round().clamp(0, 255).to(torch.uint8).view(*images.shape[:-2], h, w)
+
+
+def patchify(images, cfg):
+    """Images (M, frames, 3, H, W) uint8, frames = temporal_patch, to patches (M, h * w, 3 * frames * patch^2) in -1..1.
+
+    Patches are ordered so that each merge x merge group, one token later, is contiguous."""
+    p, m = cfg.patch, cfg.merge
+    M, T, _, H, W = images.shape
+    x = images.float() / 127.5 - 1
+    x = x.view(M, T, 3, H // p // m, m, p, W // p // m, m, p)
+    return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(M, H // p * (W // p), 3 * T * p * p)
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding of x (..., T, d) by angles whose cos and sin are (..., T, d / 2); dimension i turns with
+    i + d / 2."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class PatchEmbed(nn.Module):
+    """The release's 3D convolution over patches that do not overlap is one matrix product."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        size = (cfg.temporal_patch, cfg.patch, cfg.patch)
+        self.proj = nn.Conv3d(3, cfg.v_embd, size, size)
+
+    def forward(self, patches):
+        return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head = cfg.v_head
+        self.qkv = nn.Linear(cfg.v_embd, 3 * cfg.v_embd)
+        self.proj = nn.Linear(cfg.v_embd, cfg.v_embd)
+
+    def forward(self, x, cos, sin):
+        M, S, C = x.shape
+        q, k, v = self.qkv(x).view(M, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (M, H, S, d) each
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v)  # every patch of an image sees every other; images do not mix
+        return self.proj(y.transpose(1, 2).reshape(M, S, C))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.linear_fc1 = nn.Linear(cfg.v_embd, cfg.v_mlp)
+        self.linear_fc2 = nn.Linear(cfg.v_mlp, cfg.v_embd)
+
+    def forward(self, x):
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(cfg.v_embd, eps=1e-6)
+        self.norm2 = nn.LayerNorm(cfg.v_embd, eps=1e-6)
+        self.attn = VisionAttention(cfg)
+        self.mlp = VisionMLP(cfg)
+
+    def forward(self, x, cos, sin):
+        x = x + self.attn(self.norm1(x), cos, sin)
+        return x + self.mlp(self.norm2(x))
+
+
+class Merger(nn.Module):
+    """merge x merge patches to one token of the language model. DeepStack's mergers normalise after the grouping."""
+
+    def __init__(self, cfg, norm_after):
+        super().__init__()
+        self.norm_after = norm_after
+        self.group = cfg.v_embd * cfg.merge**2
+        self.norm = nn.LayerNorm(self.group if norm_after else cfg.v_embd, eps=1e-6)
+        self.linear_fc1 = nn.Linear(self.group, self.group)
+        self.linear_fc2 = nn.Linear(self.group, cfg.n_embd)
+
+    def forward(self, x):
+        x = self.norm(x.reshape(x.shape[0], -1, self.group)) if self.norm_after else self.norm(x).reshape(x.shape[0], -1, self.group)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))
+
+
+class VisionTower(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embed = PatchEmbed(cfg)
+        self.pos_embed = nn.Embedding(cfg.v_grid**2, cfg.v_embd)
+        self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.v_layer))
+        self.merger = Merger(cfg, norm_after=False)
+        self.deepstack_merger_list = nn.ModuleList(Merger(cfg, norm_after=True) for _ in cfg.deepstack)
+
+    def by_group(self, grid):
+        """(h * w, C) in rows to the order of `patchify`: (h/m, w/m, m, m)."""
+        h, w, C = grid.shape
+        m = self.cfg.merge
+        return grid.view(h // m, m, w // m, m, C).transpose(1, 2).reshape(h * w, C)
+
+    def positions(self, h, w, device):
+        """The learned grid of embeddings, bilinearly resampled to h x w: (h * w, C); cos and sin of the rotary angles:
+        the first half of the frequencies turns with the row, the second with the column, (h * w, d / 2) each."""
+        grid = self.pos_embed.weight.T.unflatten(1, (self.cfg.v_grid, self.cfg.v_grid))[None]  # (1, C, 48, 48)
+        embed = F.interpolate(grid.float(), (h, w), mode="bilinear", align_corners=True)[0].permute(1, 2, 0)
+        quarter = self.cfg.v_embd // self.cfg.v_head // 4
+        freqs = 1e4 ** -(torch.arange(quarter, device=device) / quarter)
+        rows = (torch.arange(h, device=device)[:, None] * freqs)[:, None].expand(h, w, quarter)
+        cols = (torch.arange(w, device=device)[:, None] * freqs)[None].expand(h, w, quarter)
+        angle = self.by_group(torch.cat([rows, cols], -1))
+        return self.by_group(embed).to(grid.dtype), angle.cos(), angle.sin()
+
+    def forward(self, images):
+        """Images (M, temporal_patch, 3, H, W) uint8 to tokens (M, S, n_embd) and DeepStack features, a list of the same."""
+        h, w = images.shape[-2] // self.cfg.patch, images.shape[-1] // self.cfg.patch
+        embed, cos, sin = self.positions(h, w, images.device)
+        x = self.patch_embed(patchify(images, self.cfg)) + embed  # (M, h * w, C)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        deep = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin)
+            if i in self.cfg.deepstack:
+                deep.append(self.deepstack_merger_list[len(deep)](x))
+        return self.merger(x), deep
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading: the decoder (Qwen3) with interleaved M-RoPE, and attention over a prompt that n samples share
+
+
+def image_positions(ids, image_pad, h, w):
+    """M-RoPE positions (3, P) of a prompt (P,) whose images fill h x w tokens each: time, height, width.
+
+    Text moves all three together. An image stands still in time and spreads over rows and columns; what follows it
+    continues after the largest of them. So 180 tokens of a 10 x 18 image take 18 positions."""
+    axes, at, i = [], 0, 0
+    grid = torch.stack([torch.zeros(h * w).long(), torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)])
+    ids = ids.tolist()
+    while i < len(ids):
+        if ids[i] == image_pad:
+            axes.append(grid + at)
+            at, i = at + max(h, w), i + h * w
+        else:
+            axes.append(torch.full((3, 1), at))
+            at, i = at + 1, i + 1
+    return torch.cat(axes, 1)
+
+
+def rope(positions, cfg, dtype):
+    """cos and sin (B, 1, T, head_dim / 2) of M-RoPE positions (3, B, T). Interleaved: frequencies 1, 4, 7, ... turn with
+    height and 2, 5, 8, ... with width, as far as their sections reach; all others with time."""
+    half = cfg.head_dim // 2
+    axis = torch.zeros(half, dtype=torch.long)
+    axis[1 : 3 * cfg.mrope_section[1] : 3] = 1
+    axis[2 : 3 * cfg.mrope_section[2] : 3] = 2
+    freqs = cfg.rope_theta ** -(torch.arange(half, device=positions.device) / half)
+    angle = positions[axis.to(positions.device)].permute(1, 2, 0).float() * freqs  # (B, T, half)
+    return angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)
+
+
+def prefix_attention(q, k0, v0, k1, v1, mask0=None, mask1=None):
+    """Attention of n samples' queries over a prefix that they share and a tail that each has for itself.
+
+    q (N, H, T, d) with N = B * n, the samples of a scene side by side; prefix k0, v0 (B, G, P, d); tail k1, v1
+    (N, G, S, d); mask0 (B, P) and mask1 (N, T or 1, S): True where a key may be seen. Returns (N, H, T, d).
+    The samples' queries are laid side by side against the one prefix, so it is read once and never copied."""
+    N, H, T, d = q.shape
+    B, G = k0.shape[:2]
+    R = H // G * T  # query rows of one sample that read the same key-value head
+    own = q.reshape(N, G, R, d) * d**-0.5
+    together = own.view(B, N // B, G, R, d).transpose(1, 2).reshape(B, G, N // B * R, d)
+    score0 = together @ k0.mT  # (B, G, n * R, P)
+    score1 = own @ k1.mT  # (N, G, R, S)
+    if mask0 is not None:
+        score0 = score0.masked_fill(~mask0[:, None, None], -torch.inf)
+    if mask1 is not None:
+        score1 = score1.masked_fill(~mask1[:, None].repeat(1, 1, R // mask1.shape[1], 1), -torch.inf)
+    score0 = score0.view(B, G, N // B, R, -1).transpose(1, 2).reshape(N, G, R, -1)
+    w = torch.cat([score0, score1], -1).float().softmax(-1).to(q.dtype)
+    w0, w1 = w.split([k0.shape[2], k1.shape[2]], -1)
+    w0 = w0.view(B, N // B, G, R, -1).transpose(1, 2).reshape(B, G, N // B * R, -1)
+    y0 = (w0 @ v0).view(B, G, N // B, R, d).transpose(1, 2).reshape(N, G, R, d)
+    return (y0 + w1 @ v1).view(N, H, T, d)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys (Qwen3)."""
+
+    def __init__(self, cfg, n_embd, n_head):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = n_head, cfg.n_kv_head, cfg.head_dim
+        self.q_proj = nn.Linear(n_embd, n_head * cfg.head_dim, bias=False)
+        self.k_proj = nn.Linear(n_embd, cfg.n_kv_head * cfg.head_dim, bias=False)
+        self.v_proj = nn.Linear(n_embd, cfg.n_kv_head * cfg.head_dim, bias=False)
+        self.o_proj = nn.Linear(n_head * cfg.head_dim, n_embd, bias=False)
+        self.q_norm = nn.RMSNorm(cfg.head_dim, eps=1e-6)
+        self.k_norm = nn.RMSNorm(cfg.head_dim, eps=1e-6)
+
+    def forward(self, x, cos, sin, past=None):
+        """x (N, T, C) to (N, T, C) and this layer's keys and values. Without a past: causal. With one,
+        (k0, v0, mask0, k1, v1, mask1): over the shared prefix, then the own tail, then these T tokens, not causal."""
+        N, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(N, T, self.n_head, self.head_dim)).transpose(1, 2)  # (N, H, T, d)
+        k = self.k_norm(self.k_proj(x).view(N, T, self.n_kv_head, self.head_dim)).transpose(1, 2)  # (N, G, T, d)
+        v = self.v_proj(x).view(N, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if past is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_head != self.n_kv_head)
+        else:
+            k0, v0, mask0, k1, v1, mask1 = past
+            if k1 is not None:
+                k, v = torch.cat([k1, k], 2), torch.cat([v1, v], 2)
+            y = prefix_attention(q, k0, v0, k, v, mask0, mask1)
+        return self.o_proj(y.transpose(1, 2).reshape(N, T, -1)), (k, v)
+
+
+class MLP(nn.Module):
+    def __init__(self, n_embd, n_mlp):
+        super().__init__()
+        self.gate_proj = nn.Linear(n_embd, n_mlp, bias=False)
+        self.up_proj = nn.Linear(n_embd, n_mlp, bias=False)
+        self.down_proj = nn.Linear(n_mlp, n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """A decoder layer; language model and expert are stacks of them."""
+
+    def __init__(self, cfg, n_embd, n_head, n_mlp):
+        super().__init__()
+        self.self_attn = Attention(cfg, n_embd, n_head)
+        self.mlp = MLP(n_embd, n_mlp)
+        self.input_layernorm = nn.RMSNorm(n_embd, eps=1e-6)
+        self.post_attention_layernorm = nn.RMSNorm(n_embd, eps=1e-6)
+
+    def forward(self, x, cos, sin, past=None):
+        y, kv = self.self_attn(self.input_layernorm(x), cos, sin, past)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab, cfg.n_embd)
+        self.layers = nn.ModuleList(Layer(cfg, cfg.n_embd, cfg.n_head, cfg.n_mlp) for _ in range(cfg.n_layer))
+        self.norm = nn.RMSNorm(cfg.n_embd, eps=1e-6)
+
+    def forward(self, x, cos, sin, past=None, seen=None):
+        """x (N, T, C) to (N, T, C) and the layers' keys and values. `past`: a tuple for every layer, see Attention.
+        `seen`: (where, features): DeepStack's features are added to the image tokens after the first layers."""
+        cache = []
+        for i, layer in enumerate(self.layers):
+            x, kv = layer(x, cos, sin, past[i] if past else None)
+            cache.append(kv)
+            if seen is not None and i < len(seen[1]):
+                where, deep = seen
+                x = x.index_add(1, where, deep[i].to(x.dtype))  # where: the image tokens' places in the prompt
+        return self.norm(x), cache
+
+
+class Backbone(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.visual = VisionTower(cfg)
+        self.language_model = LanguageModel(cfg)
+
+
+class VLM(nn.Module):
+    """Qwen3-VL; the nesting is that of the release's parameter names."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.model = Backbone(cfg)
+        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab, bias=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Driving: the action expert and flow matching (Sec. 3.2.2, 5.1)
+
+
+class Fourier(nn.Module):
+    """A number to sines and cosines of `features` / 2 frequencies, evenly spaced in log from 1 to max_freq."""
+
+    def __init__(self, features, max_freq):
+        super().__init__()
+        self.register_buffer("freqs", torch.logspace(0, math.log10(max_freq), features // 2)[None])
+
+    def forward(self, x):
+        angle = x[..., None] * self.freqs[0] * (2 * math.pi)
+        return math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], -1)
+
+
+class ActionEmbed(nn.Module):
+    """Noisy controls (N, 64, 2) and flow time (N,) to the expert's 64 input tokens (N, 64, e_embd)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.sinus = nn.ModuleList(Fourier(cfg.a_fourier, cfg.a_max_freq) for _ in range(2))
+        self.timestep_fourier_encoder = Fourier(cfg.a_fourier, cfg.a_max_freq)
+        trunk, width = [], 3 * cfg.a_fourier
+        for _ in range(cfg.a_layer):
+            trunk += [nn.Linear(width, cfg.a_embd), nn.SiLU(), nn.RMSNorm(cfg.a_embd, eps=1e-5)]
+            width = cfg.a_embd
+        self.encoder = nn.Module()
+        self.encoder.trunk = nn.Sequential(*trunk, nn.Linear(width, cfg.e_embd))
+        self.norm = nn.LayerNorm(cfg.e_embd)
+
+    def forward(self, x, t):
+        t = self.timestep_fourier_encoder(t)[:, None].expand(-1, x.shape[1], -1)
+        x = torch.cat([self.sinus[0](x[..., 0]), self.sinus[1](x[..., 1]), t], -1)  # (N, 64, 3 * features)
+        return self.norm(self.encoder.trunk(x.to(self.norm.weight.dtype)))
+
+
+class Expert(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(cfg, cfg.e_embd, cfg.e_head, cfg.e_mlp) for _ in range(cfg.n_layer))
+        self.norm = nn.RMSNorm(cfg.e_embd, eps=1e-6)
+
+    def forward(self, x, cos, sin, past):
+        """x (N, 64, C) over the language model's keys and values: `past` has a tuple for every layer, see Attention."""
+        for layer, layer_past in zip(self.layers, past):
+            x, _ = layer(x, cos, sin, layer_past)
+        return self.norm(x)
+
+
+def flow_time(n, generator=None, device=None):
+    """Training times (n,): t = 0.999 (1 - b), b ~ Beta(1.5, 1), so more often near the noise. Its quantile is u^(2/3)."""
+    u = torch.rand(n, generator=generator, device=device)
+    return 0.999 * (1 - u ** (1 / 1.5))
+
+
+class ActionSpace(nn.Module):
+    """Controls <-> numbers of mean 0 and standard deviation about 1."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        for name in ("accel_mean", "accel_std", "curvature_mean", "curvature_std"):
+            self.register_buffer(name, torch.tensor(getattr(cfg, name)))
+
+    def moments(self):
+        mean, std = (self.accel_mean, self.curvature_mean), (self.accel_std, self.curvature_std)
+        return torch.stack(mean).float(), torch.stack(std).float()
+
+    def normalise(self, actions):
+        mean, std = self.moments()
+        return (actions - mean) / std
+
+    def restore(self, normalised):
+        mean, std = self.moments()
+        return normalised.float() * std + mean
+
+
+class EgoEmbed(nn.Module):
+    """ego = kinematics: (B, 20, 4) of speed, acceleration, steering angle, turn signal to 4 tokens of half a second each."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.fc1 = nn.Linear(20, cfg.n_embd)
+        self.fc2 = nn.Linear(cfg.n_embd, cfg.n_embd)
+
+    def forward(self, kinematics):
+        scale = torch.tensor([0.1, 0.5, 10.0, 1.0], device=kinematics.device)  # to numbers of about 1
+        x = (kinematics * scale).unflatten(1, (4, 5)).flatten(2)  # (B, 4, 20)
+        return self.fc2(F.gelu(self.fc1(x.to(self.fc1.weight.dtype))))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole model: prompt, losses of the stages `action` and `reason`, and sampling
+
+
+@dataclass
+class Rollout:
+    """n samples of B scenes: what the model thought and where it would drive."""
+
+    reasoning: list  # B lists of n str
+    tokens: torch.Tensor  # (B, n, T): generated ids up to <|traj_future_start|>, then padding
+    actions: torch.Tensor  # (B, n, 64, 2): m/s^2, 1/m
+    xyz: torch.Tensor  # (B, n, 64, 3): m, ego frame at t0
+    rot: torch.Tensor  # (B, n, 64, 3, 3)
+    flow: torch.Tensor  # (steps + 1, B, n, 64, 2): normalised controls on their way from noise to data
+    seconds: dict  # vision, prefill, reasoning, flow
+
+
+class Alpamayo(nn.Module):
+    def __init__(self, cfg: Config, vocabulary: Vocabulary = None):
+        super().__init__()
+        self.cfg = cfg
+        self.vocabulary = vocabulary
+        self.vlm = VLM(cfg)
+        self.expert = Expert(cfg)
+        self.action_space = ActionSpace(cfg)
+        self.action_in_proj = ActionEmbed(cfg)
+        self.action_out_proj = nn.Linear(cfg.e_embd, 2)
+        if cfg.ego == "kinematics":
+            self.ego_embed = EgoEmbed(cfg)
+        if cfg.view_embed:
+            times = cfg.frames // cfg.temporal_patch if cfg.pair_frames else cfg.frames
+            self.view_embed = nn.Parameter(torch.zeros(7, times, cfg.n_embd))  # by camera id and time
+
+    @property
+    def device(self):
+        return self.action_out_proj.weight.device
+
+    def init_weights(self, generator=None):
+        """From scratch: matrices normal with standard deviation 1 / sqrt(fan in), what a block adds to the residual
+        stream zero at first, so that training starts from the identity."""
+        for name, p in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "blocks.*.linear_fc2.weight", "action_out_proj.weight")) or (
+                ".blocks." in name and name.endswith("mlp.linear_fc2.weight")
+            ):
+                nn.init.zeros_(p)
+            elif "embed" in name and p.ndim == 2 and ("embed_tokens" in name or "pos_embed" in name):
+                nn.init.normal_(p, std=0.5, generator=generator)
+            elif name == "view_embed":
+                nn.init.normal_(p, std=0.5, generator=generator)
+            elif p.ndim > 1:
+                nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    # ------------------------------------------------------------------------------------------------------ the prompt
+
+    def prompt_ids(self, images, tokens_each, reason):
+        """The prompt's ids (P,): `images` blocks of `tokens_each` placeholders, ego history, instruction."""
+        cfg = self.cfg
+        pads = "<|image_pad|>" * tokens_each
+        history = "<|traj_history|>" * cfg.ego_tokens
+        if cfg.chat:
+            task = "output the chain-of-thought reasoning of the driving process, then output the future trajectory."
+            text = (
+                "<|im_start|>system\nYou are a driving assistant that generates safe and accurate actions.<|im_end|>\n"
+                "<|im_start|>user\n" + f"<|vision_start|>{pads}<|vision_end|>" * images
+                + f"<|traj_history_start|>{history}<|traj_history_end|>"
+                + (task if reason else "output the future trajectory.") + "<|im_end|>\n<|im_start|>assistant\n"
+            )  # fmt: skip
+        else:
+            text = pads * images + history
+        return torch.tensor(self.vocabulary.encode(text + ("<|cot_start|>" if reason else "<|traj_future_start|>")))
+
+    def look(self, scene):
+        """Scene's images (B, cameras, frames, 3, H, W) through the tower: tokens (B, V, n_embd), DeepStack features, and
+        (images, rows, columns) of the token grid."""
+        cfg = self.cfg
+        images = resize(scene["images"].to(self.device), cfg)
+        B, cameras, frames, _, H, W = images.shape
+        if cfg.pair_frames:
+            images = images.view(-1, cfg.temporal_patch, 3, H, W)
+        else:
+            images = images.view(-1, 1, 3, H, W).expand(-1, cfg.temporal_patch, -1, -1, -1)
+        tokens, deep = self.vlm.model.visual(images)  # (B * images, S, n_embd)
+        if cfg.view_embed:
+            view = self.view_embed[scene["camera_ids"].to(self.device)]  # (B, cameras, times, n_embd)
+            tokens = tokens + view.flatten(0, 2)[:, None].to(tokens.dtype)
+        unit = cfg.patch * cfg.merge
+        return tokens.reshape(B, -1, cfg.n_embd), [d.reshape(B, -1, cfg.n_embd) for d in deep], (len(images) // B, H // unit, W // unit)
+
+    def embed_prompt(self, scene, reason=True):
+        """The prompt's embeddings (B, P, n_embd), M-RoPE positions (3, P), and where DeepStack adds what."""
+        cfg, device = self.cfg, self.device
+        tokens, deep, (images, h, w) = self.look(scene)
+        ids = self.prompt_ids(images, h * w, reason)
+        positions = image_positions(ids, self.vocabulary["image_pad"], h, w).to(device)
+        where = (ids == self.vocabulary["image_pad"]).nonzero()[:, 0].to(device)
+        ego = (ids == self.vocabulary["traj_history"]).nonzero()[:, 0].to(device)
+        ids = ids.to(device).repeat(len(tokens), 1)  # (B, P)
+        if cfg.ego == "deltas":
+            ids[:, ego] = history_bins(scene["ego_history_xyz"].to(device), cfg.history_bins) + self.vocabulary.first_history
+        x = self.vlm.model.language_model.embed_tokens(ids)
+        if cfg.ego == "kinematics":
+            x = x.index_copy(1, ego, self.ego_embed(scene["ego_kinematics"].to(device)).to(x.dtype))
+        return x.index_copy(1, where, tokens.to(x.dtype)), positions, (where, deep), ids
+
+    # ------------------------------------------------------------------------------------------------------ the losses
+
+    def target_actions(self, scene):
+        """Normalised controls (B, 64, 2) of the driven future; fitted unless the scene brings `actions` in SI units."""
+        if "actions" not in scene:
+            motion = [scene[k].to(self.device) for k in ("ego_history_xyz", "ego_history_rot", "ego_future_xyz", "ego_future_rot")]
+            return self.action_space.normalise(fit_actions(*motion))
+        return self.action_space.normalise(scene["actions"].to(self.device))
+
+    def response_ids(self, scene, actions, reason, action_tokens):
+        """What the language model should say after the prompt: ids (B, R), right-padded with -1, and where the
+        expert's prefix ends in it, (B,): the number of ids up to and including <|traj_future_start|>."""
+        cfg, vocab = self.cfg, self.vocabulary
+        says = [vocab.encode(text + "<|cot_end|><|traj_future_start|>") if reason else [] for text in scene["reasoning"]]
+        ends = torch.tensor([len(s) for s in says])
+        if action_tokens:
+            bins = to_bins(actions, -cfg.bin_range, cfg.bin_range, cfg.bins).flatten(1) + vocab.first_action  # a0 k0 a1 k1 ...
+            close = vocab.encode("<|traj_future_end|>" + ("<|im_end|>" if cfg.chat else ""))
+            says = [s + b + close for s, b in zip(says, bins.tolist())]
+        ids = torch.full((len(says), max(map(len, says))), -1)
+        for row, s in zip(ids, says):
+            row[: len(s)] = torch.tensor(s)
+        return ids.to(self.device), ends.to(self.device)
+
+    def forward(self, scene, stage="reason", action_tokens=True, flow_samples=1, flow_t=None, flow_noise=None, generator=None):
+        """Losses of one batch of Scenes (data.py).
+
+        stage "reason": cross-entropy of reasoning and action tokens (Eq. 9) and the expert's flow matching (Eq. 6, 7);
+        "action": the same without reasoning (Sec. 5.1). action_tokens=False leaves the 128 out, for speed.
+        flow_samples: noise levels a scene, all read one cache; flow_t (N,), flow_noise (N, 64, 2) fix them.
+        Returns a dict of scalars: `text` and `action`, mean nats a token of each kind (the release adds the two), and
+        `flow`, a mean square."""
+        cfg, reason = self.cfg, stage == "reason"
+        actions = self.target_actions(scene)  # (B, 64, 2)
+        x, positions, seen, _ = self.embed_prompt(scene, reason)
+        ids, ends = self.response_ids(scene, actions, reason, action_tokens)
+        (B, P, _), R, device = x.shape, ids.shape[1], x.device
+        x = torch.cat([x, self.vlm.model.language_model.embed_tokens(ids.clamp(min=0))], 1)  # (B, P + R, C)
+        start = positions.max() + 1
+        positions = torch.cat([positions, (start + torch.arange(R, device=device)).expand(3, -1)], 1)
+        cos, sin = rope(positions[:, None], cfg, x.dtype)
+        x, cache = self.vlm.model.language_model(x, cos, sin, seen=seen)
+
+        losses = {}
+        if R:
+            logits = self.vlm.lm_head(x[:, P - 1 : -1]).float()
+            nats = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=-1, reduction="none").view(B, R)
+            said, is_action = ids >= 0, torch.zeros_like(ids, dtype=torch.bool)
+            if action_tokens:  # from <|traj_future_start|> to <|traj_future_end|>
+                is_action = said & (torch.arange(R, device=device) >= ends[:, None] - 1) & (ids != self.vocabulary["im_end"])
+                losses["action"] = nats[is_action].mean()
+            if (said & ~is_action).any():
+                losses["text"] = nats[said & ~is_action].mean()
+
+        # The expert: x_t on the straight line from noise to the controls, its velocity the target (Eq. 6, 7).
+        n = flow_samples
+        t = flow_time(B * n, generator, device) if flow_t is None else flow_t
+        noise = torch.randn(B * n, HORIZON, 2, generator=generator, device=device) if flow_noise is None else flow_noise
+        data = actions.repeat_interleave(n, 0)
+        x_t = t[:, None, None] * data + (1 - t[:, None, None]) * noise
+        L = P + int(ends.max())
+        mask = torch.arange(L, device=device) < (P + ends)[:, None]
+        past = [(k[:, :, :L].detach(), v[:, :, :L].detach(), mask, None, None, None) for k, v in cache]
+        velocity = self.velocity(x_t, t, past, (start + ends).repeat_interleave(n))
+        losses["flow"] = F.mse_loss(velocity, data - noise)
+        return losses
+
+    def velocity(self, x_t, t, past, start):
+        """The expert's velocity (N, 64, 2) at noisy controls x_t (N, 64, 2), times t (N,), over the language model's
+        keys and values; its 64 tokens take the positions from `start` (N,) on."""
+        positions = (start[:, None] + torch.arange(HORIZON, device=x_t.device)).expand(3, -1, -1)
+        x = self.action_in_proj(x_t, t)
+        cos, sin = rope(positions, self.cfg, x.dtype)
+        return self.action_out_proj(self.expert(x, cos, sin, past)).float()
+
+    # -------------------------------------------------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def sample(self, scene, n=6, temperature=0.6, top_p=0.98, steps=10, max_new_tokens=256, noise=None, seed=None, reason=None):
+        """Look, think, drive: n samples of each of B scenes, each with its own reasoning (Sec. 5.1).
+
+        temperature 0 is greedy; top_p keeps the likeliest tokens that together have that probability; steps of Euler
+        from noise (B * n, 64, 2), drawn where not given; seed fixes both. reason=False drives without thinking.
+        The prompt's keys and values are stored once for all n samples. Returns a Rollout."""
+        cfg, vocab, device = self.cfg, self.vocabulary, self.device
+        lm, reason = self.vlm.model.language_model, cfg.reasoning == "on" if reason is None else reason
+        generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
+        clock, seconds = Clock(device), {}
+
+        x, positions, seen, _ = self.embed_prompt(scene, reason)
+        seconds["vision"] = clock.lap()
+        cos, sin = rope(positions[:, None], cfg, x.dtype)
+        x, prompt = lm(x, cos, sin, seen=seen)  # prompt: keys and values (B, G, P, d) a layer
+        B, N, start = len(x), len(x) * n, int(positions.max()) + 1
+        seconds["prefill"] = clock.lap()
+
+        # Reasoning, token by token, until every sample has said <|traj_future_start|>, whose keys and values belong to
+        # what the expert reads. A sample that is done says padding, which nobody will see.
+        tokens, tail = [], [(None, None)] * cfg.n_layer
+        length = torch.zeros(N, dtype=torch.long, device=device)  # generated tokens up to <|traj_future_start|>
+        x = x[:, -1:].repeat_interleave(n, 0)
+        while reason and (not tokens or (length == 0).any()):
+            logits = self.vlm.lm_head(x[:, -1]).float()  # (N, vocab)
+            logits[:, vocab.first_action : vocab.first_history + cfg.history_bins] = -torch.inf  # no trajectory here
+            token = pick(logits, temperature, top_p, generator)
+            if len(tokens) == max_new_tokens - 1:
+                token[:] = vocab["traj_future_start"]  # out of time to think: drive
+            token = torch.where(length > 0, vocab["endoftext"], token)
+            tokens.append(token)
+            length = torch.where(token == vocab["traj_future_start"], len(tokens), length)
+            cos, sin = rope(torch.full((3, 1, 1), start + len(tokens) - 1, device=device), cfg, x.dtype)
+            past = [(k0, v0, None, k1, v1, None) for (k0, v0), (k1, v1) in zip(prompt, tail)]
+            x, tail = lm(lm.embed_tokens(token)[:, None], cos, sin, past)
+        seconds["reasoning"] = clock.lap()
+
+        # Driving: Euler steps from noise to controls, then the unicycle.
+        S = len(tokens)
+        own = torch.arange(S + HORIZON, device=device) >= S  # the 64 action tokens, behind the S generated ones
+        mask = ((torch.arange(S + HORIZON, device=device) < length[:, None]) | own)[:, None]  # (N, 1, S + 64)
+        past = [(k0, v0, None, k1, v1, mask) for (k0, v0), (k1, v1) in zip(prompt, tail)]
+        x = torch.randn(N, HORIZON, 2, generator=generator, device=device) if noise is None else noise.to(device)
+        flow = [x]
+        for i in range(steps):
+            t = torch.full((N,), i / steps, device=device)
+            x = x + self.velocity(x, t, past, start + length) / steps
+            flow.append(x)
+        actions = self.action_space.restore(x)
+        v0 = initial_speed(scene["ego_history_xyz"].to(device), scene["ego_history_rot"].to(device))
+        xyz, rot = roll_out(actions, v0.repeat_interleave(n))
+        seconds["flow"] = clock.lap()
+
+        tokens = torch.stack(tokens, 1) if tokens else torch.zeros(N, 0, dtype=torch.long, device=device)
+        said = [row[: row.index(vocab["cot_end"])] if vocab["cot_end"] in row else row[:k] for row, k in zip(tokens.tolist(), length.tolist())]
+        texts = [vocab.decode(row) for row in said]
+        by_scene = lambda a: a.unflatten(0, (B, n))
+        return Rollout([texts[i : i + n] for i in range(0, N, n)], by_scene(tokens), by_scene(actions), by_scene(xyz),
+                       by_scene(rot), torch.stack(flow).unflatten(1, (B, n)), seconds)  # fmt: skip
+
+
+def pick(logits, temperature, top_p, generator=None):
+    """One token of each row of logits (N, vocab): the likeliest at temperature 0, else drawn from the smallest set of
+    likeliest tokens whose probabilities reach top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    p[p.cumsum(-1) - p > top_p] = 0  # what comes before a token already has top_p
+    return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
+
+
+class Clock:
+    """Seconds between calls of lap(), of work that is really finished."""
+
+    def __init__(self, device):
+        self.cuda = torch.device(device).type == "cuda"
+        self.lap()
+
+    def lap(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+        last, self.last = getattr(self, "last", 0.0), time.perf_counter()
+        return self.last - last
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading and saving, in the release's format: config.json, vlm/config.json (the backbone's), *.safetensors
+
+# release's config.json -> ours, where one number is one field: (path in the json, our field)
+ACTION_FIELDS = ("accel_mean", "accel_std", "curvature_mean", "curvature_std")
+FIT = dict(a_lambda=1e-4, a_ridge=1e-4, kappa_lambda=1e-4, kappa_ridge=1e-4, theta_lambda=1e-6, theta_ridge=1e-8,
+           v_lambda=1e-6, v_ridge=1e-4, n_waypoints=HORIZON, dt=DT)  # fmt: skip
+EXTRA_FIELDS = ("words", "cameras", "frames", "frame_dt", "ego", "chat", "pair_frames", "view_embed", "reasoning")
+QWEN3_VL_8B = ("Qwen3-VL-8B", "Cosmos-Reason2-8B")
+
+
+def vlm_config(cfg: Config) -> dict:
+    """The backbone's config.json, as Qwen3-VL's."""
+    base = QWEN_TOKENS.index
+    special = {t: cfg.text_vocab - len(QWEN_TOKENS) + base(t) for t in QWEN_TOKENS}
+    if cfg.text_vocab == 151669:  # Qwen's tokenizer keeps them before its tool and code tokens
+        special = dict(zip(["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"], range(151652, 151657)))
+    return {
+        "model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"], "tie_word_embeddings": False,
+        "image_token_id": special["<|image_pad|>"], "video_token_id": special["<|video_pad|>"],
+        "vision_start_token_id": special["<|vision_start|>"], "vision_end_token_id": special["<|vision_end|>"],
+        "text_config": {
+            "model_type": "qwen3_vl_text", "attention_bias": False, "head_dim": cfg.head_dim, "hidden_act": "silu",
+            "hidden_size": cfg.n_embd, "intermediate_size": cfg.n_mlp, "max_position_embeddings": 262144,
+            "num_attention_heads": cfg.n_head, "num_hidden_layers": cfg.n_layer, "num_key_value_heads": cfg.n_kv_head,
+            "rms_norm_eps": 1e-6, "rope_theta": cfg.rope_theta, "vocab_size": cfg.text_vocab,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": list(cfg.mrope_section), "rope_type": "default"},
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl", "depth": cfg.v_layer, "hidden_size": cfg.v_embd, "num_heads": cfg.v_head,
+            "intermediate_size": cfg.v_mlp, "hidden_act": "gelu_pytorch_tanh", "in_channels": 3,
+            "deepstack_visual_indexes": list(cfg.deepstack), "num_position_embeddings": cfg.v_grid**2,
+            "out_hidden_size": cfg.n_embd, "patch_size": cfg.patch, "spatial_merge_size": cfg.merge,
+            "temporal_patch_size": cfg.temporal_patch,
+        },
+    }  # fmt: skip
+
+
+def release_config(cfg: Config) -> dict:
+    """config.json in the release's own format; what the release lacks stands under "extra"."""
+    space = {"_target_": "alpamayo_r1.action_space.UnicycleAccelCurvatureActionSpace", "accel_bounds": [-9.8, 9.8],
+             "curvature_bounds": [-CURVATURE_BOUND, CURVATURE_BOUND], **FIT, **{k: getattr(cfg, k) for k in ACTION_FIELDS}}  # fmt: skip
+    first_special = cfg.text_vocab + cfg.bins + cfg.history_bins
+    new = [t for t in SPECIAL_TOKENS if t not in QWEN_TOKENS]
+    names = ("history", "future", "history_start", "future_start", "history_end", "future_end")
+    pixels = {"min_pixels": cfg.min_pixels, "max_pixels": cfg.max_pixels} if cfg.max_pixels else {}
+    default = Config()
+    extra = {k: getattr(cfg, k) for k in EXTRA_FIELDS if getattr(cfg, k) != getattr(default, k)}
+    if not cfg.max_pixels:
+        extra["max_pixels"] = 0
+    return {
+        "model_type": "alpamayo_r1", "architectures": ["AlpamayoR1"], "vlm_backend": "qwenvl3", "vlm_name_or_path": "vlm",
+        "model_dtype": "bfloat16", "attn_implementation": "sdpa", "add_special_tokens": True, "keep_same_dtype": True,
+        "expert_non_causal_attention": True, "vocab_size": cfg.vocab, "traj_vocab_size": cfg.bins + cfg.history_bins,
+        "tokens_per_history_traj": cfg.ego_tokens, "tokens_per_future_traj": 2 * HORIZON,
+        "traj_token_start_idx": cfg.text_vocab,
+        "traj_token_ids": {k: first_special + new.index(f"<|traj_{k}|>") for k in names},
+        "traj_tokenizer_cfg": {
+            "_target_": "alpamayo_r1.action_space.discrete_action_space.DiscreteTrajectoryTokenizer", "_recursive_": False,
+            "action_space_cfg": space, "dims_min": [-cfg.bin_range] * 2, "dims_max": [cfg.bin_range] * 2, "num_bins": cfg.bins,
+        },
+        "hist_traj_tokenizer_cfg": {"_target_": "alpamayo_r1.models.delta_tokenizer.DeltaTrajectoryTokenizer", "num_bins": cfg.history_bins},
+        "diffusion_cfg": {"_target_": "alpamayo_r1.diffusion.flow_matching.FlowMatching", "int_method": "euler", "num_inference_steps": 10},
+        "action_space_cfg": space,
+        "action_in_proj_cfg": {
+            "_target_": "alpamayo_r1.models.action_in_proj.PerWaypointActionInProjV2", "hidden_size": cfg.a_embd,
+            "max_freq": cfg.a_max_freq, "num_enc_layers": cfg.a_layer, "num_fourier_feats": cfg.a_fourier,
+        },
+        "action_out_proj_cfg": {"_target_": "torch.nn.Linear"},
+        "expert_cfg": {"hidden_size": cfg.e_embd, "intermediate_size": cfg.e_mlp, "num_attention_heads": cfg.e_head,
+                       "num_key_value_heads": cfg.n_kv_head, "head_dim": cfg.head_dim},
+        **pixels, **({"extra": extra} if extra else {}),
+    }  # fmt: skip
+
+
+class Json(dict):
+    """A dict read from a JSON file whose missing keys are one clear line."""
+
+    def __init__(self, path, data, where=""):
+        super().__init__(data)
+        self.path, self.where = path, where
+
+    def __missing__(self, key):
+        raise ValueError(f"{self.path}: field {self.where}{key} is missing")
+
+    def __getitem__(self, key):
+        value = super().__getitem__(key)
+        return Json(self.path, value, f"{self.where}{key}.") if isinstance(value, dict) else value
+
+    def expect(self, key, value):
+        if key in self and self[key] != value:
+            raise ValueError(f"{self.path}: field {self.where}{key} is {self[key]!r}; this code knows {value!r}")
+
+
+def read_json(path):
+    try:
+        with open(path) as f:
+            return Json(path, json.load(f))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: not JSON: {e}") from None
+
+
+def read_config(folder) -> Config:
+    """Config of a checkpoint folder, ours or the release's. The backbone's config is looked for in vlm/; where it is
+    missing and the release names an 8B backbone that we know, its numbers are those of the preset alpamayo-r1-10b."""
+    release = read_json(os.path.join(folder, "config.json"))
+    release.expect("add_special_tokens", True)
+    release.expect("expert_non_causal_attention", True)
+    path = os.path.join(folder, "vlm", "config.json")
+    name = str(release["vlm_name_or_path"])
+    if os.path.exists(path):
+        vlm = read_json(path)
+    elif name.endswith(QWEN3_VL_8B) or any(k in name for k in QWEN3_VL_8B):
+        vlm = Json("built-in Qwen3-VL-8B", vlm_config(Config()))
+    else:
+        raise FileNotFoundError(f"{path}: missing, and {folder}/config.json's vlm_name_or_path {name!r} is none of {', '.join(QWEN3_VL_8B)}")
+    text, see, tokens = vlm["text_config"], vlm["vision_config"], release["traj_tokenizer_cfg"]
+    space, expert, embed = release["action_space_cfg"], release["expert_cfg"] or {}, release["action_in_proj_cfg"]
+    for key, value in FIT.items():
+        space.expect(key, value)
+    text.expect("tie_word_embeddings", False)
+    layout = text.get("rope_scaling") or text["rope_parameters"]
+    get = lambda key, default: expert[key] if key in expert else default
+    for key, value in (("num_key_value_heads", text["num_key_value_heads"]), ("head_dim", text["head_dim"]), ("num_hidden_layers", text["num_hidden_layers"])):
+        Json(release.path, expert, "expert_cfg.").expect(key, value)
+    extra = dict(release.get("extra") or {})
+    unknown = set(extra) - set(EXTRA_FIELDS) - {"max_pixels"}
+    if unknown:
+        raise ValueError(f"{release.path}: field extra.{unknown.pop()} is unknown; known are {', '.join(EXTRA_FIELDS)}")
+    default = Config()
+    pixels = {k: release.get(k) or getattr(default, k) for k in ("min_pixels", "max_pixels")}
+    if extra.pop("max_pixels", None) == 0:
+        pixels = {"min_pixels": 0, "max_pixels": 0}
+    history = release["hist_traj_tokenizer_cfg"]["num_bins"]
+    cfg = Config(
+        n_layer=text["num_hidden_layers"], n_embd=text["hidden_size"], n_head=text["num_attention_heads"],
+        n_kv_head=text["num_key_value_heads"], head_dim=text["head_dim"], n_mlp=text["intermediate_size"],
+        rope_theta=float(text.get("rope_theta") or layout["rope_theta"]), mrope_section=tuple(layout["mrope_section"]),
+        v_layer=see["depth"], v_embd=see["hidden_size"], v_head=see["num_heads"], v_mlp=see["intermediate_size"],
+        v_grid=math.isqrt(see["num_position_embeddings"]), patch=see["patch_size"], merge=see["spatial_merge_size"],
+        temporal_patch=see["temporal_patch_size"], deepstack=tuple(see["deepstack_visual_indexes"]),
+        e_embd=get("hidden_size", text["hidden_size"]), e_head=get("num_attention_heads", text["num_attention_heads"]),
+        e_mlp=get("intermediate_size", text["intermediate_size"]),
+        a_layer=embed["num_enc_layers"], a_embd=embed["hidden_size"], a_fourier=embed["num_fourier_feats"],
+        a_max_freq=float(embed["max_freq"]), **{k: space[k] for k in ACTION_FIELDS},
+        bins=tokens["num_bins"], bin_range=float(tokens["dims_max"][0]), history_bins=history,
+        text_vocab=release["traj_token_start_idx"], **pixels,
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in extra.items()},
+    )  # fmt: skip
+    release.expect("traj_vocab_size", cfg.bins + cfg.history_bins)
+    release.expect("vocab_size", cfg.vocab)
+    if cfg.words and 256 + len(cfg.words) + len(QWEN_TOKENS) != cfg.text_vocab:
+        raise ValueError(f"{release.path}: field traj_token_start_idx is {cfg.text_vocab}; extra.words implies {256 + len(cfg.words) + len(QWEN_TOKENS)}")
+    return cfg
+
+
+def with_words(cfg: Config, texts) -> Config:
+    """The Config with a built-in vocabulary of the words of these texts."""
+    words = tuple(sorted({w for t in texts for w in split_words(t) if len(w) > 1}))
+    return replace(cfg, words=words, text_vocab=256 + len(words) + len(QWEN_TOKENS))
+
+
+def shards_of(folder):
+    """The folder's safetensors files, and the tensor names that an index, if there is one, promises."""
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if os.path.exists(index):
+        weight_map = read_json(index)["weight_map"]
+        return [os.path.join(folder, f) for f in sorted(set(weight_map.values()))]
+    one = os.path.join(folder, "model.safetensors")
+    if not os.path.exists(one):
+        raise FileNotFoundError(f"{one}: missing (and no model.safetensors.index.json)")
+    return [one]
+
+
+def first_few(names):
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def load_weights(model, folder, dtype, device):
+    """Fill a model that was built on the meta device, one tensor at a time straight onto the device: the weights exist
+    once. Any tensor missing, unexpected, of another shape or not finite ends it with one line."""
+    wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    buffers, found = dict(model.named_buffers()), set()
+    for path in shards_of(folder):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as f:
+                for name in f.keys():
+                    if name not in wanted:
+                        raise ValueError(f"{path}: tensor {name} is unexpected; the config describes no such part")
+                    have, want = tuple(f.get_slice(name).get_shape()), tuple(wanted[name].shape)
+                    if have != want:
+                        raise ValueError(f"{path}: tensor {name} has shape {have}, the config asks for {want}")
+                    tensor = f.get_tensor(name)
+                    if not tensor.isfinite().all():
+                        raise ValueError(f"{path}: tensor {name} holds NaN or infinite values")
+                    # frequencies and moments stay float32: bfloat16 would shift sin(200 pi x) by whole turns
+                    tensor = tensor.to(torch.float32 if name in buffers else dtype)
+                    model.load_state_dict({name: tensor}, strict=False, assign=True)
+                    found.add(name)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: missing, though the index names it") from None
+        except SafetensorError as e:
+            raise ValueError(f"{path}: not a whole safetensors file ({e})") from None
+    missing = set(wanted) - found
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing from its safetensors: {first_few(missing)}")
+
+
+def from_pretrained(folder, dtype=torch.float32, device="cpu") -> Alpamayo:
+    """A checkpoint of ours, or Alpamayo-R1-10B / Alpamayo-1.5-10B as released (with the backbone's tokenizer.json beside
+    it). Raises FileNotFoundError or ValueError with one line that names file and field."""
+    cfg = read_config(folder)
+    with torch.device("meta"):
+        model = Alpamayo(cfg, Vocabulary(cfg, folder))
+    load_weights(model, folder, dtype, device)
+    return model
+
+
+def write_atomically(path, write):
+    """write(temporary path), then rename: a killed process leaves the old file or the new one, never half of one."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    write(path + ".part")
+    os.replace(path + ".part", path)
+
+
+def write_json(path, data):
+    def write(part):
+        with open(part, "w") as f:
+            json.dump(data, f, indent=1)
+            f.write("\n")
+
+    write_atomically(path, write)
+
+
+def save_pretrained(model, folder, dtype=None, shard_bytes=5 * 2**30):
+    """Write the checkpoint in the release's format; dtype: of the weights on disk (default: as they are)."""
+    buffers = dict(model.named_buffers())
+    shards, room = [{}], shard_bytes
+    for name, t in model.state_dict().items():
+        t = t.to(t.dtype if dtype is None or name in buffers else dtype)
+        size = t.numel() * t.element_size()
+        if size > room and shards[-1]:
+            shards, room = shards + [{}], shard_bytes
+        shards[-1][name] = t.contiguous()
+        room -= size
+    os.makedirs(os.path.join(folder, "vlm"), exist_ok=True)
+    one = len(shards) == 1
+    names = ["model.safetensors" if one else f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(names, shards):
+        write_atomically(os.path.join(folder, file), lambda part: save_file(shard, part, metadata={"format": "pt"}))
+    if not one:
+        weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+        write_json(os.path.join(folder, "model.safetensors.index.json"), {"metadata": {}, "weight_map": weight_map})
+    if model.vocabulary.path and os.path.abspath(model.vocabulary.path) != os.path.abspath(os.path.join(folder, "tokenizer.json")):
+        shutil.copy(model.vocabulary.path, folder)
+    write_json(os.path.join(folder, "vlm", "config.json"), vlm_config(model.cfg))
+    write_json(os.path.join(folder, "config.json"), release_config(model.cfg))
+
+
+Alpamayo.from_pretrained = staticmethod(from_pretrained)
+Alpamayo.save_pretrained = save_pretrained

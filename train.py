@@ -1,0 +1,372 @@
+"""
+Train: the paper's stages, from scratch, from a checkpoint, or on from where a run was stopped (Sec. 5).
+
+    python train.py                                        nano from nothing in the built-in world: a laptop, minutes
+    torchrun --nproc_per_node 2 train.py --threads 1       the same on two cores, nearly twice as fast
+    python train.py --resume out/nano                      go on after a kill; the losses are those of an unbroken run
+    python train.py --stage reason --init FOLDER --data CLIPS --steps 500      fine-tune a checkpoint on your own clips
+
+Stage `action` teaches the language model the 128 action tokens and the expert flow matching; stage `reason` puts the
+Chain of Causation in front of both; `all` runs one after the other. The loss is
+
+    text + --action-weight * action + flow        nats a token, nats a token, mean squared velocity
+
+Everything random (the order of scenes, noise, flow times) is a function of the seed and the step, so a run needs no
+random state to go on, only its weights and its optimiser's moments.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import data
+from alpamayo import PRESETS, Alpamayo, Vocabulary, roll_out, with_words, write_atomically
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def parse_flags():
+    p = argparse.ArgumentParser(description="Train Alpamayo-R1: stages action, reason.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("--stage", choices=("action", "reason", "all"), default="all", help="action tokens and expert | reasoning in front of them | one after the other")
+    add("--preset", choices=tuple(PRESETS), default="nano", help="size of a model from scratch")
+    add("--init", metavar="FOLDER", help="start from the weights of this checkpoint, ours or the release's")
+    add("--resume", metavar="FOLDER", help="go on with the run that was writing FOLDER; takes no other flag")
+    add("--out", metavar="FOLDER", help="where checkpoints and log.jsonl go (default: out/PRESET)")
+    add("--data", default="world", help="`world`, or a folder of clips that data.py can read")
+    add("--scenes", type=int, default=8000, help="training scenes of the world, rendered once to disk")
+    add("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="pixels of the world's images")
+    add("--cache", metavar="FOLDER", default="data", help="where rendered scenes are kept")
+    add("--steps", type=int, default=600, help="optimiser steps")
+    add("--batch", type=int, default=32, help="scenes a step, over all processes")
+    add("--accumulate", type=int, default=1, help="split each process's share of the batch into so many pieces, to save memory")
+    add("--action-share", type=float, default=0.1, help="share of the steps that stage `all` spends in stage `action`")
+    add("--lr", type=float, default=2e-3, help="AdamW's learning rate: embeddings, heads, norms, biases")
+    add("--muon-lr", type=float, default=0.01, help="Muon's learning rate: matrices inside the layers; 0: AdamW for all")
+    add("--weight-decay", type=float, default=0.05, help="of matrices")
+    add("--warmup", type=int, default=40, help="steps of linear warm-up")
+    add("--decay", type=float, default=0.4, help="share of the steps, at the end, over which the rates fall to 0")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--action-weight", type=float, default=0.3, help="weight of the action tokens' loss")
+    add("--action-every", type=int, default=4, help="the 128 action tokens join every so many steps; 1: always")
+    add("--flow-samples", type=int, default=2, help="noise levels a scene, which share its cache")
+    add("--train", choices=("all", "vlm", "expert"), default="all", help="what learns; the release trains first vlm, then expert")
+    add("--val-every", type=int, default=200, help="steps between validation passes")
+    add("--val-scenes", type=int, default=128, help="scenes of a validation pass")
+    add("--save-every", type=int, default=200, help="steps between checkpoints")
+    add("--seed", type=int, default=0, help="of weights, order and noise")
+    add("--threads", type=int, default=0, help="CPU threads of each process; 0: PyTorch's choice")
+    flags = p.parse_args()
+    if flags.resume:
+        if len(sys.argv) != (2 if "=" in sys.argv[1] else 3):
+            p.error("--resume takes no other flag: the run's own settings hold")
+        path = os.path.join(flags.resume, "training.safetensors")
+        try:
+            with safe_open(path, "pt") as f:
+                saved = json.loads(f.metadata()["flags"])
+        except (OSError, SafetensorError, TypeError, KeyError) as e:
+            p.error(f"{path}: no run to resume ({e})")
+        return argparse.Namespace(**{**vars(flags), **saved, "resume": flags.resume, "out": flags.resume})
+    if flags.stage == "reason" and not flags.init:
+        p.error("--stage reason starts from a checkpoint of stage action: give it with --init, or run --stage all")
+    flags.out = flags.out or os.path.join("out", flags.preset)
+    return flags
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimiser: Muon for the matrices inside the layers, AdamW for the rest
+
+
+def orthogonalise(m, steps=5):
+    """Newton-Schulz: matrices (..., r, c) to nearly orthogonal ones, U V^T of their singular value decompositions.
+    The quintic's coefficients are Keller Jordan's (github.com/KellerJordan/Muon)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = m.shape[-2] > m.shape[-1]
+    x = m.mT if tall else m
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised, so that every direction of a matrix learns equally fast. Matrices of one
+    shape go through Newton-Schulz together: at this size the launches cost more than the arithmetic."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                for p in params:
+                    self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                moments = torch.stack([p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params])  # Nesterov
+                scale = max(1, shape[0] / shape[1]) ** 0.5
+                for p, update in zip(params, orthogonalise(moments)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+
+
+def make_optimisers(model, flags):
+    """Muon gets the two-dimensional weights of layers, blocks and mergers; AdamW everything else."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    inside = [n for n, p in named if p.ndim == 2 and any(k in n for k in (".layers.", ".blocks.", "merger"))] if flags.muon_lr else []
+    hidden = [p for n, p in named if n in set(inside)]
+    matrices = [p for n, p in named if n not in set(inside) and p.ndim > 1]
+    vectors = [p for n, p in named if p.ndim <= 1]
+    adam = torch.optim.AdamW([dict(params=matrices, weight_decay=flags.weight_decay), dict(params=vectors, weight_decay=0.0)],
+                             lr=flags.lr, betas=(0.9, 0.99))  # fmt: skip
+    both = [(adam, flags.lr)]
+    if hidden:
+        both.append((Muon(hidden, flags.muon_lr, weight_decay=flags.weight_decay), flags.muon_lr))
+    return both
+
+
+def rate(step, flags):
+    """Share of the full learning rate at a step: warm-up, plateau, linear fall to zero."""
+    left = flags.steps * flags.decay
+    return min((step + 1) / max(flags.warmup, 1), 1.0, (flags.steps - step) / left if left else 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def stage_at(step, flags):
+    if flags.stage != "all":
+        return flags.stage
+    return "action" if step < flags.action_share * flags.steps else "reason"
+
+
+def scene_numbers(step, rank, world_size, count, flags):
+    """Which scenes a process takes at a step: the batch of a random order that changes every epoch."""
+    share = flags.batch // world_size
+    first = step * flags.batch + rank * share
+    epoch, chosen = first // count, []
+    for i in range(first, first + share):
+        if i // count != epoch or not chosen:
+            epoch = i // count
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * flags.seed + epoch))
+        chosen.append(int(order[i % count]))
+    return chosen
+
+
+def generator_for(step, rank, flags, device):
+    return torch.Generator(device).manual_seed((flags.seed * 1_000_003 + step) * 1_003 + rank)
+
+
+def to_device(scene, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in scene.items()}
+
+
+def total_loss(losses, flags):
+    weights = {"text": 1.0, "action": flags.action_weight, "flow": 1.0}
+    parts = {"all": weights, "vlm": ("text", "action"), "expert": ("flow",)}[flags.train]
+    return sum(weights[k] * losses[k] for k in parts if k in losses)
+
+
+def average_gradients(params, world_size):
+    """All processes' gradients, averaged, in one message."""
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+    dist.all_reduce(flat)
+    for p, g in zip(params, flat.div_(world_size).split([p.numel() for p in params])):
+        p.grad = g.view_as(p)
+
+
+def mean_over_processes(values, world_size, device):
+    """A dict of floats, averaged over processes. Every process must call it."""
+    if world_size == 1:
+        return values
+    t = torch.tensor([values[k] for k in sorted(values)], device=device, dtype=torch.float64)
+    dist.all_reduce(t)
+    return dict(zip(sorted(values), (t / world_size).tolist()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Validation and checkpoints
+
+
+@torch.no_grad()
+def validate(model, scenes, stage, flags, rank, world_size, device):
+    """Losses, ADE (m) of one greedy sample and the share of right decisions on the same scenes and noise every time.
+    Processes share the scenes; all of them must call it."""
+    sums, count = {}, 0
+    numbers = list(range(min(flags.val_scenes, len(scenes))))[rank::world_size]
+    for i in range(0, len(numbers), 32):
+        scene = to_device(scenes.batch(numbers[i : i + 32]), device)
+        B = len(scene["images"])
+        values = model(scene, stage, generator=torch.Generator(device).manual_seed(i))
+        out = model.sample(scene, n=1, temperature=0, steps=5, max_new_tokens=64, seed=i, reason=stage == "reason")
+        values = {k: v.item() for k, v in values.items()}
+        values["ade"] = (out.xyz[:, 0] - scene["ego_future_xyz"])[..., :2].norm(dim=-1).mean().item()
+        if stage == "reason":
+            values["right"] = sum(data.decisions(t[0]) == data.decisions(true) for t, true in zip(out.reasoning, scene["reasoning"])) / B
+            values["exact"] = sum(t[0] == true for t, true in zip(out.reasoning, scene["reasoning"])) / B
+        for k, v in values.items():
+            sums[k] = sums.get(k, 0.0) + v * B
+        count += B
+    return mean_over_processes({k: v / count for k, v in sums.items()}, world_size, device)
+
+
+def save(model, optimisers, step, flags):
+    """The checkpoint to use, and one file with all that the run needs to go on: written whole or not at all."""
+    names = {p: n for n, p in model.named_parameters()}
+    tensors = {f"model.{n}": p.detach().contiguous() for n, p in model.state_dict().items()}
+    for optimiser, _ in optimisers:
+        for p, state in optimiser.state.items():
+            tensors |= {f"{k}.{names[p]}": torch.as_tensor(v).contiguous() for k, v in state.items()}
+    settings = {"flags": json.dumps(vars(flags)), "step": str(step)}
+    write_atomically(os.path.join(flags.out, "training.safetensors"), lambda part: save_file(tensors, part, settings))
+    model.save_pretrained(flags.out)
+
+
+def restore(model, optimisers, flags):
+    """Weights and moments of a stopped run, into place. Returns the step to go on with."""
+    path = os.path.join(flags.out, "training.safetensors")
+    try:
+        with safe_open(path, "pt") as f:
+            step, tensors = int(f.metadata()["step"]), {k: f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as e:
+        raise ValueError(f"{path}: not a whole safetensors file ({e})") from None
+    names = {p: n for n, p in model.named_parameters()}
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    for optimiser, _ in optimisers:
+        keys = ("momentum",) if isinstance(optimiser, Muon) else ("step", "exp_avg", "exp_avg_sq")
+        for group in optimiser.param_groups:
+            for p in group["params"]:
+                found = {k: tensors[f"{k}.{names[p]}"] for k in keys if f"{k}.{names[p]}" in tensors}
+                if found:
+                    optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    flags = parse_flags()
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    if world_size > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if flags.batch % (world_size * flags.accumulate):
+        raise ValueError(f"--batch {flags.batch}: must be a multiple of processes x --accumulate, {world_size} x {flags.accumulate}")
+    # One detected precision: bfloat16 arithmetic with float32 weights on a GPU, float32 on a CPU, where it is faster.
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=cuda)
+    say = print if rank == 0 else lambda *a, **k: None
+
+    # The model decides how it wants to be shown scenes, so it comes first; its words come from the scenes' reasoning.
+    source = flags.resume or flags.init
+    cfg = None if source else PRESETS[flags.preset]
+    model = Alpamayo.from_pretrained(source, device=device) if source else None
+    cfg = model.cfg if source else cfg
+    if rank == 0:
+        load_scenes(flags, cfg)  # renders what is not yet on disk
+    if world_size > 1:
+        dist.barrier()
+    train, val = load_scenes(flags, cfg)
+    if model is None:
+        cfg = with_words(cfg, data.sentences() if flags.data == "world" else train.reasoning)
+        model = Alpamayo(cfg, Vocabulary(cfg))
+        model.init_weights(torch.Generator().manual_seed(flags.seed))
+        model.to(device)
+    model.requires_grad_(False)
+    for part in {"all": [model], "vlm": [model.vlm], "expert": [model.expert, model.action_in_proj, model.action_out_proj]}[flags.train]:
+        part.requires_grad_(True)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimisers = make_optimisers(model, flags)
+    first = restore(model, optimisers, flags) if flags.resume else 0
+
+    say(f"{flags.preset if not source else source}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{sum(p.numel() for p in params):,} learn; {len(train)} scenes; {world_size} x {device.type}, "
+        f"{'bfloat16' if cuda else 'float32'}; steps {first} to {flags.steps}; writes {flags.out}")  # fmt: skip
+    os.makedirs(flags.out, exist_ok=True)
+    log_path = os.path.join(flags.out, "log.jsonl")
+    if rank == 0 and os.path.exists(log_path):  # a new run starts a new log, a resumed one forgets what it will do again
+        kept = [line for line in open(log_path) if flags.resume and json.loads(line)["step"] <= first]
+        write_atomically(log_path, lambda part: open(part, "w").writelines(kept))
+    bar = tqdm(total=flags.steps, initial=first, disable=rank > 0, smoothing=0.05, mininterval=1)
+    shown, begin, tokens = {}, time.time(), 0
+
+    for step in range(first, flags.steps):
+        stage = stage_at(step, flags)
+        model.cfg.reasoning = "on" if stage == "reason" else "off"
+        generator = generator_for(step, rank, flags, device)
+        numbers = scene_numbers(step, rank, world_size, len(train), flags)
+        piece = len(numbers) // flags.accumulate
+        for i in range(0, len(numbers), piece):
+            scene = to_device(train.batch(numbers[i : i + piece]), device)
+            with autocast:
+                losses = model(scene, stage, action_tokens=step % flags.action_every == 0, flow_samples=flags.flow_samples, generator=generator)
+                loss = total_loss(losses, flags) / flags.accumulate
+            for name, value in losses.items():
+                if not value.isfinite():
+                    raise FloatingPointError(f"step {step}: loss `{name}` is {value.item()}; {flags.out} keeps the last good checkpoint")
+            loss.backward()
+        if world_size > 1:
+            average_gradients(params, world_size)
+        norm = torch.nn.utils.clip_grad_norm_(params, flags.clip)
+        for optimiser, full in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = full * rate(step, flags)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+        tokens += model.tokens_read
+        line = {"step": step + 1, "stage": stage, **{k: v.item() for k, v in losses.items()}, "grad_norm": norm.item()}
+        for k in ("text", "action", "flow", "ade"):
+            if k in line:
+                shown[k] = line[k] if k not in shown else 0.95 * shown[k] + 0.05 * line[k]
+        speed = tokens * world_size / (time.time() - begin)
+        bar.set_postfix({"stage": stage, **{k: f"{v:.3f}" for k, v in shown.items()}, "tok/s": f"{speed:.0f}"}, refresh=False)
+        bar.update()
+        last = step + 1 == flags.steps
+        if (step + 1) % flags.val_every == 0 or last:
+            values = validate(model, val, stage, flags, rank, world_size, device)
+            line["val"] = values
+            if rank == 0:
+                bar.write(f"step {step + 1:6} {stage:6} validation: " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()))
+        if rank == 0:
+            with open(log_path, "a") as f:
+                f.write(json.dumps(line) + "\n")
+            if (step + 1) % flags.save_every == 0 or last:
+                save(model, optimisers, step + 1, flags)
+    bar.close()
+    say(f"{flags.out}: done in {(time.time() - begin) / 60:.1f} minutes. Look at it: python sample.py --checkpoint {flags.out}")
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def load_scenes(flags, cfg):
+    """Training and validation scenes as the model wants to be shown them."""
+    view = dict(camera_ids=cfg.cameras, frames=cfg.frames, frame_dt=cfg.frame_dt)
+    if flags.data == "world":
+        view |= dict(size=tuple(flags.size), folder=flags.cache)
+        return data.load("world", split="train", scenes=flags.scenes, **view), data.load("world", split="val", scenes=max(flags.val_scenes, 512), **view)
+    clips = data.load(flags.data, **view, **({} if cfg.max_pixels else dict(size=tuple(flags.size), rig=data.RIG)))
+    return clips, clips  # too few to spare any: what validation says of one's own clips is how well they were learned
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")
