@@ -29,7 +29,7 @@ import os
 import re
 import shutil
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -92,6 +92,7 @@ class Config:
     #                      turn signal over 2 s through a small MLP (what the paper's labels show; 4 tokens)
     # switches that the release lacks
     chat: bool = True  # the release's words around the images; False: images, ego motion and nothing else
+    name_cameras: bool = False  # "Front camera: frame 0 " before images, as Alpamayo-1.5
     pair_frames: bool = False  # False: each frame is an image of its own, repeated temporal_patch times, as the release;
     #                            True: temporal_patch successive frames share patches, as Qwen3-VL reads video
     view_embed: bool = False  # add a learned embedding of camera and time to image tokens
@@ -110,7 +111,7 @@ PRESETS = {
     # a laptop: tests, the demo, the shipped checkpoint. 64 x 128 images; pairs of frames give 8 tokens a camera and second
     "nano": Config(
         n_layer=4, n_embd=160, n_head=4, n_kv_head=2, head_dim=40, n_mlp=320, rope_theta=1e4, mrope_section=(8, 6, 6),
-        v_layer=3, v_embd=96, v_head=4, v_mlp=256, v_grid=8, deepstack=(0, 1), e_embd=96, e_head=4, e_mlp=256, a_embd=96,
+        v_layer=3, v_embd=96, v_head=4, v_mlp=256, v_grid=8, deepstack=(1,), e_embd=96, e_head=4, e_mlp=256, a_embd=96,
         bins=128, bin_range=4.0, history_bins=0, accel_std=1.5, accel_mean=0.0, curvature_mean=0.0, curvature_std=0.03,
         frame_dt=0.5, min_pixels=0, max_pixels=0, ego="kinematics", chat=False, pair_frames=True, view_embed=True),
     # one GPU, an hour. 128 x 256 images
@@ -239,6 +240,10 @@ SPECIAL_TOKENS = [  # the release's order decides their ids; those that the text
     "traj_future_end traj_history traj_future image_pad vectorized_wm vectorized_wm_start vectorized_wm_end "
     "vectorized_wm_pre_tkn route_start route_pad route_end question_start question_end answer_start answer_end".split()
 ]  # fmt: skip
+
+
+CAMERA_NAMES = {0: "Front left camera", 1: "Front camera", 2: "Front right camera", 3: "Rear left camera",
+                4: "Rear camera", 5: "Rear right camera", 6: "Front telephoto camera"}  # what Alpamayo-1.5 calls them
 
 
 def split_words(text):
@@ -773,44 +778,65 @@ class Alpamayo(nn.Module):
         return self.action_out_proj.weight.device
 
     def init_weights(self, generator=None):
-        """From scratch: matrices normal with standard deviation 1 / sqrt(fan in), what a block adds to the residual
-        stream zero at first, so that training starts from the identity."""
+        """From scratch. Matrices are normal with standard deviation 1 / sqrt(fan in); what a layer adds to the residual
+        stream is zero at first, so that training starts from the identity."""
+        adds = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight", "action_out_proj.weight")
+        tables = ("embed_tokens.weight", "pos_embed.weight", "view_embed")
         for name, p in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "blocks.*.linear_fc2.weight", "action_out_proj.weight")) or (
-                ".blocks." in name and name.endswith("mlp.linear_fc2.weight")
-            ):
+            if name.endswith(adds):
                 nn.init.zeros_(p)
-            elif "embed" in name and p.ndim == 2 and ("embed_tokens" in name or "pos_embed" in name):
-                nn.init.normal_(p, std=0.5, generator=generator)
-            elif name == "view_embed":
+            elif name.endswith(tables):
                 nn.init.normal_(p, std=0.5, generator=generator)
             elif p.ndim > 1:
                 nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=generator)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
+    @staticmethod
+    def from_pretrained(folder, dtype=torch.float32, device="cpu"):
+        """A checkpoint of ours, or Alpamayo-R1-10B / Alpamayo-1.5-10B as released with the backbone's tokenizer.json put
+        beside it. Raises FileNotFoundError or ValueError with one line that names file and field."""
+        cfg = read_config(folder)
+        with torch.device("meta"):
+            model = Alpamayo(cfg, Vocabulary(cfg, folder))
+        load_weights(model, folder, dtype, device)
+        return model
+
+    def save_pretrained(self, folder, dtype=None, shard_bytes=5 * 2**30):
+        """Write a checkpoint in the release's format; dtype: of the weights on disk (default: as they are)."""
+        save_weights(self, folder, dtype, shard_bytes)
+        source, target = self.vocabulary.path, os.path.join(folder, "tokenizer.json")
+        if source and os.path.abspath(source) != os.path.abspath(target):
+            write_atomically(target, lambda part: shutil.copyfile(source, part))
+        write_json(os.path.join(folder, "vlm", "config.json"), vlm_config(self.cfg))
+        write_json(os.path.join(folder, "config.json"), release_config(self.cfg))
+
     # ------------------------------------------------------------------------------------------------------ the prompt
 
-    def prompt_ids(self, images, tokens_each, reason):
-        """The prompt's ids (P,): `images` blocks of `tokens_each` placeholders, ego history, instruction."""
+    def prompt_ids(self, camera_ids, times, tokens_each, reason):
+        """The prompt's ids (P,): for each camera `times` images of `tokens_each` placeholders, ego history, instruction."""
         cfg = self.cfg
-        pads = "<|image_pad|>" * tokens_each
+        image = "<|image_pad|>" * tokens_each
         history = "<|traj_history|>" * cfg.ego_tokens
         if cfg.chat:
+            images = ""
+            for camera in camera_ids:
+                images += f"{CAMERA_NAMES[camera]}: " if cfg.name_cameras else ""
+                for i in range(times):
+                    images += (f"frame {i} " if cfg.name_cameras else "") + f"<|vision_start|>{image}<|vision_end|>"
             task = "output the chain-of-thought reasoning of the driving process, then output the future trajectory."
             text = (
                 "<|im_start|>system\nYou are a driving assistant that generates safe and accurate actions.<|im_end|>\n"
-                "<|im_start|>user\n" + f"<|vision_start|>{pads}<|vision_end|>" * images
-                + f"<|traj_history_start|>{history}<|traj_history_end|>"
-                + (task if reason else "output the future trajectory.") + "<|im_end|>\n<|im_start|>assistant\n"
-            )  # fmt: skip
+                f"<|im_start|>user\n{images}<|traj_history_start|>{history}<|traj_history_end|>"
+                f"{task if reason else 'output the future trajectory.'}<|im_end|>\n<|im_start|>assistant\n"
+            )
         else:
-            text = pads * images + history
+            text = image * len(camera_ids) * times + history
         return torch.tensor(self.vocabulary.encode(text + ("<|cot_start|>" if reason else "<|traj_future_start|>")))
 
     def look(self, scene):
-        """Scene's images (B, cameras, frames, 3, H, W) through the tower: tokens (B, V, n_embd), DeepStack features, and
-        (images, rows, columns) of the token grid."""
+        """Scene's images (B, cameras, frames, 3, H, W) through the tower: tokens (B, V, n_embd), DeepStack features, a
+        list of the same, and (times, rows, columns) of a camera's tokens."""
         cfg = self.cfg
         images = resize(scene["images"].to(self.device), cfg)
         B, cameras, frames, _, H, W = images.shape
@@ -818,24 +844,28 @@ class Alpamayo(nn.Module):
             images = images.view(-1, cfg.temporal_patch, 3, H, W)
         else:
             images = images.view(-1, 1, 3, H, W).expand(-1, cfg.temporal_patch, -1, -1, -1)
-        tokens, deep = self.vlm.model.visual(images)  # (B * images, S, n_embd)
+        times, unit = len(images) // (B * cameras), cfg.patch * cfg.merge
+        tokens, deep = self.vlm.model.visual(images)  # (B * cameras * times, S, n_embd)
         if cfg.view_embed:
             view = self.view_embed[scene["camera_ids"].to(self.device)]  # (B, cameras, times, n_embd)
             tokens = tokens + view.flatten(0, 2)[:, None].to(tokens.dtype)
-        unit = cfg.patch * cfg.merge
-        return tokens.reshape(B, -1, cfg.n_embd), [d.reshape(B, -1, cfg.n_embd) for d in deep], (len(images) // B, H // unit, W // unit)
+        tokens, *deep = (x.reshape(B, -1, cfg.n_embd) for x in (tokens, *deep))
+        return tokens, deep, (times, H // unit, W // unit)
 
     def embed_prompt(self, scene, reason=True):
-        """The prompt's embeddings (B, P, n_embd), M-RoPE positions (3, P), and where DeepStack adds what."""
-        cfg, device = self.cfg, self.device
-        tokens, deep, (images, h, w) = self.look(scene)
-        ids = self.prompt_ids(images, h * w, reason)
-        positions = image_positions(ids, self.vocabulary["image_pad"], h, w).to(device)
-        where = (ids == self.vocabulary["image_pad"]).nonzero()[:, 0].to(device)
-        ego = (ids == self.vocabulary["traj_history"]).nonzero()[:, 0].to(device)
+        """The prompt's embeddings (B, P, n_embd), M-RoPE positions (3, P), where DeepStack adds what, and ids (B, P)."""
+        cfg, vocab, device = self.cfg, self.vocabulary, self.device
+        tokens, deep, (times, h, w) = self.look(scene)
+        cameras = scene["camera_ids"]
+        if (cameras != cameras[0]).any():
+            raise ValueError("camera_ids: the scenes of a batch must have the same cameras in the same order")
+        ids = self.prompt_ids(cameras[0].tolist(), times, h * w, reason)
+        positions = image_positions(ids, vocab["image_pad"], h, w).to(device)
+        where = (ids == vocab["image_pad"]).nonzero()[:, 0].to(device)
+        ego = (ids == vocab["traj_history"]).nonzero()[:, 0].to(device)
         ids = ids.to(device).repeat(len(tokens), 1)  # (B, P)
         if cfg.ego == "deltas":
-            ids[:, ego] = history_bins(scene["ego_history_xyz"].to(device), cfg.history_bins) + self.vocabulary.first_history
+            ids[:, ego] = history_bins(scene["ego_history_xyz"].to(device), cfg.history_bins) + vocab.first_history
         x = self.vlm.model.language_model.embed_tokens(ids)
         if cfg.ego == "kinematics":
             x = x.index_copy(1, ego, self.ego_embed(scene["ego_kinematics"].to(device)).to(x.dtype))
@@ -871,8 +901,9 @@ class Alpamayo(nn.Module):
         stage "reason": cross-entropy of reasoning and action tokens (Eq. 9) and the expert's flow matching (Eq. 6, 7);
         "action": the same without reasoning (Sec. 5.1). action_tokens=False leaves the 128 out, for speed.
         flow_samples: noise levels a scene, all read one cache; flow_t (N,), flow_noise (N, 64, 2) fix them.
-        Returns a dict of scalars: `text` and `action`, mean nats a token of each kind (the release adds the two), and
-        `flow`, a mean square."""
+        Returns a dict of scalars: the losses `text` and `action`, mean nats a token of each kind (the release adds the
+        two), and `flow`, a mean square; and, to look at, `ade`, the metres between the driven path and the end of the
+        velocity's straight way, over the drawn noise levels, and `tokens`, how many the language model read."""
         cfg, reason = self.cfg, stage == "reason"
         actions = self.target_actions(scene)  # (B, 64, 2)
         x, positions, seen, _ = self.embed_prompt(scene, reason)
@@ -906,6 +937,12 @@ class Alpamayo(nn.Module):
         past = [(k[:, :, :L].detach(), v[:, :, :L].detach(), mask, None, None, None) for k, v in cache]
         velocity = self.velocity(x_t, t, past, (start + ends).repeat_interleave(n))
         losses["flow"] = F.mse_loss(velocity, data - noise)
+        with torch.no_grad():
+            guess = self.action_space.restore(x_t + (1 - t[:, None, None]) * velocity)  # where the straight line leads
+            v0 = initial_speed(scene["ego_history_xyz"], scene["ego_history_rot"]).to(device).repeat_interleave(n)
+            truth = scene["ego_future_xyz"].to(device).repeat_interleave(n, 0)
+            losses["ade"] = (roll_out(guess, v0)[0] - truth).norm(dim=-1).mean()
+        losses["tokens"] = torch.tensor(float(B * (P + R)))
         return losses
 
     def velocity(self, x_t, t, past, start):
@@ -1012,6 +1049,7 @@ ACTION_FIELDS = ("accel_mean", "accel_std", "curvature_mean", "curvature_std")
 FIT = dict(a_lambda=1e-4, a_ridge=1e-4, kappa_lambda=1e-4, kappa_ridge=1e-4, theta_lambda=1e-6, theta_ridge=1e-8,
            v_lambda=1e-6, v_ridge=1e-4, n_waypoints=HORIZON, dt=DT)  # fmt: skip
 EXTRA_FIELDS = ("words", "cameras", "frames", "frame_dt", "ego", "chat", "pair_frames", "view_embed", "reasoning")
+NAMED = ("include_camera_ids", "include_frame_nums")  # fields of Alpamayo-1.5's config.json: name_cameras
 QWEN3_VL_8B = ("Qwen3-VL-8B", "Cosmos-Reason2-8B")
 
 
@@ -1075,7 +1113,7 @@ def release_config(cfg: Config) -> dict:
         "action_out_proj_cfg": {"_target_": "torch.nn.Linear"},
         "expert_cfg": {"hidden_size": cfg.e_embd, "intermediate_size": cfg.e_mlp, "num_attention_heads": cfg.e_head,
                        "num_key_value_heads": cfg.n_kv_head, "head_dim": cfg.head_dim},
-        **pixels, **({"extra": extra} if extra else {}),
+        **pixels, **({k: True for k in NAMED} if cfg.name_cameras else {}), **({"extra": extra} if extra else {}),
     }  # fmt: skip
 
 
@@ -1140,6 +1178,9 @@ def read_config(folder) -> Config:
     if extra.pop("max_pixels", None) == 0:
         pixels = {"min_pixels": 0, "max_pixels": 0}
     history = release["hist_traj_tokenizer_cfg"]["num_bins"]
+    named = [bool(release.get(k)) for k in NAMED]
+    if named[0] != named[1]:
+        raise ValueError(f"{release.path}: fields {' and '.join(NAMED)} differ; this code knows both or neither")
     cfg = Config(
         n_layer=text["num_hidden_layers"], n_embd=text["hidden_size"], n_head=text["num_attention_heads"],
         n_kv_head=text["num_key_value_heads"], head_dim=text["head_dim"], n_mlp=text["intermediate_size"],
@@ -1152,7 +1193,7 @@ def read_config(folder) -> Config:
         a_layer=embed["num_enc_layers"], a_embd=embed["hidden_size"], a_fourier=embed["num_fourier_feats"],
         a_max_freq=float(embed["max_freq"]), **{k: space[k] for k in ACTION_FIELDS},
         bins=tokens["num_bins"], bin_range=float(tokens["dims_max"][0]), history_bins=history,
-        text_vocab=release["traj_token_start_idx"], **pixels,
+        text_vocab=release["traj_token_start_idx"], name_cameras=named[0], **pixels,
         **{k: tuple(v) if isinstance(v, list) else v for k, v in extra.items()},
     )  # fmt: skip
     release.expect("traj_vocab_size", cfg.bins + cfg.history_bins)
@@ -1215,16 +1256,6 @@ def load_weights(model, folder, dtype, device):
         raise ValueError(f"{folder}: {len(missing)} tensors are missing from its safetensors: {first_few(missing)}")
 
 
-def from_pretrained(folder, dtype=torch.float32, device="cpu") -> Alpamayo:
-    """A checkpoint of ours, or Alpamayo-R1-10B / Alpamayo-1.5-10B as released (with the backbone's tokenizer.json beside
-    it). Raises FileNotFoundError or ValueError with one line that names file and field."""
-    cfg = read_config(folder)
-    with torch.device("meta"):
-        model = Alpamayo(cfg, Vocabulary(cfg, folder))
-    load_weights(model, folder, dtype, device)
-    return model
-
-
 def write_atomically(path, write):
     """write(temporary path), then rename: a killed process leaves the old file or the new one, never half of one."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -1241,8 +1272,8 @@ def write_json(path, data):
     write_atomically(path, write)
 
 
-def save_pretrained(model, folder, dtype=None, shard_bytes=5 * 2**30):
-    """Write the checkpoint in the release's format; dtype: of the weights on disk (default: as they are)."""
+def save_weights(model, folder, dtype=None, shard_bytes=5 * 2**30):
+    """The model's tensors as one safetensors file, or as many and an index."""
     buffers = dict(model.named_buffers())
     shards, room = [{}], shard_bytes
     for name, t in model.state_dict().items():
@@ -1252,19 +1283,12 @@ def save_pretrained(model, folder, dtype=None, shard_bytes=5 * 2**30):
             shards, room = shards + [{}], shard_bytes
         shards[-1][name] = t.contiguous()
         room -= size
-    os.makedirs(os.path.join(folder, "vlm"), exist_ok=True)
     one = len(shards) == 1
     names = ["model.safetensors" if one else f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, shard in zip(names, shards):
         write_atomically(os.path.join(folder, file), lambda part: save_file(shard, part, metadata={"format": "pt"}))
+    index = os.path.join(folder, "model.safetensors.index.json")
     if not one:
-        weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
-        write_json(os.path.join(folder, "model.safetensors.index.json"), {"metadata": {}, "weight_map": weight_map})
-    if model.vocabulary.path and os.path.abspath(model.vocabulary.path) != os.path.abspath(os.path.join(folder, "tokenizer.json")):
-        shutil.copy(model.vocabulary.path, folder)
-    write_json(os.path.join(folder, "vlm", "config.json"), vlm_config(model.cfg))
-    write_json(os.path.join(folder, "config.json"), release_config(model.cfg))
-
-
-Alpamayo.from_pretrained = staticmethod(from_pretrained)
-Alpamayo.save_pretrained = save_pretrained
+        write_json(index, {"metadata": {}, "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}})
+    elif os.path.exists(index):
+        os.remove(index)  # of an earlier save in many shards, which loading would prefer

@@ -57,6 +57,9 @@ def parse_flags():
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--action-weight", type=float, default=0.3, help="weight of the action tokens' loss")
     add("--action-every", type=int, default=4, help="the 128 action tokens join every so many steps; 1: always")
+    add("--drive-every", type=int, default=8, help="in stage `reason` every so many steps leave the reasoning out, so that the model can also drive at once; 0: never")
+    add("--front-only", type=float, default=0.1, help="share of the steps that show the front cameras alone, so that other rigs find a model that knows such")
+    add("--blind", action="store_true", help="grey images: what can be known without looking")
     add("--flow-samples", type=int, default=2, help="noise levels a scene, which share its cache")
     add("--train", choices=("all", "vlm", "expert"), default="all", help="what learns; the release trains first vlm, then expert")
     add("--val-every", type=int, default=200, help="steps between validation passes")
@@ -169,8 +172,15 @@ def generator_for(step, rank, flags, device):
     return torch.Generator(device).manual_seed((flags.seed * 1_000_003 + step) * 1_003 + rank)
 
 
-def to_device(scene, device):
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in scene.items()}
+def to_device(scene, device, flags):
+    scene = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in scene.items()}
+    return scene | {"images": torch.full_like(scene["images"], 127)} if flags.blind else scene
+
+
+def front_only(scene):
+    """The scene as a car sees it that has a front wide camera and a front tele and no others."""
+    keep = [i for i, camera in enumerate(scene["camera_ids"][0].tolist()) if camera in (1, 6)]
+    return scene | {k: scene[k][:, keep] for k in ("images", "camera_ids", "camera_to_ego", "intrinsics") if k in scene}
 
 
 def total_loss(losses, flags):
@@ -207,11 +217,11 @@ def validate(model, scenes, stage, flags, rank, world_size, device):
     sums, count = {}, 0
     numbers = list(range(min(flags.val_scenes, len(scenes))))[rank::world_size]
     for i in range(0, len(numbers), 32):
-        scene = to_device(scenes.batch(numbers[i : i + 32]), device)
+        scene = to_device(scenes.batch(numbers[i : i + 32]), device, flags)
         B = len(scene["images"])
         values = model(scene, stage, generator=torch.Generator(device).manual_seed(i))
         out = model.sample(scene, n=1, temperature=0, steps=5, max_new_tokens=64, seed=i, reason=stage == "reason")
-        values = {k: v.item() for k, v in values.items()}
+        values = {k: v.item() for k, v in values.items() if k != "tokens"}
         values["ade"] = (out.xyz[:, 0] - scene["ego_future_xyz"])[..., :2].norm(dim=-1).mean().item()
         if stage == "reason":
             values["right"] = sum(data.decisions(t[0]) == data.decisions(true) for t, true in zip(out.reasoning, scene["reasoning"])) / B
@@ -283,7 +293,7 @@ def main():
         dist.barrier()
     train, val = load_scenes(flags, cfg)
     if model is None:
-        cfg = with_words(cfg, data.sentences() if flags.data == "world" else train.reasoning)
+        cfg = with_words(cfg, train.reasoning)
         model = Alpamayo(cfg, Vocabulary(cfg))
         model.init_weights(torch.Generator().manual_seed(flags.seed))
         model.to(device)
@@ -308,13 +318,17 @@ def main():
     for step in range(first, flags.steps):
         stage = stage_at(step, flags)
         model.cfg.reasoning = "on" if stage == "reason" else "off"
+        at_once = flags.drive_every and step % flags.drive_every == 1
+        lesson, tail = "action" if at_once else stage, step % flags.action_every == 0 or at_once
         generator = generator_for(step, rank, flags, device)
         numbers = scene_numbers(step, rank, world_size, len(train), flags)
         piece = len(numbers) // flags.accumulate
         for i in range(0, len(numbers), piece):
-            scene = to_device(train.batch(numbers[i : i + piece]), device)
+            scene = to_device(train.batch(numbers[i : i + piece]), device, flags)
+            if torch.rand(1, generator=generator, device=device) < flags.front_only:
+                scene = front_only(scene)
             with autocast:
-                losses = model(scene, stage, action_tokens=step % flags.action_every == 0, flow_samples=flags.flow_samples, generator=generator)
+                losses = model(scene, lesson, tail, flags.flow_samples, generator=generator)
                 loss = total_loss(losses, flags) / flags.accumulate
             for name, value in losses.items():
                 if not value.isfinite():
@@ -329,12 +343,12 @@ def main():
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
-        tokens += model.tokens_read
+        tokens += losses.pop("tokens").item() * flags.accumulate * world_size
         line = {"step": step + 1, "stage": stage, **{k: v.item() for k, v in losses.items()}, "grad_norm": norm.item()}
         for k in ("text", "action", "flow", "ade"):
             if k in line:
                 shown[k] = line[k] if k not in shown else 0.95 * shown[k] + 0.05 * line[k]
-        speed = tokens * world_size / (time.time() - begin)
+        speed = tokens / (time.time() - begin)
         bar.set_postfix({"stage": stage, **{k: f"{v:.3f}" for k, v in shown.items()}, "tok/s": f"{speed:.0f}"}, refresh=False)
         bar.update()
         last = step + 1 == flags.steps

@@ -1,0 +1,432 @@
+"""
+Look, think, drive, and see what came of it: a picture of one scene, or a table over many.
+
+    python sample.py                           the shipped nano on a scene of the built-in world, drawn into out/
+    python sample.py --situation pedestrian    the first held-out scene of that kind
+    python sample.py --clip FOLDER --t0 3      a real clip, in any layout that data.py reads
+    python sample.py --eval                    512 held-out scenes: a Markdown table, then all its numbers as JSON
+
+The page reads: metrics and baselines, the evaluation, the picture, the command line.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import textwrap
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from alpamayo import DT, HORIZON, LOW_SPEED, Alpamayo, fit_actions, initial_speed, read_config, unwrap, yaw_of
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics, and what a driver scores who just goes on as before
+
+
+def ade(path, truth):
+    """Average displacement error in m: the mean over 6.4 s of the distance in the ground plane between a path
+    (..., 64, 3) and the driven one (..., 64, 3). Returns (...)."""
+    return (path - truth)[..., :2].norm(dim=-1).mean(-1)
+
+
+def min_ade(paths, truth):
+    """minADE in m, (B,): the ADE of the best of the n paths (B, n, 64, 3) of a scene; truth (B, 64, 3)."""
+    return ade(paths, truth[:, None]).amin(1)
+
+
+def baselines(scene):
+    """Paths that need no eyes, only the Scene's ego history: {name: (B, 64, 3)}.
+
+    Of the history's positions p and headings yaw, the 15th is at t0: v = |p15 - p14| / dt, w = (yaw15 - yaw14) / dt and
+    a = (v - |p14 - p13| / dt) / dt are the last speed, turn rate and acceleration. At t seconds from t0
+        CV    constant velocity                        speed v, heading 0
+        CTRV  constant turn rate and velocity          speed v, heading w t
+        CTRA  constant turn rate and acceleration      speed v + a (t + dt / 2), never below 0, heading w t"""
+    speed = scene["ego_history_xyz"][..., :2].diff(dim=1).norm(dim=-1) / DT  # (B, 15); the last is that of t0 - dt / 2
+    accel = speed.diff(dim=1)[:, -1:] / DT  # (B, 1)
+    turn = yaw_of(scene["ego_history_rot"])[:, -2:].diff(dim=1) / DT  # (B, 1); at t0 the heading is 0
+    t = DT * torch.arange(HORIZON + 1)
+
+    def drive(speed, heading):
+        velocity = torch.stack([speed * heading.cos(), speed * heading.sin(), 0 * speed], -1)  # (B, 65, 3)
+        return torch.cumulative_trapezoid(velocity, dx=DT, dim=1)
+
+    steady = speed[:, -1:] + 0 * t  # (B, 65)
+    braking = (speed[:, -1:] + accel * (t + DT / 2)).clamp(min=0)
+    return {"CV": drive(steady, 0 * steady), "CTRV": drive(steady, turn * t), "CTRA": drive(braking, turn * t)}
+
+
+def is_right(said, true):
+    """Whether a reasoning text decides as the true one: longitudinal, lateral, both, word for word: four bools."""
+    (a, b), (true_a, true_b) = data.decisions(said) or (None, None), data.decisions(true)
+    return a == true_a, b == true_b, (a, b) == (true_a, true_b), said == true
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The evaluation
+
+ERRORS = {"minade": "minADE", "ade": "ADE", "CV": "CV", "CTRV": "CTRV", "CTRA": "CTRA", "best": "best of 3"}  # m
+SHARES = {"longitudinal": "longitudinal", "lateral": "lateral", "both": "both", "exact": "exact"}
+NOTE = """\
+Metres over 6.4 s, mean ± standard error. minADE: the best of {n} samples, each with its own reasoning; ADE: the first
+one. CV, CTRV, CTRA go on with the last speed v, turn rate w and acceleration a: speed v, v, max(v + a t, 0), heading 0,
+w t, w t; best of 3: the best of them in each scene. longitudinal, lateral, both: % of first samples that decide right;
+exact: % that say so word for word."""
+
+
+def measure(model, scene, seed, args):
+    """All numbers of a batch of scenes: {name: (B,) float}."""
+    out = model.sample(scene, args.n, args.temperature, args.top_p, args.steps, seed=seed, reason=args.reason)
+    paths, truth = out.xyz.cpu(), scene["ego_future_xyz"]
+    eyeless = {name: ade(path, truth) for name, path in baselines(scene).items()}
+    eyeless["best"] = torch.stack(list(eyeless.values())).amin(0)
+    numbers = {"minade": min_ade(paths, truth), "ade": ade(paths[:, 0], truth), **eyeless}
+    if args.reason:
+        right = [is_right(texts[0], true) for texts, true in zip(out.reasoning, scene["reasoning"])]
+        numbers |= dict(zip(SHARES, torch.tensor(right).float().T))
+    return numbers
+
+
+def summary(numbers):
+    """Mean and standard error of each of {name: (N,)}, and how minADE compares with CTRV."""
+    row = {"scenes": len(numbers["ade"])}
+    for name, values in numbers.items():
+        row[name] = round(values.mean().item(), 4)
+        row[name + "_se"] = round(values.std(correction=0).item() / math.sqrt(len(values)), 4)
+    return row | {"minade_over_ctrv": round(row["minade"] / row["CTRV"], 4)}
+
+
+def evaluate(model, args):
+    """Rows of numbers over held-out scenes of the world: {row: see `summary`}. By situation and over all; then what
+    becomes of the model when its images are another scene's or black, and of one that was trained without them."""
+    scenes = data.load("world", split="val", scenes=args.eval, folder=args.cache, **world_view(model.cfg, args))
+    another = lambda scene: scene | {"images": scene["images"].roll(1, 0)}
+    black = lambda scene: scene | {"images": torch.zeros_like(scene["images"])}
+    runs = {"all": (model, dict), "another scene's images": (model, another), "no images (black)": (model, black)}
+    if args.blind:
+        runs["trained blind"] = load_model(args.blind), black
+    starts, rows = range(0, len(scenes), args.batch), {}
+    with tqdm(total=len(runs) * len(scenes), unit="scene") as bar:
+        for run, (driver, show) in runs.items():
+            bar.set_description(run)
+            batches = []
+            for i in starts:
+                scene = scenes.batch(range(i, min(i + args.batch, len(scenes))))
+                batches.append(measure(driver, show(scene), args.seed + i, args))
+                bar.update(len(scene["name"]))
+            numbers = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}  # (N,) each
+            if run == "all":
+                for name in data.SITUATIONS:
+                    chosen = torch.tensor([n == name for n in scenes.names])
+                    if chosen.any():
+                        rows[name] = summary({k: v[chosen] for k, v in numbers.items()})
+            rows[run] = summary(numbers)
+    return rows
+
+
+def table(rows):
+    """Rows of numbers as Markdown."""
+    columns = {**ERRORS, "minade_over_ctrv": "minADE / CTRV", **SHARES}
+
+    def cell(row, name):
+        if name not in row:  # no reasoning, no decisions
+            return "-"
+        if name in SHARES:
+            return f"{100 * row[name]:.0f} ± {100 * row[name + '_se']:.0f}"
+        return f"{row[name]:.2f}" + (f" ± {row[name + '_se']:.2f}" if name in ("minade", "ade") else "")
+
+    lines = [["situation", "scenes", *columns.values()], ["---"] + ["---:"] * (len(columns) + 1)]
+    for name, row in rows.items():
+        lines.append([f"**{name}**" if name == "all" else name, str(row["scenes"]), *(cell(row, c) for c in columns)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The picture
+
+TRUTH, PAST, MODEL = "#1b1f27", "#8b919c", "#ff5a1f"  # few colours: dark for what was driven, one hue for the model
+CAMERAS = ("cross left", "front wide", "cross right", "rear left", "rear tele", "rear right", "front tele")  # by id
+STYLE = {
+    "font.size": 11, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.titlecolor": PAST,
+    "xtick.color": PAST, "ytick.color": PAST, "axes.edgecolor": PAST,
+    "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False,
+}  # fmt: skip
+
+
+class Drive(NamedTuple):
+    """A path, and how it looks."""
+
+    label: str
+    xyz: torch.Tensor  # (64, 3)
+    rot: torch.Tensor  # (64, 3, 3)
+    actions: torch.Tensor  # (64, 2): m/s^2, 1/m
+    line: dict  # of matplotlib's plot
+    bands: tuple  # on the road, in a camera: (m, colour, alpha) each
+
+
+def drives_of(scene, out):
+    """The Drives of a batch of one and its Rollout, in the order to draw them: samples, the best one, the truth."""
+    known = "ego_future_xyz" in scene
+    best = int(ade(out.xyz[0].cpu(), scene["ego_future_xyz"][0]).argmin()) if known else 0
+    usual = dict(color=MODEL, alpha=0.3, linewidth=1.8, markersize=4), ((1.8, MODEL, 0.18),)
+    strong = dict(color=MODEL, alpha=0.8, linewidth=3.5, markersize=8), ((1.8, MODEL, 0.55),)
+    dark = dict(color=TRUTH, linewidth=1.5, markersize=4), ((0.4, "white", 1), (0.2, TRUTH, 1))
+    samples = list(zip(out.xyz[0].cpu(), out.rot[0].cpu(), out.actions[0].cpu()))
+    chosen = samples.pop(best)
+    drives = [Drive("other samples", *sample, *usual) for sample in samples]
+    drives.append(Drive("best sample" if known else "first sample", *chosen, *strong))
+    if known:
+        motion = [scene[k][0] for k in ("ego_history_xyz", "ego_history_rot", "ego_future_xyz", "ego_future_rot")]
+        drives.append(Drive("driven in truth", *motion[2:], fit_actions(*motion), *dark))
+    return drives
+
+
+def ribbon(xyz, rot, intrinsics, camera_to_ego, width):
+    """A band that lies on the road along a path, as a camera sees it: quadrilaterals (K, 4, 2) in pixels.
+
+    xyz (64, 3) and rot (64, 3, 3): a path in the ego frame at t0, whose ground is z = 0; intrinsics (10,) as
+    `data.project` wants them; camera_to_ego (4, 4); width in m. What the camera does not see is left out."""
+    # From the origin on, 16 pieces to each 0.1 s: next to the car a metre of road is a third of the picture.
+    path = F.pad(torch.cat([xyz[:, :2], yaw_of(rot)[:, None]], 1).T, (1, 0))  # (3, 65): x, y, yaw
+    path[2] = unwrap(path[2])
+    x, y, yaw = F.interpolate(path[None], size=16 * HORIZON + 1, mode="linear", align_corners=True)[0]
+    centre = torch.stack([x, y, 0 * x], -1)
+    left = width / 2 * torch.stack([-yaw.sin(), yaw.cos(), 0 * yaw], -1)
+    edges = torch.stack([centre + left, centre - left])  # (2, 1025, 3)
+    edges = (edges - camera_to_ego[:3, 3]) @ camera_to_ego[:3, :3]  # to camera axes
+    pixels, visible = data.project(edges, intrinsics)
+
+    def corners(a):  # of the pieces between successive points: left, left, right, right
+        return torch.stack([a[0, :-1], a[0, 1:], a[1, 1:], a[1, :-1]], 1)
+
+    # A piece across the image's border is kept, the axes cut it; but none that reaches behind the camera.
+    kept = corners(visible).any(1) & (corners(edges[..., 2]) > 0.1).all(1)
+    return corners(pixels)[kept]
+
+
+def draw_view(ax, camera, view, drives):
+    """A camera's newest image with the paths on its road; view: (image, intrinsics, camera_to_ego), see `draw`."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    image, intrinsics, camera_to_ego = view
+    H, W = image.shape[:2]
+    ax.imshow(image, extent=(0, W, H, 0), interpolation="nearest" if W < 256 else "antialiased")
+    ax.set(xlim=(0, W), ylim=(H, 0), xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    box = dict(facecolor=TRUTH, alpha=0.5, linewidth=0, pad=2.5)
+    ax.annotate(CAMERAS[camera], (0, 1), (5, -5), "axes fraction", "offset points", va="top", color="white", bbox=box)
+    if intrinsics is None:
+        return
+    for drive in drives:
+        for width, colour, alpha in drive.bands:
+            quads = ribbon(drive.xyz, drive.rot, intrinsics, camera_to_ego, width)
+            if len(quads):  # as one compound path: no seam shows where pieces meet
+                path = Path.make_compound_path_from_polys(quads.numpy())
+                ax.add_patch(PathPatch(path, facecolor=colour, alpha=alpha, linewidth=0))
+
+
+def draw_numbers(ax, scene, out, drives):
+    """The legend, how good the best sample is, and how long each stage took."""
+    from matplotlib.lines import Line2D
+
+    ax.axis("off")
+    looks = {d.label: d.line for d in reversed(drives)} | {"the past": dict(color=PAST, linewidth=2.5)}
+    handles = [Line2D([], [], label=label, **look) for label, look in looks.items()]
+    ax.legend(handles=handles, loc="upper left", frameon=False, labelcolor=TRUTH, borderaxespad=0)
+    if "ego_future_xyz" in scene:
+        ours = min_ade(out.xyz.cpu(), scene["ego_future_xyz"]).item()
+        ctrv = ade(baselines(scene)["CTRV"], scene["ego_future_xyz"]).item()
+        ax.text(0.55, 0.96, f"{ours:.2f} m", size=21, color=MODEL, weight="bold", va="top")
+        ax.text(0.55, 0.72, f"minADE of {out.xyz.shape[1]}\nCTRV {ctrv:.2f} m", color=PAST, va="top")
+    ax.text(0.02, 0.03, "   ".join(f"{k} {1000 * v:.0f} ms" for k, v in out.seconds.items()), size=8.5, color=PAST)
+
+
+def draw_motion(above, speed, curvature, scene, drives):
+    """Three axes: the paths from above, speed and curvature over time."""
+    from matplotlib.patches import Rectangle
+
+    history, kinematics = scene["ego_history_xyz"][0], scene["ego_kinematics"][0]
+    v0 = initial_speed(scene["ego_history_xyz"], scene["ego_history_rot"])  # (1,)
+    t = DT * torch.arange(1 - len(kinematics), HORIZON + 1)
+    past, future = t[: len(kinematics)], t[len(kinematics) - 1 :]  # both have t0
+    for d in drives:
+        v = v0 + DT * F.pad(d.actions[:, 0].cumsum(0), (1, 0))  # (65,)
+        bend = d.actions[:, 1].masked_fill(v[:-1].abs() < LOW_SPEED, torch.nan)  # a car that hardly moves shows none
+        above.plot(d.xyz[:, 0], d.xyz[:, 1], marker="o", markevery=slice(19, None, 20), **d.line)
+        speed.plot(future, v, **d.line)
+        curvature.plot(future[:-1] + DT / 2, bend, **d.line)
+    above.plot(history[:, 0], history[:, 1], color=PAST, linewidth=2.5)
+    speed.plot(past, kinematics[:, 0], color=PAST, linewidth=2.5)
+    curvature.plot(past, kinematics[:, 2].tan() / data.WHEELBASE, color=PAST, linewidth=2.5)
+
+    above.set_title("from above, m; dots at 2, 4 and 6 s")
+    rear, right = data.FRONT - data.LENGTH, -data.WIDTH / 2
+    above.add_patch(Rectangle((rear, right), data.LENGTH, data.WIDTH, facecolor=TRUTH, zorder=3))
+    above.set_aspect("equal", adjustable="datalim")
+    for ax, title in ((speed, "speed, m/s"), (curvature, "curvature, 1/m; left is up")):
+        ax.set_title(title)
+        ax.axvline(0, color=PAST, linewidth=0.8, alpha=0.5)
+        ax.set_xlim(-2, 6.4)
+        ax.set_xticks([-2, 0, 2, 4, 6], ["-2", "now", "2", "4", "6 s"])
+    speed.set_ylim(0, max(speed.get_ylim()[1], 1))
+    low, high = curvature.get_ylim()
+    curvature.set_ylim(min(low, -0.02), max(high, 0.02))  # no drama out of noise
+
+
+def draw(file, scene, out, views):
+    """Everything about one scene on a slide of 1600 x 900 pixels.
+
+    scene: a batch of one; out: its Rollout; views {camera id: (image (H, W, 3) uint8, intrinsics (10,), camera_to_ego
+    (4, 4))}, the last two None where unknown."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("the picture needs one more package: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drives = drives_of(scene, out)
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(16, 9), dpi=100)
+        said, true = out.reasoning[0][0] or "Drives without reasoning.", scene["reasoning"][0]
+        size, columns = (23, 80) if len(said) <= 80 else (16, 115)
+        figure.text(0.025, 0.965, textwrap.fill(said, columns), size=size, color=TRUTH, va="top", weight="bold")
+        below = f"sample 1 of {len(out.reasoning[0])} | " + (f"truth: {true}" if true else scene["name"][0])
+        figure.text(0.025, 0.9, textwrap.shorten(below, 180), size=13, color=PAST, va="top")
+
+        # The front camera is large, in the middle of the others, or beside the numbers if it is alone.
+        grid = figure.add_gridspec(2, 4, left=0.025, right=0.975, top=0.86, bottom=0.435, wspace=0.032, hspace=0.065)
+        front = 1 if 1 in views else next(iter(views))
+        places = {0: grid[0, 0], 6: grid[1, 0], 2: grid[0, 3]}
+        places = {camera: place for camera, place in places.items() if camera in views and camera != front}
+        for camera, place in places.items():
+            draw_view(figure.add_subplot(place, anchor="NW"), camera, views[camera], drives)
+        ax = figure.add_subplot(grid[:, 1:3] if places else grid[:, :3], anchor="N" if places else "NW")
+        draw_view(ax, front, views[front], drives)
+        draw_numbers(figure.add_subplot(grid[1, 3] if places else grid[0, 3]), scene, out, drives)
+
+        grid = figure.add_gridspec(1, 4, left=0.045, right=0.975, top=0.355, bottom=0.055, wspace=0.26)
+        draw_motion(*(figure.add_subplot(place) for place in (grid[:2], grid[2], grid[3])), scene, drives)
+        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+        figure.savefig(file)
+        plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse_flags():
+    p = argparse.ArgumentParser(description="Sample a model on one scene and draw it, or evaluate it on many.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    add = p.add_argument
+    add("--checkpoint", metavar="FOLDER", default="checkpoints/nano", help="the model, ours or the release's")
+    add("--seed", type=int, default=0, help="which held-out scene of the world; also the seed of the sampling")
+    add("--situation", metavar="NAME", help=f"the first such scene from --seed on: {', '.join(data.SITUATIONS)}")
+    add("--clip", metavar="FOLDER", help="a real clip instead of the world, in any layout that data.py reads")
+    add("--t0", type=float, metavar="SECONDS", help="now, on the clip's clock (default: the first that the clip names)")
+    add("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="pixels of the world's images")
+    add("--n", type=int, default=6, help="samples of a scene, each with its own reasoning")
+    add("--temperature", type=float, default=0.6, help="of the reasoning; 0 is greedy")
+    add("--top-p", type=float, default=0.98, help="reason with the likeliest words that together have this probability")
+    add("--steps", type=int, default=10, help="Euler steps of the flow from noise to controls")
+    add("--no-reasoning", dest="reason", action="store_false", help="drive without thinking")
+    add("--out", metavar="PNG", default="out/sample.png", help="the picture")
+    add("--eval", type=int, nargs="?", const=512, metavar="N", help="evaluate on N held-out scenes of the world (512)")
+    add("--blind", metavar="FOLDER", help="with --eval: a checkpoint that was trained without images, for comparison")
+    add("--batch", type=int, default=32, help="with --eval: scenes at a time")
+    add("--cache", metavar="FOLDER", default="data", help="with --eval: where rendered scenes are kept")
+    return p.parse_args()
+
+
+def load_model(folder):
+    """The checkpoint where it runs best: the GPU if there is one, and there the release's size in bfloat16."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    large = read_config(folder).max_pixels > 0
+    dtype = torch.bfloat16 if large and device == "cuda" else torch.float32
+    return Alpamayo.from_pretrained(folder, dtype, device).eval()
+
+
+def world_view(cfg, args):
+    """How the model wants to be shown the world."""
+    return dict(camera_ids=cfg.cameras, frames=cfg.frames, frame_dt=cfg.frame_dt, size=tuple(args.size))
+
+
+def world_scene(cfg, args):
+    """A Scene of the built-in world, batched, and its views for `draw`."""
+    seed = data.SEEDS["val"] + args.seed
+    if args.situation:
+        if args.situation not in data.SITUATIONS:
+            raise ValueError(f"--situation {args.situation!r}: unknown; expected one of {', '.join(data.SITUATIONS)}")
+        while data.draw(seed).situation != args.situation:
+            seed += 1
+    scene = data.make_scenes([seed], **world_view(cfg, args))
+    scene["name"] = [f"{scene['name'][0]}, held-out scene {seed - data.SEEDS['val']} of the world"]
+    images = scene["images"][0, :, -1].permute(0, 2, 3, 1).numpy()  # (cameras, H, W, 3), the newest
+    views = zip(images, scene["intrinsics"][0], scene["camera_to_ego"][0])
+    return scene, dict(zip(scene["camera_ids"][0].tolist(), views))
+
+
+def clip_scene(cfg, args):
+    """A Scene of a real clip, batched, and its views for `draw`: the images as they were taken."""
+    view = dict(t0=args.t0, frames=cfg.frames, frame_dt=cfg.frame_dt)
+    of_world = cfg.max_pixels == 0
+    if of_world:  # it knows only the world's cameras
+        view |= dict(camera_ids=cfg.cameras, size=tuple(args.size), rig=data.RIG)
+    try:
+        clips = data.load_clips(args.clip, **view)
+    except ValueError:  # perhaps the clip ends within 6.4 s: then there is no truth to compare with
+        clips = data.load_clips(args.clip, future=False, **view)
+    if of_world:
+        print("note       images are re-projected to the world's cameras; the shipped nano never saw a real street")
+    scene, (clip, t0) = clips.batch([0]), clips.cuts[0]
+    now = np.array([t0])
+    return scene, {k: (c.read(now)[0], c.intrinsics, c.camera_to_ego) for k, c in clips.sources(clip).items()}
+
+
+def report(scene, out, args):
+    """Print what the model thought and where it would go, beside the truth where it is known."""
+    true = scene["reasoning"][0]
+    print(f"scene      {scene['name'][0]}")
+    if true:
+        print(f"truth      {true}")
+    errors = ade(out.xyz[0].cpu(), scene["ego_future_xyz"][0]).tolist() if "ego_future_xyz" in scene else None
+    for i, said in enumerate(out.reasoning[0]):
+        known = args.reason and data.decisions(true)
+        mark = (" ✓" if is_right(said, true)[2] else " ✗") if known else ""
+        print(f"sample {i + 1:<2}{mark:2}  {said or '(no reasoning)'}" + (f"  ADE {errors[i]:.2f} m" if errors else ""))
+    if errors:
+        ctrv = ade(baselines(scene)["CTRV"], scene["ego_future_xyz"]).item()
+        print(f"minADE     {min(errors):.2f} m, best of {args.n}; constant turn rate and velocity: {ctrv:.2f} m")
+    print("time       " + ", ".join(f"{k} {1000 * v:.0f} ms" for k, v in out.seconds.items()))
+
+
+def main():
+    args = parse_flags()
+    for flag in ("n", "steps", "batch"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: expected 1 or more")
+    model = load_model(args.checkpoint)
+    if args.eval is not None:
+        rows = evaluate(model, args)
+        print(table(rows) + "\n\n" + NOTE.format(n=args.n))
+        print(json.dumps({"checkpoint": args.checkpoint, "samples": args.n, "seed": args.seed, "rows": rows}))
+        return
+    scene, views = clip_scene(model.cfg, args) if args.clip else world_scene(model.cfg, args)
+    out = model.sample(scene, args.n, args.temperature, args.top_p, args.steps, seed=args.seed, reason=args.reason)
+    report(scene, out, args)
+    draw(args.out, scene, out, views)
+    print(f"picture    {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"sample.py: {error}")

@@ -1,0 +1,133 @@
+"""Metrics, baselines, ribbons on the road, and sample.py as a person runs it: python -m pytest tests/test_sample.py"""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+from alpamayo import PRESETS, Alpamayo, Vocabulary, rot_of, with_words
+from sample import ade, baselines, is_right, min_ade, ribbon, table
+
+
+def motion(speed, accel, turn):
+    """A batch of one with 16 poses before and 64 after t0, of constant speed change (m/s^2) and turn rate (rad/s)."""
+    t = 0.1 * torch.arange(-15, 65, dtype=torch.float64)
+    if turn:
+        x, y = speed / turn * (turn * t).sin(), speed / turn * (1 - (turn * t).cos())
+    else:
+        x, y = speed * t + accel / 2 * t**2, 0 * t
+    xyz, rot = torch.stack([x, y, 0 * x], -1)[None].float(), rot_of(turn * t)[None].float()
+    return {"ego_history_xyz": xyz[:, :16], "ego_history_rot": rot[:, :16], "ego_future_xyz": xyz[:, 16:]}
+
+
+def errors(scene):
+    return {name: ade(path, scene["ego_future_xyz"]).item() for name, path in baselines(scene).items()}
+
+
+def test_baselines():
+    assert max(errors(motion(10, 0, 0)).values()) < 1e-3
+    circle = errors(motion(10, 0, 0.2))
+    assert circle["CTRV"] < 0.01 and circle["CTRA"] < 0.01 and circle["CV"] > 5  # a step is a chord, not an arc
+    faster = errors(motion(10, 1, 0))
+    mean_square = sum((0.1 * k) ** 2 for k in range(1, 65)) / 64
+    assert faster["CTRA"] < 2e-3 and faster["CV"] == pytest.approx(mean_square / 2, rel=0.05)
+    stopping = baselines(motion(6, -1.5, 0))["CTRA"][0, :, 0]  # stops after 4 s and 12 m, and stays
+    assert stopping.diff().min() >= 0 and stopping[-1].item() == pytest.approx(12, abs=0.02)
+
+
+def test_min_ade():
+    truth = torch.zeros(2, 64, 3)
+    offsets = torch.tensor([[3.0, 1.0, 2.0], [5.0, 7.0, 4.0]])  # m to the side, of 3 samples of 2 scenes
+    paths = torch.zeros(2, 3, 64, 3)
+    paths[..., 1] = offsets[..., None]
+    paths[..., 2] = 100  # height does not count
+    assert torch.allclose(ade(paths, truth[:, None]), offsets)
+    assert min_ade(paths, truth).tolist() == [1, 4]
+
+
+def test_is_right():
+    true = data.sentence("cones", data.LEFT)
+    assert is_right(true, true) == (True,) * 4
+    assert is_right(data.sentence("parked car", data.RIGHT), true) == (True, False, False, False)
+    assert is_right("!", true) == (False,) * 4
+
+
+@pytest.mark.parametrize("camera", [1, 6])
+def test_ribbon_ahead(camera):
+    """A straight path lies in the middle of the image, below the horizon, and as wide as it should be."""
+    H, W, length, width = 64, 128, 60.0, 1.8
+    intrinsics, pose = data.rig_camera(camera, H, W)
+    xyz = torch.linspace(length / 64, length, 64)[:, None] * torch.tensor([1.0, 0, 0])
+    quads = ribbon(xyz, torch.eye(3).expand(64, 3, 3), intrinsics, pose, width)
+    assert torch.allclose(quads[..., 0].mean(1), torch.tensor(W / 2), atol=1e-3)
+    assert (quads[..., 1] > H / 2).all()
+    ahead, height = length - pose[0, 3].item(), pose[2, 3].item()
+    angle = math.atan(math.hypot(width / 2, height) / ahead)  # off the optical axis, of the far corners
+    radius = (quads[-1, 1] - torch.tensor([W / 2, H / 2])).norm().item()
+    assert radius == pytest.approx(intrinsics[6].item() * angle, rel=1e-3)
+    assert quads[..., 1].max() > 0.95 * H  # and begins where the image does
+
+
+def test_ribbon_behind():
+    intrinsics, pose = data.rig_camera(1, 64, 128)
+    back = torch.linspace(-1, -30, 64)[:, None] * torch.tensor([1.0, 0, 0])
+    assert len(ribbon(back, torch.eye(3).expand(64, 3, 3), intrinsics, pose, 1.8)) == 0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("nano"))
+    texts = [data.sentence(situation, side) for situation in data.SITUATIONS for side in (data.LEFT, data.RIGHT)]
+    cfg = with_words(PRESETS["nano"], texts)
+    model = Alpamayo(cfg, Vocabulary(cfg))
+    model.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.vlm.lm_head.weight[model.vocabulary["traj_future_start"]] *= 30  # of few words
+    model.save_pretrained(folder)
+    return folder
+
+
+def run(folder, *flags):
+    """sample.py in an empty folder -> exit code, lines of stdout, lines of stderr."""
+    command = [sys.executable, os.path.join(ROOT, "sample.py"), *map(str, flags)]
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONIOENCODING="utf-8")
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8")
+    return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
+
+
+def test_picture(checkpoint, tmp_path):
+    code, said, trouble = run(tmp_path, "--checkpoint", checkpoint, "--situation", "pedestrian", "--n", 2, "--steps", 2)
+    assert code == 0, trouble
+    assert [line.split()[0] for line in said if line[:1] != " "][:2] == ["scene", "truth"]
+    assert "pedestrian" in said[0] and said[1].endswith(("from the left.", "from the right."))
+    assert sum(line.startswith("sample ") and "ADE" in line for line in said) == 2
+    assert said[-3].startswith("minADE") and said[-1].split() == ["picture", "out/sample.png"]
+    assert all(stage in said[-2] for stage in ("vision", "prefill", "reasoning", "flow"))
+    picture = (tmp_path / "out" / "sample.png").read_bytes()
+    assert [int.from_bytes(picture[i : i + 4], "big") for i in (16, 20)] == [1600, 900]
+
+
+def test_table(checkpoint, tmp_path):
+    flags = ("--checkpoint", checkpoint, "--eval", 6, "--n", 2, "--steps", 2, "--batch", 4, "--blind", checkpoint)
+    code, said, trouble = run(tmp_path, *flags)
+    assert code == 0, trouble
+    rows = json.loads(said[-1])["rows"]
+    assert rows["all"]["scenes"] == sum(row["scenes"] for name, row in rows.items() if name in data.SITUATIONS) == 6
+    assert 0 < rows["all"]["minade"] <= rows["all"]["ade"] and rows["all"]["best"] <= rows["all"]["CTRV"]
+    assert rows["trained blind"] == rows["no images (black)"]  # the same weights, shown the same black
+    assert said[: len(rows) + 2] == table(rows).splitlines()
+    assert run(tmp_path, *flags)[1] == said  # nothing is random but by the seed
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("--checkpoint", "nowhere"), ("--situation", "snow"), ("--n", "0"), ("--clip", "nowhere")]
+)
+def test_errors_are_one_line(checkpoint, tmp_path, flag, value):
+    code, said, trouble = run(tmp_path, "--checkpoint", checkpoint, flag, value)  # the last one counts
+    assert code == 1 and said == [] and len(trouble) == 1, trouble
+    assert trouble[0].startswith("sample.py: ") and value in trouble[0]

@@ -1,0 +1,128 @@
+"""Training as a user runs it: learn, be killed, go on, fail clearly.    python -m pytest tests/test_train.py"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+import train
+from alpamayo import Alpamayo
+
+SMALL = "--size 32 64 --scenes 32 --batch 8 --val-scenes 8 --val-every 4 --save-every 2 --warmup 2 --threads 1".split()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("scenes"))
+
+
+def command(cache, out, *more):
+    return [sys.executable, os.path.join(ROOT, "train.py"), *SMALL, "--cache", cache, "--out", str(out), *more]
+
+
+def run(args, ok=True):
+    done = subprocess.run(args, capture_output=True, text=True, timeout=300)
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done
+
+
+def log(folder):
+    """The run's log, a dict a step; the last line of a step counts."""
+    lines = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
+    return {line["step"]: line for line in lines}
+
+
+@pytest.fixture(scope="module")
+def unbroken(cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    run(command(cache, out, "--steps", "10", "--action-share", "0.3"))
+    return out
+
+
+def test_it_learns_and_leaves_a_checkpoint_that_drives(unbroken):
+    lines = log(unbroken)
+    assert sorted(lines) == list(range(1, 11))
+    assert [lines[i]["stage"] for i in (3, 4)] == ["action", "reason"]
+    assert lines[10]["text"] < lines[4]["text"] - 1 and lines[10]["flow"] < lines[1]["flow"]
+    assert 0 <= lines[10]["val"]["right"] <= 1 and lines[10]["val"]["ade"] > 0
+    model = Alpamayo.from_pretrained(str(unbroken))
+    assert model.cfg.reasoning == "on" and model.cfg.words
+    assert not [f for f in os.listdir(unbroken) if f.endswith(".part")]
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(cache, unbroken, tmp_path):
+    args = command(cache, tmp_path, "--steps", "10", "--action-share", "0.3")
+    running = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path = tmp_path / "log.jsonl"
+    while running.poll() is None and not (path.exists() and len(path.read_text().splitlines()) >= 5):
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert len(log(tmp_path)) < 10, "the run ended before it could be killed"
+    run([sys.executable, os.path.join(ROOT, "train.py"), "--resume", str(tmp_path)])
+    assert log(tmp_path) == log(unbroken)  # every loss, gradient norm and validation, to the last bit
+    a, b = (load_file(folder / "model.safetensors") for folder in (tmp_path, unbroken))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_two_processes_share_the_batch(cache, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master-port", "29617"]
+    args = command(cache, tmp_path, "--steps", "4", "--action-share", "0")
+    run(launch + args[1:])
+    lines = log(tmp_path)
+    assert sorted(lines) == [1, 2, 3, 4] and lines[4]["val"]["text"] < 8
+    flags = train.argparse.Namespace(batch=8, seed=3)
+    for step in (0, 5, 9):  # the second epoch begins inside step 3
+        whole = train.scene_numbers(step, 0, 1, 30, flags)
+        assert train.scene_numbers(step, 0, 2, 30, flags) + train.scene_numbers(step, 1, 2, 30, flags) == whole
+    epoch = sum((train.scene_numbers(step, 0, 1, 32, flags) for step in range(4)), [])
+    assert sorted(epoch) == list(range(32))
+
+
+def test_fine_tuning_one_part_leaves_the_other(cache, unbroken, tmp_path):
+    run(command(cache, tmp_path, "--steps", "2", "--stage", "reason", "--init", str(unbroken), "--train", "expert", "--muon-lr", "0"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (unbroken, tmp_path))
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("vlm."))
+    assert not torch.equal(before["expert.layers.0.mlp.up_proj.weight"], after["expert.layers.0.mlp.up_proj.weight"])
+
+
+def test_orthogonalise_makes_singular_values_one():
+    for shape in ((3, 8, 20), (2, 20, 8)):
+        values = torch.linalg.svdvals(train.orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0)), steps=8))
+        assert values.min() > 0.6 and values.max() < 1.3  # the quintic hovers around 1, as its author intended
+
+
+def test_bad_input_is_one_line(cache, unbroken, tmp_path):
+    def complaint(*args):
+        done = run(args, ok=False)
+        return [line for line in done.stderr.splitlines() if "error:" in line or line.startswith("train.py:")][-1]
+
+    assert "--init" in complaint(*command(cache, tmp_path / "a", "--stage", "reason"))
+    assert "nowhere" in complaint(*command(cache, tmp_path / "b", "--init", "nowhere"))
+    assert "multiple of 32" in complaint(*command(cache, tmp_path / "c", "--size", "48", "96"))
+    assert "multiple of processes" in complaint(*command(cache, tmp_path / "d", "--accumulate", "3"))
+    script = command(cache, tmp_path)[:2]
+    assert "no run to resume" in complaint(*script, "--resume", str(tmp_path))
+    assert "no other flag" in complaint(*script, "--resume", str(unbroken), "--lr", "1")
+    broken = tmp_path / "broken"
+    os.makedirs(broken)
+    (broken / "training.safetensors").write_bytes((unbroken / "training.safetensors").read_bytes()[:100_000])
+    assert "training.safetensors" in complaint(*script, "--resume", str(broken))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_itself(cache, unbroken, tmp_path):
+    tensors = load_file(unbroken / "model.safetensors")
+    tensors["action_out_proj.bias"] += 1e30  # squares to infinity
+    os.makedirs(tmp_path / "vlm")
+    for file in ("config.json", "vlm/config.json"):
+        (tmp_path / file).write_text((unbroken / file).read_text())
+    save_file(tensors, tmp_path / "model.safetensors")
+    done = run(command(cache, tmp_path / "out", "--stage", "reason", "--init", str(tmp_path), "--steps", "2"), ok=False)
+    assert "step 0: loss `flow` is inf" in done.stderr
+    assert not (tmp_path / "out" / "model.safetensors").exists()
