@@ -552,7 +552,7 @@ def prefix_attention(q, k0, v0, k1, v1, mask0=None, mask1=None):
     w0, w1 = w.split([k0.shape[2], k1.shape[2]], -1)
     w0 = w0.view(B, N // B, G, R, -1).transpose(1, 2).reshape(B, G, N // B * R, -1)
     y0 = (w0 @ v0).view(B, G, N // B, R, d).transpose(1, 2).reshape(N, G, R, d)
-    return (y0 + w1 @ v1).view(N, H, T, d)
+    return (y0 + w1 @ v1).reshape(N, H, T, d)
 
 
 class Attention(nn.Module):
@@ -1241,7 +1241,7 @@ def load_weights(model, folder, dtype, device):
                     if have != want:
                         raise ValueError(f"{path}: tensor {name} has shape {have}, the config asks for {want}")
                     tensor = f.get_tensor(name)
-                    if not tensor.isfinite().all():
+                    if not all(x.isfinite() for x in tensor.aminmax()):  # tensor.isfinite() would copy it
                         raise ValueError(f"{path}: tensor {name} holds NaN or infinite values")
                     # frequencies and moments stay float32: bfloat16 would shift sin(200 pi x) by whole turns
                     tensor = tensor.to(torch.float32 if name in buffers else dtype)

@@ -32,13 +32,13 @@ import functools
 import json
 import math
 import multiprocessing
-import multiprocessing.pool
 import os
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -859,16 +859,16 @@ def _make_set(done, first_seed, scenes, options, workers):
     making = f"{done}.making-{os.getpid()}"
     os.makedirs(making)
     # Processes of one thread each: threads that share cores with other threads are many times slower.
-    pool = (multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) if workers
-            else multiprocessing.pool.ThreadPool(1))
+    pool = multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) if workers else None
     try:
         for key, value in make_scenes([first_seed], **options).items():      # one scene tells shapes and types
             if torch.is_tensor(value):
                 np.lib.format.open_memmap(f"{making}/{key}.npy", "w+", value.numpy().dtype, (scenes, *value.shape[1:]))
         jobs = [(making, i, min(i + BATCH, scenes), first_seed, options) for i in range(0, scenes, BATCH)]
         text = {"reasoning": [""] * scenes, "name": [""] * scenes}
-        with pool, tqdm(total=scenes, desc=f"making {os.path.basename(done)}", unit="scene") as bar:
-            for first, reasoning, names in pool.imap_unordered(_make_part, jobs):
+        parts = pool.imap_unordered(_make_part, jobs) if pool else map(_make_part, jobs)
+        with pool or nullcontext(), tqdm(total=scenes, desc=f"making {os.path.basename(done)}", unit="scene") as bar:
+            for first, reasoning, names in parts:
                 text["reasoning"][first:first + BATCH], text["name"][first:first + BATCH] = reasoning, names
                 bar.update(len(names))
         with open(f"{making}/set.json", "w") as file:

@@ -70,8 +70,9 @@ def is_right(said, true):
 # ----------------------------------------------------------------------------------------------------------------------
 # The evaluation
 
-ERRORS = {"minade": "minADE", "ade": "ADE", "CV": "CV", "CTRV": "CTRV", "CTRA": "CTRA", "best": "best of 3"}  # m
-SHARES = {"longitudinal": "longitudinal", "lateral": "lateral", "both": "both", "exact": "exact"}
+SHARES = ("longitudinal", "lateral", "both", "exact")  # of the samples that are right
+COLUMNS = {"scenes": "scenes", "minade": "minADE", "ade": "ADE", "CV": "CV", "CTRV": "CTRV", "CTRA": "CTRA",
+           "best": "best of 3", "minade_over_ctrv": "minADE / CTRV", **{share: share for share in SHARES}}  # fmt: skip
 NOTE = """\
 Metres over 6.4 s, mean ± standard error. minADE: the best of {n} samples, each with its own reasoning; ADE: the first
 one. CV, CTRV, CTRA go on with the last speed v, turn rate w and acceleration a: speed v, v, max(v + a t, 0), heading 0,
@@ -103,13 +104,13 @@ def summary(numbers):
 
 def evaluate(model, args):
     """Rows of numbers over held-out scenes of the world: {row: see `summary`}. By situation and over all; then what
-    becomes of the model when its images are another scene's or black, and of one that was trained without them."""
+    becomes of the model when its images are its neighbour's in the batch, or grey; of one trained on grey ones."""
     scenes = data.load("world", split="val", scenes=args.eval, folder=args.cache, **world_view(model.cfg, args))
     another = lambda scene: scene | {"images": scene["images"].roll(1, 0)}
-    black = lambda scene: scene | {"images": torch.zeros_like(scene["images"])}
-    runs = {"all": (model, dict), "another scene's images": (model, another), "no images (black)": (model, black)}
+    grey = lambda scene: scene | {"images": torch.full_like(scene["images"], 127)}  # what train.py --blind shows
+    runs = {"all": (model, dict), "another scene's images": (model, another), "no images (grey)": (model, grey)}
     if args.blind:
-        runs["trained blind"] = load_model(args.blind), black
+        runs["trained blind"] = load_model(args.blind), grey
     starts, rows = range(0, len(scenes), args.batch), {}
     with tqdm(total=len(runs) * len(scenes), unit="scene") as bar:
         for run, (driver, show) in runs.items():
@@ -131,18 +132,19 @@ def evaluate(model, args):
 
 def table(rows):
     """Rows of numbers as Markdown."""
-    columns = {**ERRORS, "minade_over_ctrv": "minADE / CTRV", **SHARES}
 
     def cell(row, name):
         if name not in row:  # no reasoning, no decisions
             return "-"
+        if name == "scenes":
+            return str(row[name])
         if name in SHARES:
             return f"{100 * row[name]:.0f} ± {100 * row[name + '_se']:.0f}"
         return f"{row[name]:.2f}" + (f" ± {row[name + '_se']:.2f}" if name in ("minade", "ade") else "")
 
-    lines = [["situation", "scenes", *columns.values()], ["---"] + ["---:"] * (len(columns) + 1)]
+    lines = [["situation", *COLUMNS.values()], ["---"] + ["---:"] * len(COLUMNS)]
     for name, row in rows.items():
-        lines.append([f"**{name}**" if name == "all" else name, str(row["scenes"]), *(cell(row, c) for c in columns)])
+        lines.append([f"**{name}**" if name == "all" else name, *(cell(row, column) for column in COLUMNS)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -339,7 +341,7 @@ def parse_flags():
     add("--no-reasoning", dest="reason", action="store_false", help="drive without thinking")
     add("--out", metavar="PNG", default="out/sample.png", help="the picture")
     add("--eval", type=int, nargs="?", const=512, metavar="N", help="evaluate on N held-out scenes of the world (512)")
-    add("--blind", metavar="FOLDER", help="with --eval: a checkpoint that was trained without images, for comparison")
+    add("--blind", metavar="FOLDER", help="with --eval: a checkpoint that was trained on black images")
     add("--batch", type=int, default=32, help="with --eval: scenes at a time")
     add("--cache", metavar="FOLDER", default="data", help="with --eval: where rendered scenes are kept")
     return p.parse_args()

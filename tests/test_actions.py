@@ -12,7 +12,7 @@ import torch
 import alpamayo
 from alpamayo import (
     CURVATURE_BOUND, LOW_SPEED, QWEN_TOKENS, ActionSpace, Config, Vocabulary, WordTokenizer, fit_actions, from_bins,
-    initial_speed, release_config, roll_out, rot_of, to_bins, unwrap, with_words, yaw_of,
+    initial_speed, pick, release_config, roll_out, rot_of, to_bins, unwrap, with_words, yaw_of,
 )  # fmt: skip
 
 STEPS = 15 + 64  # of a drive: history, future
@@ -204,6 +204,19 @@ def test_special_tokens_in_text():
     ids = vocab.encode("Stop<|cot_end|><|traj_future_start|>")
     assert ids == [256, vocab["cot_end"], vocab["traj_future_start"]]
     assert vocab.decode(ids + [vocab.first_action, vocab.first_history]) == "Stop"
+
+
+def test_pick():
+    """From probabilities 0.5, 0.3, 0.15, 0.05, in a thousand draws: greedy, the likeliest that reach top_p, all."""
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().repeat(1000, 1)
+
+    def picked(temperature, top_p):
+        return set(pick(logits, temperature, top_p, torch.Generator().manual_seed(0)).tolist())
+
+    assert picked(0, 1) == {1}
+    assert picked(1, 0.4) == {1}
+    assert picked(1, 0.7) == {1, 3}
+    assert picked(1, 1) == {0, 1, 2, 3}
 
 
 # -------------------------------------------------------------------------------------------- the release's numbers

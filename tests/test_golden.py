@@ -52,12 +52,8 @@ def rollout(model, golden):
 # ----------------------------------------------------------------------------------------- prompt, seeing, reading
 
 
-def test_prompt_ids(model, golden):
-    assert torch.equal(model.prompt_ids(images=4, tokens_each=6, reason=True), golden["prompt_ids"][0])
-
-
 @torch.no_grad()
-def test_history_tokens_and_positions(model, golden):
+def test_prompt_and_its_positions(model, golden):
     _, positions, _, ids = model.embed_prompt(golden["scene"])
     assert torch.equal(ids, golden["input_ids"])
     assert torch.equal(positions, golden["position_ids"][:, 0])
@@ -72,7 +68,7 @@ def test_patches(model, golden):
 @torch.no_grad()
 def test_vision_tokens_and_deepstack(model, golden):
     tokens, deep, grid = model.look(golden["scene"])
-    assert grid == (4, 2, 3)
+    assert grid == (4, 2, 3)  # frames, rows, columns
     assert relative_error(tokens[0], golden["vision_tokens"]) < 1e-5
     assert relative_error(torch.cat(deep), golden["deepstack"]) < 1e-5
 

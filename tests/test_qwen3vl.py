@@ -5,7 +5,7 @@ The backbone against its origin: transformers' Qwen3-VL with the same made-up we
 
 Odd on purpose: six heads over three key-value heads of dimension 24, M-RoPE sections (5, 4, 3), images wider than high, a
 position grid of 5 x 5 under patches of 6 x 10, DeepStack from three tower blocks that are not evenly spaced. Then what
-transformers has no word for: one prompt that many samples share.
+transformers has no word for: a prompt that many samples share, and reasonings of different length side by side.
 """
 import pytest
 import torch
@@ -56,6 +56,8 @@ def scene():
         "camera_ids": torch.tensor([[0, 1]]).repeat(SCENES, 1),
         "ego_history_xyz": torch.randn(SCENES, 16, 3, generator=generator).cumsum(1).sub_(4),
         "ego_history_rot": torch.eye(3).expand(SCENES, 16, 3, 3),
+        "ego_future_xyz": torch.randn(SCENES, 64, 3, generator=generator),
+        "actions": torch.randn(SCENES, 64, 2, generator=generator) * torch.tensor([1.0, 0.03]),
     }
 
 
@@ -74,9 +76,9 @@ def pixels(model, scene):
 
 
 def test_vision_tokens_and_deepstack(model, oracle, scene, pixels):
-    tokens, deep, (images, h, w) = model.look(scene)
+    tokens, deep, grid = model.look(scene)
     theirs, their_deep = oracle.model.visual(pixels["pixel_values"], pixels["image_grid_thw"])
-    assert (images, h, w) == (CAMERAS * FRAMES, 3, 5)
+    assert grid == (FRAMES, 3, 5)
     assert relative_error(tokens.flatten(0, 1), theirs) < 1e-5
     assert len(deep) == len(their_deep) == 3
     for ours, theirs in zip(deep, their_deep):
@@ -200,3 +202,24 @@ def test_samples_of_different_length_are_separate_runs(model, scene, monkeypatch
         alone = sample({k: v[row // n][None] for k, v in scene.items()}, 1, slice(row, row + 1))
         assert together.reasoning[row // n][row % n] == alone.reasoning[0][0]
         torch.testing.assert_close(together.actions[row // n, row % n], alone.actions[0, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_losses_of_a_batch_are_those_of_its_scenes(model, scene):
+    """Two scenes whose reasonings differ in length, two noise levels each: neither the padding of the one nor the other's
+    text changes anything. Text counts by token, the rest by scene."""
+    said = ["Yield", "Yield to the pedestrian and to everybody else"]
+    generator = torch.Generator().manual_seed(0)
+    t = torch.rand(SCENES * 2, generator=generator)
+    noise = torch.randn(SCENES * 2, 64, 2, generator=generator)
+    together = model({**scene, "reasoning": said}, flow_samples=2, flow_t=t, flow_noise=noise)
+
+    alone = []
+    for i in range(SCENES):
+        one = {**{k: v[i : i + 1] for k, v in scene.items()}, "reasoning": said[i : i + 1]}
+        rows = slice(2 * i, 2 * i + 2)
+        alone.append(model(one, flow_samples=2, flow_t=t[rows], flow_noise=noise[rows]))
+    length = torch.tensor([len(model.vocabulary.encode(text)) + 2.0 for text in said])  # + <|cot_end|>, <|im_end|>
+    texts = torch.stack([loss["text"] for loss in alone])
+    torch.testing.assert_close(together["text"], (texts * length).sum() / length.sum())
+    for kind in ("action", "flow"):
+        torch.testing.assert_close(together[kind], torch.stack([loss[kind] for loss in alone]).mean())
