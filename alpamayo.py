@@ -7,10 +7,10 @@ Alpamayo-R1 in one file: a driving model that looks, says why it will act, and d
 
 What the language model reads, from left to right (Eq. 1), and what the action expert reads of it:
 
-    <system> <user> [image tokens: camera by camera, oldest frame first] [ego history] <assistant> <|cot_start|>   the prompt
-    Yield since a pedestrian crosses ... <|cot_end|> <|traj_future_start|>                                         the reasoning
-    <i1503> <i1499> ... 128 action tokens ... <|traj_future_end|>                                                  training only
-    the keys and values of prompt and reasoning  ->  expert: 64 noisy controls -> velocity -> 64 controls          the drive
+    prompt      <system> <user> [images: camera by camera, oldest frame first] [ego history] <assistant> <|cot_start|>
+    reasoning   Yield since a pedestrian crosses ... <|cot_end|> <|traj_future_start|>
+    training    <i1503> <i1499> ... 128 action tokens ... <|traj_future_end|>
+    driving     keys and values of prompt and reasoning -> expert: 64 noisy controls -> velocity -> 64 controls
 
 The discrete action tokens teach the language model to drive and give reinforcement learning something to score; the
 expert, a smaller transformer that reads the language model's key-value cache layer by layer, makes the path that is
@@ -88,13 +88,13 @@ class Config:
     frame_dt: float = 0.1  # seconds between them
     min_pixels: int = 163840  # images are resized so that their area lies between these; 0: they come as they should be
     max_pixels: int = 196608
-    ego: str = "deltas"  # deltas: 48 tokens of binned motion, as the release | kinematics: speed, acceleration, steering,
-    #                      turn signal over 2 s through a small MLP (what the paper's labels show; 4 tokens)
+    ego: str = "deltas"  # 48 tokens of binned motion, as the release | kinematics: speed, acceleration, steering angle and
+    #                      turn signal over 2 s, which the paper's labellers were shown, through an MLP to 4 tokens
     # switches that the release lacks
     chat: bool = True  # the release's words around the images; False: images, ego motion and nothing else
     name_cameras: bool = False  # "Front camera: frame 0 " before images, as Alpamayo-1.5
-    pair_frames: bool = False  # False: each frame is an image of its own, repeated temporal_patch times, as the release;
-    #                            True: temporal_patch successive frames share patches, as Qwen3-VL reads video
+    pair_frames: bool = False  # successive frames share patches, as Qwen3-VL reads video; False: each frame is an image
+    #                            of its own, repeated temporal_patch times, as the release
     view_embed: bool = False  # add a learned embedding of camera and time to image tokens
     reasoning: str = "on"  # on: think, then drive | off: drive at once
 
@@ -108,7 +108,7 @@ class Config:
 
 
 PRESETS = {
-    # a laptop: tests, the demo, the shipped checkpoint. 64 x 128 images; pairs of frames give 8 tokens a camera and second
+    # a laptop: tests, the demo, the shipped checkpoint. 64 x 128 images: 8 tokens for each camera's pair of frames
     "nano": Config(
         n_layer=4, n_embd=160, n_head=4, n_kv_head=2, head_dim=40, n_mlp=320, rope_theta=1e4, mrope_section=(8, 6, 6),
         v_layer=3, v_embd=96, v_head=4, v_mlp=256, v_grid=8, deepstack=(1,), e_embd=96, e_head=4, e_mlp=256, a_embd=96,
@@ -116,10 +116,11 @@ PRESETS = {
         frame_dt=0.5, min_pixels=0, max_pixels=0, ego="kinematics", chat=False, pair_frames=True, view_embed=True),
     # one GPU, an hour. 128 x 256 images
     "mini": Config(
-        n_layer=12, n_embd=512, n_head=8, n_kv_head=4, head_dim=64, n_mlp=1536, rope_theta=1e4, mrope_section=(12, 10, 10),
-        v_layer=8, v_embd=384, v_head=6, v_mlp=1536, v_grid=16, deepstack=(1, 3, 5), e_embd=256, e_head=8, e_mlp=768, a_embd=256,
-        bins=512, bin_range=5.0, history_bins=0, accel_std=1.5, accel_mean=0.0, curvature_mean=0.0, curvature_std=0.03,
-        frame_dt=0.5, min_pixels=0, max_pixels=0, ego="kinematics", chat=False, pair_frames=True, view_embed=True),
+        n_layer=12, n_embd=512, n_head=8, n_kv_head=4, head_dim=64, n_mlp=1536, rope_theta=1e4,
+        mrope_section=(12, 10, 10),
+        v_layer=8, v_embd=384, v_head=6, v_mlp=1536, v_grid=16, deepstack=(1, 3, 5), e_embd=256, e_head=8, e_mlp=768,
+        a_embd=256, bins=512, bin_range=5.0, history_bins=0, accel_std=1.5, accel_mean=0.0, curvature_mean=0.0,
+        curvature_std=0.03, frame_dt=0.5, min_pixels=0, max_pixels=0, ego="kinematics", chat=False, pair_frames=True, view_embed=True),
     "alpamayo-r1-10b": Config(),
 }  # fmt: skip
 
@@ -300,12 +301,12 @@ class Vocabulary:
             self.text, self.path = FileTokenizer(path), path
             self.ids = {t: self.text.tokenizer.token_to_id(t) for t in QWEN_TOKENS}
             if len(self.text) != cfg.text_vocab:
-                raise ValueError(f"{path}: {len(self.text)} tokens, config.json's traj_token_start_idx expects {cfg.text_vocab}")
+                raise ValueError(f"{path}: {len(self.text)} tokens, traj_token_start_idx in config.json is {cfg.text_vocab}")
         elif cfg.words:
             self.text, self.path = WordTokenizer(cfg.words), None
             self.ids = {t: len(self.text) + i for i, t in enumerate(QWEN_TOKENS)}
         else:
-            raise FileNotFoundError(f"{path}: missing; copy the text tokenizer's tokenizer.json there (Qwen3-VL-8B's for the release)")
+            raise FileNotFoundError(f"{path}: missing; copy the backbone's there (Qwen3-VL-8B's for the release)")
         self.first_action = cfg.text_vocab
         self.first_history = self.first_action + cfg.bins
         new = [t for t in SPECIAL_TOKENS if t not in self.ids]
@@ -354,7 +355,7 @@ def resize(images, cfg):
     unit = cfg.patch * cfg.merge
     if not cfg.max_pixels:
         if H % unit or W % unit:
-            raise ValueError(f"images: {H} x {W} pixels; height and width must be multiples of {unit} (patch {cfg.patch} x merge {cfg.merge})")
+            raise ValueError(f"images: {H} x {W} pixels; height and width must be multiples of {unit}, patch x merge")
         return images
     h, w = max(1, round(H / unit)) * unit, max(1, round(W / unit)) * unit
     if h * w > cfg.max_pixels:
@@ -450,7 +451,9 @@ class Merger(nn.Module):
         self.linear_fc2 = nn.Linear(self.group, cfg.n_embd)
 
     def forward(self, x):
-        x = self.norm(x.reshape(x.shape[0], -1, self.group)) if self.norm_after else self.norm(x).reshape(x.shape[0], -1, self.group)
+        x = x if self.norm_after else self.norm(x)
+        x = x.reshape(len(x), -1, self.group)
+        x = self.norm(x) if self.norm_after else x
         return self.linear_fc2(F.gelu(self.linear_fc1(x)))
 
 
@@ -876,26 +879,29 @@ class Alpamayo(nn.Module):
     def target_actions(self, scene):
         """Normalised controls (B, 64, 2) of the driven future; fitted unless the scene brings `actions` in SI units."""
         if "actions" not in scene:
-            motion = [scene[k].to(self.device) for k in ("ego_history_xyz", "ego_history_rot", "ego_future_xyz", "ego_future_rot")]
-            return self.action_space.normalise(fit_actions(*motion))
+            keys = ("ego_history_xyz", "ego_history_rot", "ego_future_xyz", "ego_future_rot")
+            return self.action_space.normalise(fit_actions(*(scene[k].to(self.device) for k in keys)))
         return self.action_space.normalise(scene["actions"].to(self.device))
 
     def response_ids(self, scene, actions, reason, action_tokens):
         """What the language model should say after the prompt: ids (B, R), right-padded with -1, and where the
         expert's prefix ends in it, (B,): the number of ids up to and including <|traj_future_start|>."""
         cfg, vocab = self.cfg, self.vocabulary
-        says = [vocab.encode(text + "<|cot_end|><|traj_future_start|>") if reason else [] for text in scene["reasoning"]]
+        close = "<|cot_end|><|traj_future_start|>"
+        says = [vocab.encode(text + close) if reason else [] for text in scene["reasoning"]]
         ends = torch.tensor([len(s) for s in says])
         if action_tokens:
-            bins = to_bins(actions, -cfg.bin_range, cfg.bin_range, cfg.bins).flatten(1) + vocab.first_action  # a0 k0 a1 k1 ...
+            bins = to_bins(actions, -cfg.bin_range, cfg.bin_range, cfg.bins).flatten(1)  # a0 k0 a1 k1 ...
             close = vocab.encode("<|traj_future_end|>" + ("<|im_end|>" if cfg.chat else ""))
-            says = [s + b + close for s, b in zip(says, bins.tolist())]
+            says = [s + b + close for s, b in zip(says, (bins + vocab.first_action).tolist())]
         ids = torch.full((len(says), max(map(len, says))), -1)
         for row, s in zip(ids, says):
             row[: len(s)] = torch.tensor(s)
         return ids.to(self.device), ends.to(self.device)
 
-    def forward(self, scene, stage="reason", action_tokens=True, flow_samples=1, flow_t=None, flow_noise=None, generator=None):
+    def forward(
+        self, scene, stage="reason", action_tokens=True, flow_samples=1, flow_t=None, flow_noise=None, generator=None
+    ):
         """Losses of one batch of Scenes (data.py).
 
         stage "reason": cross-entropy of reasoning and action tokens (Eq. 9) and the expert's flow matching (Eq. 6, 7);
@@ -921,7 +927,8 @@ class Alpamayo(nn.Module):
             nats = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=-1, reduction="none").view(B, R)
             said, is_action = ids >= 0, torch.zeros_like(ids, dtype=torch.bool)
             if action_tokens:  # from <|traj_future_start|> to <|traj_future_end|>
-                is_action = said & (torch.arange(R, device=device) >= ends[:, None] - 1) & (ids != self.vocabulary["im_end"])
+                late = torch.arange(R, device=device) >= ends[:, None] - 1
+                is_action = said & late & (ids != self.vocabulary["im_end"])
                 losses["action"] = nats[is_action].mean()
             if (said & ~is_action).any():
                 losses["text"] = nats[said & ~is_action].mean()
@@ -956,7 +963,9 @@ class Alpamayo(nn.Module):
     # -------------------------------------------------------------------------------------------------------- sampling
 
     @torch.no_grad()
-    def sample(self, scene, n=6, temperature=0.6, top_p=0.98, steps=10, max_new_tokens=256, noise=None, seed=None, reason=None):
+    def sample(
+        self, scene, n=6, temperature=0.6, top_p=0.98, steps=10, max_new_tokens=256, noise=None, seed=None, reason=None
+    ):
         """Look, think, drive: n samples of each of B scenes, each with its own reasoning (Sec. 5.1).
 
         temperature 0 is greedy; top_p keeps the likeliest tokens that together have that probability; steps of Euler
@@ -1010,8 +1019,10 @@ class Alpamayo(nn.Module):
         seconds["flow"] = clock.lap()
 
         tokens = torch.stack(tokens, 1) if tokens else torch.zeros(N, 0, dtype=torch.long, device=device)
-        said = [row[: row.index(vocab["cot_end"])] if vocab["cot_end"] in row else row[:k] for row, k in zip(tokens.tolist(), length.tolist())]
-        texts = [vocab.decode(row) for row in said]
+        texts = []
+        for row, k in zip(tokens.tolist(), length.tolist()):
+            k = row.index(vocab["cot_end"]) if vocab["cot_end"] in row else k
+            texts.append(vocab.decode(row[:k]))
         by_scene = lambda a: a.unflatten(0, (B, n))
         return Rollout([texts[i : i + n] for i in range(0, N, n)], by_scene(tokens), by_scene(actions), by_scene(xyz),
                        by_scene(rot), torch.stack(flow).unflatten(1, (B, n)), seconds)  # fmt: skip
@@ -1044,7 +1055,6 @@ class Clock:
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading and saving, in the release's format: config.json, vlm/config.json (the backbone's), *.safetensors
 
-# release's config.json -> ours, where one number is one field: (path in the json, our field)
 ACTION_FIELDS = ("accel_mean", "accel_std", "curvature_mean", "curvature_std")
 FIT = dict(a_lambda=1e-4, a_ridge=1e-4, kappa_lambda=1e-4, kappa_ridge=1e-4, theta_lambda=1e-6, theta_ridge=1e-8,
            v_lambda=1e-6, v_ridge=1e-4, n_waypoints=HORIZON, dt=DT)  # fmt: skip
@@ -1055,10 +1065,8 @@ QWEN3_VL_8B = ("Qwen3-VL-8B", "Cosmos-Reason2-8B")
 
 def vlm_config(cfg: Config) -> dict:
     """The backbone's config.json, as Qwen3-VL's."""
-    base = QWEN_TOKENS.index
-    special = {t: cfg.text_vocab - len(QWEN_TOKENS) + base(t) for t in QWEN_TOKENS}
-    if cfg.text_vocab == 151669:  # Qwen's tokenizer keeps them before its tool and code tokens
-        special = dict(zip(["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"], range(151652, 151657)))
+    first = 151652 if cfg.text_vocab == 151669 else cfg.text_vocab - 5  # Qwen's tokenizer has tool tokens behind them
+    special = dict(zip(QWEN_TOKENS[3:], range(first, first + 5)))
     return {
         "model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"], "tie_word_embeddings": False,
         "image_token_id": special["<|image_pad|>"], "video_token_id": special["<|video_pad|>"],
@@ -1083,7 +1091,8 @@ def vlm_config(cfg: Config) -> dict:
 def release_config(cfg: Config) -> dict:
     """config.json in the release's own format; what the release lacks stands under "extra"."""
     space = {"_target_": "alpamayo_r1.action_space.UnicycleAccelCurvatureActionSpace", "accel_bounds": [-9.8, 9.8],
-             "curvature_bounds": [-CURVATURE_BOUND, CURVATURE_BOUND], **FIT, **{k: getattr(cfg, k) for k in ACTION_FIELDS}}  # fmt: skip
+             "curvature_bounds": [-CURVATURE_BOUND, CURVATURE_BOUND], **FIT,
+             **{k: getattr(cfg, k) for k in ACTION_FIELDS}}  # fmt: skip
     first_special = cfg.text_vocab + cfg.bins + cfg.history_bins
     new = [t for t in SPECIAL_TOKENS if t not in QWEN_TOKENS]
     names = ("history", "future", "history_start", "future_start", "history_end", "future_end")
@@ -1100,11 +1109,17 @@ def release_config(cfg: Config) -> dict:
         "traj_token_start_idx": cfg.text_vocab,
         "traj_token_ids": {k: first_special + new.index(f"<|traj_{k}|>") for k in names},
         "traj_tokenizer_cfg": {
-            "_target_": "alpamayo_r1.action_space.discrete_action_space.DiscreteTrajectoryTokenizer", "_recursive_": False,
-            "action_space_cfg": space, "dims_min": [-cfg.bin_range] * 2, "dims_max": [cfg.bin_range] * 2, "num_bins": cfg.bins,
+            "_target_": "alpamayo_r1.action_space.discrete_action_space.DiscreteTrajectoryTokenizer",
+            "_recursive_": False, "action_space_cfg": space, "num_bins": cfg.bins,
+            "dims_min": [-cfg.bin_range] * 2, "dims_max": [cfg.bin_range] * 2,
         },
-        "hist_traj_tokenizer_cfg": {"_target_": "alpamayo_r1.models.delta_tokenizer.DeltaTrajectoryTokenizer", "num_bins": cfg.history_bins},
-        "diffusion_cfg": {"_target_": "alpamayo_r1.diffusion.flow_matching.FlowMatching", "int_method": "euler", "num_inference_steps": 10},
+        "hist_traj_tokenizer_cfg": {
+            "_target_": "alpamayo_r1.models.delta_tokenizer.DeltaTrajectoryTokenizer", "num_bins": cfg.history_bins,
+        },
+        "diffusion_cfg": {
+            "_target_": "alpamayo_r1.diffusion.flow_matching.FlowMatching", "int_method": "euler",
+            "num_inference_steps": 10,
+        },
         "action_space_cfg": space,
         "action_in_proj_cfg": {
             "_target_": "alpamayo_r1.models.action_in_proj.PerWaypointActionInProjV2", "hidden_size": cfg.a_embd,
@@ -1156,10 +1171,10 @@ def read_config(folder) -> Config:
     name = str(release["vlm_name_or_path"])
     if os.path.exists(path):
         vlm = read_json(path)
-    elif name.endswith(QWEN3_VL_8B) or any(k in name for k in QWEN3_VL_8B):
+    elif any(known in name for known in QWEN3_VL_8B):
         vlm = Json("built-in Qwen3-VL-8B", vlm_config(Config()))
     else:
-        raise FileNotFoundError(f"{path}: missing, and {folder}/config.json's vlm_name_or_path {name!r} is none of {', '.join(QWEN3_VL_8B)}")
+        raise FileNotFoundError(f"{path}: missing, and config.json's vlm_name_or_path {name!r} is not {' or '.join(QWEN3_VL_8B)}")
     text, see, tokens = vlm["text_config"], vlm["vision_config"], release["traj_tokenizer_cfg"]
     space, expert, embed = release["action_space_cfg"], release["expert_cfg"] or {}, release["action_in_proj_cfg"]
     for key, value in FIT.items():
@@ -1167,8 +1182,8 @@ def read_config(folder) -> Config:
     text.expect("tie_word_embeddings", False)
     layout = text.get("rope_scaling") or text["rope_parameters"]
     get = lambda key, default: expert[key] if key in expert else default
-    for key, value in (("num_key_value_heads", text["num_key_value_heads"]), ("head_dim", text["head_dim"]), ("num_hidden_layers", text["num_hidden_layers"])):
-        Json(release.path, expert, "expert_cfg.").expect(key, value)
+    for key in ("num_key_value_heads", "head_dim", "num_hidden_layers"):  # the expert reads the backbone's cache
+        Json(release.path, expert, "expert_cfg.").expect(key, text[key])
     extra = dict(release.get("extra") or {})
     unknown = set(extra) - set(EXTRA_FIELDS) - {"max_pixels"}
     if unknown:
@@ -1199,7 +1214,7 @@ def read_config(folder) -> Config:
     release.expect("traj_vocab_size", cfg.bins + cfg.history_bins)
     release.expect("vocab_size", cfg.vocab)
     if cfg.words and 256 + len(cfg.words) + len(QWEN_TOKENS) != cfg.text_vocab:
-        raise ValueError(f"{release.path}: field traj_token_start_idx is {cfg.text_vocab}; extra.words implies {256 + len(cfg.words) + len(QWEN_TOKENS)}")
+        raise ValueError(f"{release.path}: field traj_token_start_idx does not fit extra.words, {len(cfg.words)} words")
     return cfg
 
 
@@ -1283,12 +1298,13 @@ def save_weights(model, folder, dtype=None, shard_bytes=5 * 2**30):
             shards, room = shards + [{}], shard_bytes
         shards[-1][name] = t.contiguous()
         room -= size
-    one = len(shards) == 1
-    names = ["model.safetensors" if one else f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = names if len(shards) > 1 else ["model.safetensors"]
     for file, shard in zip(names, shards):
         write_atomically(os.path.join(folder, file), lambda part: save_file(shard, part, metadata={"format": "pt"}))
     index = os.path.join(folder, "model.safetensors.index.json")
-    if not one:
-        write_json(index, {"metadata": {}, "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}})
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+        write_json(index, {"metadata": {}, "weight_map": weight_map})
     elif os.path.exists(index):
         os.remove(index)  # of an earlier save in many shards, which loading would prefer

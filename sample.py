@@ -323,12 +323,14 @@ def draw(file, scene, out, views):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
+NANO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "checkpoints", "nano")  # the shipped checkpoint
+
 
 def parse_flags():
     p = argparse.ArgumentParser(description="Sample a model on one scene and draw it, or evaluate it on many.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     add = p.add_argument
-    add("--checkpoint", metavar="FOLDER", default="checkpoints/nano", help="the model, ours or the release's")
+    add("--checkpoint", metavar="FOLDER", default=NANO, help="the model, ours or the release's")
     add("--seed", type=int, default=0, help="which held-out scene of the world; also the seed of the sampling")
     add("--situation", metavar="NAME", help=f"the first such scene from --seed on: {', '.join(data.SITUATIONS)}")
     add("--clip", metavar="FOLDER", help="a real clip instead of the world, in any layout that data.py reads")
@@ -341,7 +343,7 @@ def parse_flags():
     add("--no-reasoning", dest="reason", action="store_false", help="drive without thinking")
     add("--out", metavar="PNG", default="out/sample.png", help="the picture")
     add("--eval", type=int, nargs="?", const=512, metavar="N", help="evaluate on N held-out scenes of the world (512)")
-    add("--blind", metavar="FOLDER", help="with --eval: a checkpoint that was trained on black images")
+    add("--blind", metavar="FOLDER", help="with --eval: a checkpoint that was trained with train.py --blind")
     add("--batch", type=int, default=32, help="with --eval: scenes at a time")
     add("--cache", metavar="FOLDER", default="data", help="with --eval: where rendered scenes are kept")
     return p.parse_args()
@@ -380,7 +382,7 @@ def clip_scene(cfg, args):
     view = dict(t0=args.t0, frames=cfg.frames, frame_dt=cfg.frame_dt)
     of_world = cfg.max_pixels == 0
     if of_world:  # it knows only the world's cameras
-        view |= dict(camera_ids=cfg.cameras, size=tuple(args.size), rig=data.RIG)
+        view |= dict(size=tuple(args.size), rig=data.RIG)
     try:
         clips = data.load_clips(args.clip, **view)
     except ValueError:  # perhaps the clip ends within 6.4 s: then there is no truth to compare with
@@ -415,6 +417,7 @@ def main():
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}: expected 1 or more")
     model = load_model(args.checkpoint)
+    args.reason = args.reason and model.cfg.reasoning == "on"  # after stage `action` a model cannot think yet
     if args.eval is not None:
         rows = evaluate(model, args)
         print(table(rows) + "\n\n" + NOTE.format(n=args.n))

@@ -27,16 +27,17 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
-from alpamayo import PRESETS, Alpamayo, Vocabulary, roll_out, with_words, write_atomically
+from alpamayo import PRESETS, Alpamayo, Vocabulary, with_words, write_atomically
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
 
 
 def parse_flags():
-    p = argparse.ArgumentParser(description="Train Alpamayo-R1: stages action, reason.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description="Train Alpamayo-R1.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
-    add("--stage", choices=("action", "reason", "all"), default="all", help="action tokens and expert | reasoning in front of them | one after the other")
+    add("--stage", choices=("action", "reason", "all"), default="all",
+        help="action tokens and expert | reasoning in front of them | one after the other")
     add("--preset", choices=tuple(PRESETS), default="nano", help="size of a model from scratch")
     add("--init", metavar="FOLDER", help="start from the weights of this checkpoint, ours or the release's")
     add("--resume", metavar="FOLDER", help="go on with the run that was writing FOLDER; takes no other flag")
@@ -47,7 +48,8 @@ def parse_flags():
     add("--cache", metavar="FOLDER", default="data", help="where rendered scenes are kept")
     add("--steps", type=int, default=600, help="optimiser steps")
     add("--batch", type=int, default=32, help="scenes a step, over all processes")
-    add("--accumulate", type=int, default=1, help="split each process's share of the batch into so many pieces, to save memory")
+    add("--accumulate", type=int, default=1,
+        help="split each process's share of the batch into so many pieces, to save memory")
     add("--action-share", type=float, default=0.1, help="share of the steps that stage `all` spends in stage `action`")
     add("--lr", type=float, default=2e-3, help="AdamW's learning rate: embeddings, heads, norms, biases")
     add("--muon-lr", type=float, default=0.01, help="Muon's learning rate: matrices inside the layers; 0: AdamW for all")
@@ -57,8 +59,10 @@ def parse_flags():
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--action-weight", type=float, default=0.3, help="weight of the action tokens' loss")
     add("--action-every", type=int, default=4, help="the 128 action tokens join every so many steps; 1: always")
-    add("--drive-every", type=int, default=8, help="in stage `reason` every so many steps leave the reasoning out, so that the model can also drive at once; 0: never")
-    add("--front-only", type=float, default=0.1, help="share of the steps that show the front cameras alone, so that other rigs find a model that knows such")
+    add("--drive-every", type=int, default=8,
+        help="in stage `reason` one step in so many has no reasoning, so that the model can also drive at once; 0: none")
+    add("--front-only", type=float, default=0.1,
+        help="share of the steps that show the front cameras alone, for rigs that have no others")
     add("--blind", action="store_true", help="grey images: what can be known without looking")
     add("--flow-samples", type=int, default=2, help="noise levels a scene, which share its cache")
     add("--train", choices=("all", "vlm", "expert"), default="all", help="what learns; the release trains first vlm, then expert")
@@ -127,12 +131,11 @@ class Muon(torch.optim.Optimizer):
 def make_optimisers(model, flags):
     """Muon gets the two-dimensional weights of layers, blocks and mergers; AdamW everything else."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    inside = [n for n, p in named if p.ndim == 2 and any(k in n for k in (".layers.", ".blocks.", "merger"))] if flags.muon_lr else []
-    hidden = [p for n, p in named if n in set(inside)]
-    matrices = [p for n, p in named if n not in set(inside) and p.ndim > 1]
-    vectors = [p for n, p in named if p.ndim <= 1]
-    adam = torch.optim.AdamW([dict(params=matrices, weight_decay=flags.weight_decay), dict(params=vectors, weight_decay=0.0)],
-                             lr=flags.lr, betas=(0.9, 0.99))  # fmt: skip
+    inside = lambda n, p: flags.muon_lr and p.ndim == 2 and any(k in n for k in (".layers.", ".blocks.", "merger"))
+    hidden = [p for n, p in named if inside(n, p)]
+    matrices = dict(params=[p for n, p in named if p.ndim > 1 and not inside(n, p)], weight_decay=flags.weight_decay)
+    vectors = dict(params=[p for n, p in named if p.ndim <= 1], weight_decay=0.0)
+    adam = torch.optim.AdamW([matrices, vectors], lr=flags.lr, betas=(0.9, 0.99))
     both = [(adam, flags.lr)]
     if hidden:
         both.append((Muon(hidden, flags.muon_lr, weight_decay=flags.weight_decay), flags.muon_lr))
@@ -224,8 +227,9 @@ def validate(model, scenes, stage, flags, rank, world_size, device):
         values = {k: v.item() for k, v in values.items() if k != "tokens"}
         values["ade"] = (out.xyz[:, 0] - scene["ego_future_xyz"])[..., :2].norm(dim=-1).mean().item()
         if stage == "reason":
-            values["right"] = sum(data.decisions(t[0]) == data.decisions(true) for t, true in zip(out.reasoning, scene["reasoning"])) / B
-            values["exact"] = sum(t[0] == true for t, true in zip(out.reasoning, scene["reasoning"])) / B
+            pairs = [(said[0], true) for said, true in zip(out.reasoning, scene["reasoning"])]
+            values["right"] = sum(data.decisions(said) == data.decisions(true) for said, true in pairs) / B
+            values["exact"] = sum(said == true for said, true in pairs) / B
         for k, v in values.items():
             sums[k] = sums.get(k, 0.0) + v * B
         count += B
@@ -277,7 +281,7 @@ def main():
     if world_size > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     if flags.batch % (world_size * flags.accumulate):
-        raise ValueError(f"--batch {flags.batch}: must be a multiple of processes x --accumulate, {world_size} x {flags.accumulate}")
+        raise ValueError(f"--batch {flags.batch}: must be a multiple of processes x --accumulate = {world_size * flags.accumulate}")
     # One detected precision: bfloat16 arithmetic with float32 weights on a GPU, float32 on a CPU, where it is faster.
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=cuda)
     say = print if rank == 0 else lambda *a, **k: None
@@ -298,7 +302,8 @@ def main():
         model.init_weights(torch.Generator().manual_seed(flags.seed))
         model.to(device)
     model.requires_grad_(False)
-    for part in {"all": [model], "vlm": [model.vlm], "expert": [model.expert, model.action_in_proj, model.action_out_proj]}[flags.train]:
+    expert = [model.expert, model.action_in_proj, model.action_out_proj]
+    for part in {"all": [model], "vlm": [model.vlm], "expert": expert}[flags.train]:
         part.requires_grad_(True)
     params = [p for p in model.parameters() if p.requires_grad]
     optimisers = make_optimisers(model, flags)
@@ -332,7 +337,7 @@ def main():
                 loss = total_loss(losses, flags) / flags.accumulate
             for name, value in losses.items():
                 if not value.isfinite():
-                    raise FloatingPointError(f"step {step}: loss `{name}` is {value.item()}; {flags.out} keeps the last good checkpoint")
+                    raise FloatingPointError(f"step {step}: loss `{name}` is {value.item()}; the last checkpoint is intact")
             loss.backward()
         if world_size > 1:
             average_gradients(params, world_size)
@@ -363,7 +368,7 @@ def main():
             if (step + 1) % flags.save_every == 0 or last:
                 save(model, optimisers, step + 1, flags)
     bar.close()
-    say(f"{flags.out}: done in {(time.time() - begin) / 60:.1f} minutes. Look at it: python sample.py --checkpoint {flags.out}")
+    say(f"done in {(time.time() - begin) / 60:.1f} minutes; look at it: python sample.py --checkpoint {flags.out}")
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -371,11 +376,13 @@ def main():
 
 def load_scenes(flags, cfg):
     """Training and validation scenes as the model wants to be shown them."""
-    view = dict(camera_ids=cfg.cameras, frames=cfg.frames, frame_dt=cfg.frame_dt)
+    view = dict(frames=cfg.frames, frame_dt=cfg.frame_dt)
     if flags.data == "world":
-        view |= dict(size=tuple(flags.size), folder=flags.cache)
-        return data.load("world", split="train", scenes=flags.scenes, **view), data.load("world", split="val", scenes=max(flags.val_scenes, 512), **view)
-    clips = data.load(flags.data, **view, **({} if cfg.max_pixels else dict(size=tuple(flags.size), rig=data.RIG)))
+        view |= dict(camera_ids=cfg.cameras, size=tuple(flags.size), folder=flags.cache)
+        held_out = max(flags.val_scenes, 512)  # one set for all: sample.py --eval reads it too
+        return data.load("world", scenes=flags.scenes, **view), data.load("world", split="val", scenes=held_out, **view)
+    of_world = {} if cfg.max_pixels else dict(size=tuple(flags.size), rig=data.RIG)  # it knows only the world's cameras
+    clips = data.load(flags.data, **view, **of_world)
     return clips, clips  # too few to spare any: what validation says of one's own clips is how well they were learned
 
 

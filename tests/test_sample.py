@@ -119,7 +119,7 @@ def test_table(checkpoint, tmp_path):
     rows = json.loads(said[-1])["rows"]
     assert rows["all"]["scenes"] == sum(row["scenes"] for name, row in rows.items() if name in data.SITUATIONS) == 6
     assert 0 < rows["all"]["minade"] <= rows["all"]["ade"] and rows["all"]["best"] <= rows["all"]["CTRV"]
-    assert rows["trained blind"] == rows["no images (black)"]  # the same weights, shown the same black
+    assert rows["trained blind"] == rows["no images (grey)"]  # the same weights, shown the same grey
     assert said[: len(rows) + 2] == table(rows).splitlines()
     assert run(tmp_path, *flags)[1] == said  # nothing is random but by the seed
 

@@ -1,0 +1,53 @@
+"""The README tells the truth: its lines, paths, flags and commands.    python -m pytest tests/test_readme.py"""
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = open(os.path.join(ROOT, "README.md")).read()
+LINKS = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+COMMANDS = [line.strip().split("#")[0].strip() for line in README.splitlines() if re.match(r"    (python|torchrun|pip|python3) ", line)]
+
+
+@pytest.mark.parametrize("name, file, line", LINKS)
+def test_the_map_points_at_the_line(name, file, line):
+    lines = open(os.path.join(ROOT, file)).read().splitlines()
+    pattern = re.compile(rf"\s*(def|class) {name}\b|{name} = ")
+    where = [i + 1 for i, text in enumerate(lines) if pattern.match(text)]
+    assert int(line) in where, f"{file}: {name} is at line {where}, the README says {line}"
+
+
+def test_every_path_exists():
+    assert len(LINKS) >= 15
+    for path in re.findall(r"\]\(([\w/.-]+?)(?:#L\d+)?\)", README):
+        assert os.path.exists(os.path.join(ROOT, path)), path
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if ".py" in c])
+def test_every_flag_exists(command):
+    words = shlex.split(command)
+    script = next(w for w in words if w.endswith(".py"))
+    known = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    for flag in words[words.index(script) :]:
+        if flag.startswith("--"):
+            assert re.search(rf"{flag}\b", known), f"{script} has no flag {flag}"
+
+
+def test_the_first_command_works(tmp_path):
+    """What a newcomer runs, with the shipped checkpoint, from any folder."""
+    picture = tmp_path / "sample.png"
+    command = [sys.executable, os.path.join(ROOT, "sample.py"), "--out", str(picture)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert picture.stat().st_size > 50_000
+    truth = re.search(r"truth +(.+)", done.stdout).group(1)
+    assert done.stdout.count(truth) >= 4, done.stdout  # most of six samples of the README's scene say what is true
+
+
+def test_the_shipped_checkpoint_is_small():
+    size = os.path.getsize(os.path.join(ROOT, "checkpoints", "nano", "model.safetensors"))
+    assert size <= 8e6
