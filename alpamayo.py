@@ -107,20 +107,23 @@ class Config:
         return 48 if self.ego == "deltas" else 4
 
 
+# What nano and mini share: they learn in the built-in world, and their words are added by `with_words`.
+OF_WORLD = dict(
+    rope_theta=1e4, accel_mean=0.0, accel_std=1.5, curvature_mean=0.0, curvature_std=0.03, history_bins=0,
+    text_vocab=264, frame_dt=0.5, min_pixels=0, max_pixels=0, ego="kinematics", chat=False, pair_frames=True,
+    view_embed=True,
+)  # fmt: skip
 PRESETS = {
     # a laptop: tests, the demo, the shipped checkpoint. 64 x 128 images: 8 tokens for each camera's pair of frames
     "nano": Config(
-        n_layer=4, n_embd=160, n_head=4, n_kv_head=2, head_dim=40, n_mlp=320, rope_theta=1e4, mrope_section=(8, 6, 6),
-        v_layer=3, v_embd=96, v_head=4, v_mlp=256, v_grid=8, deepstack=(1,), e_embd=96, e_head=4, e_mlp=256, a_embd=96,
-        bins=128, bin_range=4.0, history_bins=0, accel_std=1.5, accel_mean=0.0, curvature_mean=0.0, curvature_std=0.03,
-        frame_dt=0.5, min_pixels=0, max_pixels=0, ego="kinematics", chat=False, pair_frames=True, view_embed=True),
-    # one GPU, an hour. 128 x 256 images
+        n_layer=4, n_embd=160, n_head=4, n_kv_head=2, head_dim=40, n_mlp=320, mrope_section=(8, 6, 6), v_layer=3,
+        v_embd=96, v_head=4, v_mlp=256, v_grid=8, deepstack=(1,), e_embd=96, e_head=4, e_mlp=256, a_embd=96, bins=128,
+        bin_range=4.0, **OF_WORLD),
+    # one GPU. 128 x 256 images: 32 tokens
     "mini": Config(
-        n_layer=12, n_embd=512, n_head=8, n_kv_head=4, head_dim=64, n_mlp=1536, rope_theta=1e4,
-        mrope_section=(12, 10, 10),
-        v_layer=8, v_embd=384, v_head=6, v_mlp=1536, v_grid=16, deepstack=(1, 3, 5), e_embd=256, e_head=8, e_mlp=768,
-        a_embd=256, bins=512, bin_range=5.0, history_bins=0, accel_std=1.5, accel_mean=0.0, curvature_mean=0.0,
-        curvature_std=0.03, frame_dt=0.5, min_pixels=0, max_pixels=0, ego="kinematics", chat=False, pair_frames=True, view_embed=True),
+        n_layer=12, n_embd=512, n_head=8, n_kv_head=4, head_dim=64, n_mlp=1536, mrope_section=(12, 10, 10), v_layer=8,
+        v_embd=384, v_head=6, v_mlp=1536, v_grid=16, deepstack=(1, 3, 5), e_embd=256, e_head=8, e_mlp=768, a_embd=256,
+        bins=512, bin_range=5.0, **OF_WORLD),
     "alpamayo-r1-10b": Config(),
 }  # fmt: skip
 
@@ -843,6 +846,8 @@ class Alpamayo(nn.Module):
         cfg = self.cfg
         images = resize(scene["images"].to(self.device), cfg)
         B, cameras, frames, _, H, W = images.shape
+        if cfg.view_embed and frames != cfg.frames:
+            raise ValueError(f"images: {frames} frames of each camera; this model reads {cfg.frames}")
         if cfg.pair_frames:
             images = images.view(-1, cfg.temporal_patch, 3, H, W)
         else:
@@ -971,6 +976,8 @@ class Alpamayo(nn.Module):
         temperature 0 is greedy; top_p keeps the likeliest tokens that together have that probability; steps of Euler
         from noise (B * n, 64, 2), drawn where not given; seed fixes both. reason=False drives without thinking.
         The prompt's keys and values are stored once for all n samples. Returns a Rollout."""
+        if min(n, steps, max_new_tokens) < 1 or temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError("sample: n, steps and max_new_tokens must be 1 or more, temperature 0 or more, top_p in (0, 1]")
         cfg, vocab, device = self.cfg, self.vocabulary, self.device
         lm, reason = self.vlm.model.language_model, cfg.reasoning == "on" if reason is None else reason
         generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
@@ -1008,6 +1015,8 @@ class Alpamayo(nn.Module):
         mask = ((torch.arange(S + HORIZON, device=device) < length[:, None]) | own)[:, None]  # (N, 1, S + 64)
         past = [(k0, v0, None, k1, v1, mask) for (k0, v0), (k1, v1) in zip(prompt, tail)]
         x = torch.randn(N, HORIZON, 2, generator=generator, device=device) if noise is None else noise.to(device)
+        if x.shape != (N, HORIZON, 2):
+            raise ValueError(f"noise: shape {tuple(x.shape)}; {B} scenes of {n} samples need {(N, HORIZON, 2)}")
         flow = [x]
         for i in range(steps):
             t = torch.full((N,), i / steps, device=device)

@@ -383,6 +383,9 @@ def load_scenes(flags, cfg):
         return data.load("world", scenes=flags.scenes, **view), data.load("world", split="val", scenes=held_out, **view)
     of_world = {} if cfg.max_pixels else dict(size=tuple(flags.size), rig=data.RIG)  # it knows only the world's cameras
     clips = data.load(flags.data, **view, **of_world)
+    silent = clips.reasoning.count("")
+    if silent and flags.stage != "action":
+        raise ValueError(f"{flags.data}: {silent} of {len(clips)} scenes have no reasoning; write it, or --stage action")
     return clips, clips  # too few to spare any: what validation says of one's own clips is how well they were learned
 
 

@@ -15,6 +15,7 @@ from conftest import made_up
 import alpamayo
 from alpamayo import Alpamayo, Config, Vocabulary, image_positions, resize, rope, vlm_config, with_words
 
+image = pytest.importorskip("PIL.Image")
 qwen = pytest.importorskip("transformers.models.qwen3_vl")
 processing = pytest.importorskip("transformers.models.qwen2_vl.image_processing_qwen2_vl")
 
@@ -108,7 +109,6 @@ def test_size_of_the_release_cameras():
 
 def test_resized_pixels():
     """Bicubic with antialiasing, as Pillow's to one grey level."""
-    image = pytest.importorskip("PIL.Image")
     noise = torch.randint(0, 256, (1, 3, 90, 160), generator=torch.Generator().manual_seed(0)).float()
     picture = F.avg_pool2d(noise, 5, stride=1, padding=2).to(torch.uint8)
     ours = resize(picture, Config(min_pixels=32 * 32, max_pixels=64 * 96))[0]
@@ -195,7 +195,7 @@ def test_samples_of_different_length_are_separate_runs(model, scene, monkeypatch
     def sample(scene, n, rows):
         said = iter(script[rows].T)
         monkeypatch.setattr(alpamayo, "pick", lambda *_: next(said))
-        return model.sample(scene, n=n, noise=noise[rows])
+        return model.sample(scene, n=n, steps=2, noise=noise[rows])
 
     together = sample(scene, n, slice(None))
     for row in range(SCENES * n):
