@@ -305,7 +305,7 @@ class Vocabulary:
             self.ids = {t: self.text.tokenizer.token_to_id(t) for t in QWEN_TOKENS}
             if len(self.text) != cfg.text_vocab:
                 raise ValueError(f"{path}: {len(self.text)} tokens, traj_token_start_idx in config.json is {cfg.text_vocab}")
-        elif cfg.words:
+        elif not cfg.chat:  # a model from scratch: it needs no other words than its own
             self.text, self.path = WordTokenizer(cfg.words), None
             self.ids = {t: len(self.text) + i for i, t in enumerate(QWEN_TOKENS)}
         else:

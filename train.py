@@ -376,11 +376,14 @@ def main():
 
 def load_scenes(flags, cfg):
     """Training and validation scenes as the model wants to be shown them."""
+    unit = cfg.patch * cfg.merge
+    if not cfg.max_pixels and any(s % unit for s in flags.size):
+        raise ValueError("--size {} {}: height and width must be multiples of {}".format(*flags.size, unit))
     view = dict(frames=cfg.frames, frame_dt=cfg.frame_dt)
     if flags.data == "world":
         view |= dict(camera_ids=cfg.cameras, size=tuple(flags.size), folder=flags.cache)
-        held_out = max(flags.val_scenes, 512)  # one set for all: sample.py --eval reads it too
-        return data.load("world", scenes=flags.scenes, **view), data.load("world", split="val", scenes=held_out, **view)
+        counts = {"train": flags.scenes, "val": flags.val_scenes}
+        return [data.load("world", split=split, scenes=count, **view) for split, count in counts.items()]
     of_world = {} if cfg.max_pixels else dict(size=tuple(flags.size), rig=data.RIG)  # it knows only the world's cameras
     clips = data.load(flags.data, **view, **of_world)
     silent = clips.reasoning.count("")

@@ -80,7 +80,8 @@ def test_gradient_of_roll_out():
 
 # --------------------------------------------------------------------------------------------------------- the fit
 
-DRIVES = {  # acceleration m/s^2, curvature 1/m, speed at the start m/s, farthest that the round trip may go astray in mm
+STOP_AND_GO = -4 * torch.sin(TIME * 2 * math.pi / 7.8)  # m/s^2: from 10 m/s nearly to 0 and back
+DRIVES = {  # acceleration m/s^2, curvature 1/m, speed at the start m/s, and how far off the round trip may be in mm
     "straight": (0, 0, 15.0, 5),
     "fast": (0, 0, 35.0, 10),
     "arc": (0, 0.02, 10.0, 5),
@@ -89,8 +90,8 @@ DRIVES = {  # acceleration m/s^2, curvature 1/m, speed at the start m/s, farthes
     "brake in a bend": (-1.5, 0.01, 15.0, 5),
     "reverse": (-0.2, 0.05, -2.0, 15),
     "weave": (1.5 * torch.sin(TIME), 0.05 * torch.cos(1.3 * TIME), 12.0, 10),
-    "stop and go": (-4 * torch.sin(TIME * 2 * math.pi / 7.8), 0, 10.0, 5),
-    "stop and go in a bend": (-4 * torch.sin(TIME * 2 * math.pi / 7.8), 0.02, 10.0, 200),  # the guard costs some heading
+    "stop and go": (STOP_AND_GO, 0, 10.0, 5),
+    "stop and go in a bend": (STOP_AND_GO, 0.02, 10.0, 200),  # the guard costs some heading
 }
 
 
@@ -179,9 +180,7 @@ def test_out_of_range_goes_to_the_end_bins():
     assert to_bins(torch.tensor([-torch.inf, -11, 11, torch.inf]), -10, 10, 100).tolist() == [0, 0, 99, 99]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "Stop at 3 m!", "  two  spaces\n\ttab", "Straße, 停车, 🚦", "<|half a token", "café\x00", "Unknown words"]
-)
+@pytest.mark.parametrize("text", ["", "Stop at 3 m!", "  two  spaces\n\ttab", "Straße, 停车, 🚦", "<|no", "\x00"])
 def test_words_and_bytes_bring_back_any_text(text):
     tokenizer = WordTokenizer(["Stop", " at", " spaces"])
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -3,11 +3,12 @@ The release, number by number: a tiny checkpoint in its format, against what the
 
     python -m pytest tests/test_golden.py
 
-golden/README.md says where the numbers come from. Tokens agree exactly, tensors to 1e-4 relative or better, paths to 1 mm.
+golden/README.md says where the numbers come from. Tokens agree exactly, tensors to 1e-4 relative or better, paths to
+1 mm.
 
 One thing cannot agree, whoever computes it: the ten free-running Euler steps with these made-up weights. The controls
-enter through sines of up to 100 turns a unit, so a difference in the last bit of the noise is a quarter of the answer ten
-steps later (test_the_free_run_is_chaotic). So each step is checked from where the release's own began, the path is checked
+enter through sines of up to 100 turns a unit, and a difference in the last bit of the noise is a quarter of the answer
+ten steps later (test_the_free_run_is_chaotic). So each step is checked from where the release's own began, the path
 behind the release's last step, and all ten in a row with the frequencies lowered, against transformers' own modules.
 """
 import copy
@@ -61,7 +62,7 @@ def test_prompt_and_its_positions(model, golden):
 
 
 def test_patches(model, golden):
-    images = golden["images"][0][:, None].expand(-1, 2, -1, -1, -1)  # (4, 2, 3, H, W): each frame fills a temporal patch
+    images = golden["images"][0][:, None].expand(-1, 2, -1, -1, -1)  # (4, 2, 3, H, W): each frame twice
     torch.testing.assert_close(patchify(images, model.cfg).flatten(0, 1), golden["pixel_values"])
 
 
@@ -141,8 +142,8 @@ def test_the_free_run_is_chaotic(model, golden, rollout):
 
 @torch.no_grad()
 def flow_by_transformers(model, golden):
-    """The sampler written plainly on transformers' modules: one pass over the whole sequence, and the expert on a copy of
-    that cache at every step. Returns the controls after ten steps (1, 64, 2), normalised."""
+    """The sampler written plainly on transformers' modules: one pass over the whole sequence, then at every step the
+    expert on a copy of that cache. Returns the controls after ten steps (1, 64, 2), normalised."""
     qwen = pytest.importorskip("transformers.models.qwen3_vl")
     spec = read_json("spec.json")
     config = spec["vlm/config.json"]
@@ -220,16 +221,16 @@ def test_path_of_the_action_tokens(model, golden):
 
 
 def training_scene(model, golden):
-    """The golden scene with its reasoning, which stands in train_ids between <|cot_start|> and <|cot_end|>, and with the
-    controls that the release fitted: what is left of the fit's 1e-4, the expert's high frequencies would amplify."""
+    """The golden scene with its reasoning, read off train_ids, and with the controls that the release fitted: ours
+    differ by 1e-4, which the expert's high frequencies would amplify."""
     reasoning = model.vocabulary.decode(golden["train_ids"][0, P:-ACTION_TAIL].tolist())
     actions = model.action_space.restore(golden["action_target"])
     return {**golden["scene"], "reasoning": [reasoning], "actions": actions}
 
 
 def losses_and_gradients(model, golden):
-    """The language model's loss (the release adds text and action) and the expert's, and of each a dict of gradient norms:
-    parameter name -> norm, of the parameters that it reaches."""
+    """The language model's loss, where the release adds text and action, and the expert's. Of each also the gradient
+    norms: parameter name -> norm, of the parameters that it reaches."""
     loss = model(training_scene(model, golden), flow_t=golden["flow_t"], flow_noise=golden["flow_noise"])
     loss = {"vlm_loss": loss["text"] + loss["action"], "flow_loss": loss["flow"]}
     names, parameters = zip(*model.named_parameters())
@@ -249,8 +250,8 @@ def learned(model, golden):
 def learned_causally(model, golden):
     """The same with action tokens that see only those before them.
 
-    The official training code passes no attention mask to the expert, which leaves it causal, though the official sampler
-    runs it non-causal, and so do we in both. The release's loss is met only with its mask."""
+    The official training code passes no attention mask to the expert, which leaves it causal, though the official
+    sampler runs it non-causal. Ours is non-causal in both; the release's loss is met only with its mask."""
     attend = alpamayo.prefix_attention
 
     def causal(q, k0, v0, k1, v1, mask0=None, mask1=None):

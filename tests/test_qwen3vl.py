@@ -1,11 +1,11 @@
 """
-The backbone against its origin: transformers' Qwen3-VL with the same made-up weights, at a geometry unlike the golden one.
+The backbone against its origin: transformers' Qwen3-VL with the same made-up weights, at another geometry than golden.
 
     python -m pytest tests/test_qwen3vl.py          needs: pip install transformers==4.57.1 pillow
 
-Odd on purpose: six heads over three key-value heads of dimension 24, M-RoPE sections (5, 4, 3), images wider than high, a
-position grid of 5 x 5 under patches of 6 x 10, DeepStack from three tower blocks that are not evenly spaced. Then what
-transformers has no word for: a prompt that many samples share, and reasonings of different length side by side.
+Odd on purpose: six heads over three key-value heads of dimension 24, M-RoPE sections (5, 4, 3), images wider than high,
+a position grid of 5 x 5 under patches of 6 x 10, DeepStack from three tower blocks that are not evenly spaced. Then
+what transformers has no word for: a prompt that many samples share, and reasonings of different length side by side.
 """
 import pytest
 import torch
@@ -95,7 +95,7 @@ def test_two_frames_in_a_patch(model):
     assert relative_error(tower.patch_embed(alpamayo.patchify(images, model.cfg)), in_groups) < 1e-5
 
 
-@pytest.mark.parametrize("size", [(1080, 1920), (375, 1242), (480, 640), (2160, 3840), (1920, 1080), (64, 96), (20, 900)])
+@pytest.mark.parametrize("size", [(1080, 1920), (375, 1242), (480, 640), (2160, 3840), (800, 600), (64, 96), (9, 900)])
 def test_size_after_resizing(size):
     """The release's rule and limits, on camera pictures and on oddities."""
     cfg = Config()
@@ -178,9 +178,9 @@ def test_greedy_reasoning(model, oracle, scene, pixels):
     barred = list(range(vocab.first_action, vocab.first_history + model.cfg.history_bins))
     ids = model.embed_prompt(one)[-1]
     pixels = {k: v[: len(v) // SCENES] for k, v in pixels.items()}
-    theirs = oracle.generate(ids, **pixels, max_new_tokens=8, do_sample=False, suppress_tokens=barred)[0, ids.shape[1] :]
+    theirs = oracle.generate(ids, **pixels, max_new_tokens=8, do_sample=False, suppress_tokens=barred)[0]
     ours = model.sample(one, n=1, temperature=0, max_new_tokens=9).tokens[0, 0]
-    assert ours.tolist() == theirs.tolist() + [vocab["traj_future_start"]]
+    assert ours.tolist() == theirs[ids.shape[1] :].tolist() + [vocab["traj_future_start"]]
 
 
 def test_samples_of_different_length_are_separate_runs(model, scene, monkeypatch):
@@ -205,7 +205,7 @@ def test_samples_of_different_length_are_separate_runs(model, scene, monkeypatch
 
 
 def test_losses_of_a_batch_are_those_of_its_scenes(model, scene):
-    """Two scenes whose reasonings differ in length, two noise levels each: neither the padding of the one nor the other's
+    """Two scenes whose reasonings differ in length, two noise levels each: neither the one's padding nor the other's
     text changes anything. Text counts by token, the rest by scene."""
     said = ["Yield", "Yield to the pedestrian and to everybody else"]
     generator = torch.Generator().manual_seed(0)

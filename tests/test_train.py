@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from alpamayo import Alpamayo
+from test_clips import folder  # noqa: F401, a clip of one's own
 
 SMALL = "--size 32 64 --scenes 32 --batch 8 --val-scenes 8 --val-every 4 --save-every 2 --warmup 2 --threads 1".split()
 
@@ -49,7 +50,8 @@ def test_it_learns_and_leaves_a_checkpoint_that_drives(unbroken):
     lines = log(unbroken)
     assert sorted(lines) == list(range(1, 11))
     assert [lines[i]["stage"] for i in (3, 4)] == ["action", "reason"]
-    assert lines[10]["text"] < lines[4]["text"] - 1 and lines[10]["flow"] < lines[1]["flow"]
+    assert lines[9]["text"] < lines[4]["text"] - 1 and lines[9]["flow"] < lines[1]["flow"]
+    assert "text" not in lines[10]  # every eighth step drives without reasoning
     assert 0 <= lines[10]["val"]["right"] <= 1 and lines[10]["val"]["ade"] > 0
     model = Alpamayo.from_pretrained(str(unbroken))
     assert model.cfg.reasoning == "on" and model.cfg.words
@@ -92,6 +94,18 @@ def test_fine_tuning_one_part_leaves_the_other(cache, unbroken, tmp_path):
     assert not torch.equal(before["expert.layers.0.mlp.up_proj.weight"], after["expert.layers.0.mlp.up_proj.weight"])
 
 
+def test_ones_own_clips_train_too(cache, unbroken, folder, tmp_path):  # noqa: F811
+    """The wide and the tele camera of a clip, re-projected, fine-tune a model of the world; reasoning must be there."""
+    args = command(cache, tmp_path / "out", "--data", str(folder), "--init", str(unbroken), "--steps", "2", "--batch", "4")
+    run([*args, "--stage", "action"])
+    assert log(tmp_path / "out")[2]["val"]["ade"] > 0
+    done = run([*args, "--stage", "reason"], ok=False)
+    assert "have no reasoning" in done.stderr.splitlines()[-1]
+    (folder / "reasoning.json").write_text(json.dumps([{"time": t, "text": "Turn left, since the road does."} for t in (2, 2.5, 3)]))
+    run([*args, "--stage", "reason"])
+    assert log(tmp_path / "out")[1]["text"] > 0
+
+
 def test_orthogonalise_makes_singular_values_one():
     for shape in ((3, 8, 20), (2, 20, 8)):
         values = torch.linalg.svdvals(train.orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0)), steps=8))
@@ -105,7 +119,7 @@ def test_bad_input_is_one_line(cache, unbroken, tmp_path):
 
     assert "--init" in complaint(*command(cache, tmp_path / "a", "--stage", "reason"))
     assert "nowhere" in complaint(*command(cache, tmp_path / "b", "--init", "nowhere"))
-    assert "multiple of 32" in complaint(*command(cache, tmp_path / "c", "--size", "48", "96"))
+    assert "multiples of 32" in complaint(*command(cache, tmp_path / "c", "--size", "48", "96"))
     assert "multiple of processes" in complaint(*command(cache, tmp_path / "d", "--accumulate", "3"))
     script = command(cache, tmp_path)[:2]
     assert "no run to resume" in complaint(*script, "--resume", str(tmp_path))
