@@ -29,7 +29,7 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -1067,6 +1067,7 @@ class Clock:
 ACTION_FIELDS = ("accel_mean", "accel_std", "curvature_mean", "curvature_std")
 FIT = dict(a_lambda=1e-4, a_ridge=1e-4, kappa_lambda=1e-4, kappa_ridge=1e-4, theta_lambda=1e-6, theta_ridge=1e-8,
            v_lambda=1e-6, v_ridge=1e-4, n_waypoints=HORIZON, dt=DT)  # fmt: skip
+MAY_BE_ZERO = ("min_pixels", "max_pixels", "history_bins")
 EXTRA_FIELDS = ("words", "cameras", "frames", "frame_dt", "ego", "chat", "pair_frames", "view_embed", "reasoning")
 NAMED = ("include_camera_ids", "include_frame_nums")  # fields of Alpamayo-1.5's config.json: name_cameras
 QWEN3_VL_8B = ("Qwen3-VL-8B", "Cosmos-Reason2-8B")
@@ -1153,6 +1154,8 @@ class Json(dict):
 
     def __getitem__(self, key):
         value = super().__getitem__(key)
+        if value is None:
+            raise ValueError(f"{self.path}: field {self.where}{key} is null")
         return Json(self.path, value, f"{self.where}{key}.") if isinstance(value, dict) else value
 
     def expect(self, key, value):
@@ -1163,11 +1166,14 @@ class Json(dict):
 def read_json(path):
     try:
         with open(path) as f:
-            return Json(path, json.load(f))
+            data = json.load(f)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing") from None
     except ValueError as e:
         raise ValueError(f"{path}: not JSON: {e}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected an object of named fields, not {str(data)[:20]!r}")
+    return Json(path, data)
 
 
 def read_config(folder) -> Config:
@@ -1185,14 +1191,14 @@ def read_config(folder) -> Config:
     else:
         raise FileNotFoundError(f"{path}: missing, and config.json's vlm_name_or_path {name!r} is not {' or '.join(QWEN3_VL_8B)}")
     text, see, tokens = vlm["text_config"], vlm["vision_config"], release["traj_tokenizer_cfg"]
-    space, expert, embed = release["action_space_cfg"], release["expert_cfg"] or {}, release["action_in_proj_cfg"]
+    space, expert, embed = release["action_space_cfg"], release["expert_cfg"], release["action_in_proj_cfg"]
     for key, value in FIT.items():
         space.expect(key, value)
     text.expect("tie_word_embeddings", False)
-    layout = text.get("rope_scaling") or text["rope_parameters"]
+    layout = text["rope_scaling" if text.get("rope_scaling") else "rope_parameters"]
     get = lambda key, default: expert[key] if key in expert else default
     for key in ("num_key_value_heads", "head_dim", "num_hidden_layers"):  # the expert reads the backbone's cache
-        Json(release.path, expert, "expert_cfg.").expect(key, text[key])
+        expert.expect(key, text[key])
     extra = dict(release.get("extra") or {})
     unknown = set(extra) - set(EXTRA_FIELDS) - {"max_pixels"}
     if unknown:
@@ -1205,23 +1211,40 @@ def read_config(folder) -> Config:
     named = [bool(release.get(k)) for k in NAMED]
     if named[0] != named[1]:
         raise ValueError(f"{release.path}: fields {' and '.join(NAMED)} differ; this code knows both or neither")
-    cfg = Config(
+    numbers = dict(
         n_layer=text["num_hidden_layers"], n_embd=text["hidden_size"], n_head=text["num_attention_heads"],
         n_kv_head=text["num_key_value_heads"], head_dim=text["head_dim"], n_mlp=text["intermediate_size"],
-        rope_theta=float(text.get("rope_theta") or layout["rope_theta"]), mrope_section=tuple(layout["mrope_section"]),
+        rope_theta=text.get("rope_theta") or layout["rope_theta"], mrope_section=layout["mrope_section"],
         v_layer=see["depth"], v_embd=see["hidden_size"], v_head=see["num_heads"], v_mlp=see["intermediate_size"],
-        v_grid=math.isqrt(see["num_position_embeddings"]), patch=see["patch_size"], merge=see["spatial_merge_size"],
-        temporal_patch=see["temporal_patch_size"], deepstack=tuple(see["deepstack_visual_indexes"]),
+        v_grid=see["num_position_embeddings"], patch=see["patch_size"], merge=see["spatial_merge_size"],
+        temporal_patch=see["temporal_patch_size"], deepstack=see["deepstack_visual_indexes"],
         e_embd=get("hidden_size", text["hidden_size"]), e_head=get("num_attention_heads", text["num_attention_heads"]),
         e_mlp=get("intermediate_size", text["intermediate_size"]),
         a_layer=embed["num_enc_layers"], a_embd=embed["hidden_size"], a_fourier=embed["num_fourier_feats"],
-        a_max_freq=float(embed["max_freq"]), **{k: space[k] for k in ACTION_FIELDS},
-        bins=tokens["num_bins"], bin_range=float(tokens["dims_max"][0]), history_bins=history,
-        text_vocab=release["traj_token_start_idx"], name_cameras=named[0], **pixels,
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in extra.items()},
+        a_max_freq=embed["max_freq"], **{k: space[k] for k in ACTION_FIELDS}, bins=tokens["num_bins"],
+        bin_range=(tokens["dims_max"] or [None])[0], history_bins=history, text_vocab=release["traj_token_start_idx"],
+        name_cameras=named[0], **pixels, **extra,
     )  # fmt: skip
-    release.expect("traj_vocab_size", cfg.bins + cfg.history_bins)
-    release.expect("vocab_size", cfg.vocab)
+    for f in fields(Config):
+        kind = list if isinstance(f.default, tuple) else (int, float) if isinstance(f.default, float) else type(f.default)
+        value = numbers.get(f.name, [] if kind is list else f.default)
+        if not isinstance(value, kind) or (kind is int and value < (f.name not in MAY_BE_ZERO)):
+            raise ValueError(f"{folder}: {value!r} in config.json or vlm/config.json cannot be {f.name} ({type(f.default).__name__})")
+    numbers = {k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()}
+    cfg = Config(**numbers | {"v_grid": math.isqrt(numbers["v_grid"])})
+    if sum(cfg.mrope_section) != cfg.head_dim // 2 or cfg.v_embd % cfg.v_head:
+        raise ValueError(f"{path}: mrope_section must add up to head_dim / 2, and num_heads divide the tower's hidden_size")
+    # What follows from these numbers, and what this code does in one way only, must be what the files say.
+    ours, backbone = release_config(cfg), vlm_config(cfg)
+    for key in ("vocab_size", "traj_vocab_size", "traj_token_ids", "tokens_per_history_traj", "tokens_per_future_traj"):
+        release.expect(key, ours[key])
+    for key in ("dims_min", "dims_max"):
+        tokens.expect(key, ours["traj_tokenizer_cfg"][key])
+    vlm.expect("tie_word_embeddings", False)
+    layout.expect("mrope_interleaved", True)
+    for part in ("text_config", "vision_config"):
+        for key in backbone[part].keys() - {"vocab_size", "max_position_embeddings", "rope_scaling"}:
+            vlm[part].expect(key, backbone[part][key])
     if cfg.words and 256 + len(cfg.words) + len(QWEN_TOKENS) != cfg.text_vocab:
         raise ValueError(f"{release.path}: field traj_token_start_idx does not fit extra.words, {len(cfg.words)} words")
     return cfg

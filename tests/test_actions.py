@@ -11,8 +11,8 @@ import torch
 
 import alpamayo
 from alpamayo import (
-    CURVATURE_BOUND, LOW_SPEED, QWEN_TOKENS, ActionSpace, Config, Vocabulary, WordTokenizer, fit_actions, from_bins,
-    initial_speed, pick, release_config, roll_out, rot_of, to_bins, unwrap, with_words, yaw_of,
+    CURVATURE_BOUND, LOW_SPEED, PRESETS, QWEN_TOKENS, ActionSpace, Config, Vocabulary, WordTokenizer, fit_actions,
+    from_bins, initial_speed, pick, release_config, roll_out, rot_of, to_bins, unwrap, with_words, yaw_of,
 )  # fmt: skip
 
 STEPS = 15 + 64  # of a drive: history, future
@@ -194,12 +194,12 @@ def test_random_unicode_comes_back():
 
 
 def test_a_known_word_is_one_token():
-    cfg = with_words(Config(), ["Yield to the pedestrian", "Stop at the line"])
+    cfg = with_words(PRESETS["nano"], ["Yield to the pedestrian", "Stop at the line"])
     assert len(Vocabulary(cfg).encode("Yield to the line")) == 4
 
 
 def test_special_tokens_in_text():
-    vocab = Vocabulary(with_words(Config(), ["Stop"]))
+    vocab = Vocabulary(with_words(PRESETS["nano"], ["Stop"]))
     ids = vocab.encode("Stop<|cot_end|><|traj_future_start|>")
     assert ids == [256, vocab["cot_end"], vocab["traj_future_start"]]
     assert vocab.decode(ids + [vocab.first_action, vocab.first_history]) == "Stop"
@@ -230,7 +230,7 @@ def test_ids_of_the_release():
     """Read off the released weights. Any text vocabulary of the release's size puts the tokens behind it there."""
     cfg = Config()
     words = map(str, range(cfg.text_vocab - 256 - len(QWEN_TOKENS)))  # with the bytes and Qwen's own tokens: 151,669
-    vocab = Vocabulary(replace(cfg, words=tuple(words)))
+    vocab = Vocabulary(replace(cfg, words=tuple(words), chat=False))
     assert {name: vocab[name] for name in RELEASE_IDS} == RELEASE_IDS
     assert (vocab.first_action, vocab.first_history, cfg.vocab) == (151669, 154669, 155697)
 

@@ -10,10 +10,10 @@ what transformers has no word for: a prompt that many samples share, and reasoni
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import made_up
+from conftest import GOLDEN, made_up
 
 import alpamayo
-from alpamayo import Alpamayo, Config, Vocabulary, image_positions, resize, rope, vlm_config, with_words
+from alpamayo import Alpamayo, Config, Vocabulary, image_positions, resize, rope, vlm_config
 
 image = pytest.importorskip("PIL.Image")
 qwen = pytest.importorskip("transformers.models.qwen3_vl")
@@ -23,7 +23,8 @@ SCENES, CAMERAS, FRAMES, H, W = 2, 2, 2, 48, 80
 CONFIG = Config(
     n_layer=4, n_embd=72, n_head=6, n_kv_head=3, head_dim=24, n_mlp=112, rope_theta=1e4, mrope_section=(5, 4, 3),
     v_layer=5, v_embd=48, v_head=3, v_mlp=80, v_grid=5, patch=8, deepstack=(0, 1, 4), e_embd=40, e_head=3, e_mlp=64,
-    a_embd=32, a_max_freq=1.0, bins=50, history_bins=20, cameras=(0, 1), frames=FRAMES, min_pixels=0, max_pixels=0,
+    a_embd=32, a_max_freq=1.0, bins=50, history_bins=20, text_vocab=264, cameras=(0, 1), frames=FRAMES,
+    min_pixels=0, max_pixels=0,
 )  # fmt: skip
 
 
@@ -33,8 +34,7 @@ def relative_error(ours, theirs):
 
 @pytest.fixture(scope="module")
 def model():
-    cfg = with_words(CONFIG, ["Yield to the pedestrian"])
-    model = Alpamayo(cfg, Vocabulary(cfg))
+    model = Alpamayo(CONFIG, Vocabulary(CONFIG, GOLDEN))  # golden's text tokenizer: 256 bytes and Qwen's own tokens
     model.load_state_dict({name: made_up(name, p.shape) for name, p in model.named_parameters()}, strict=False)
     return model.requires_grad_(False)
 
