@@ -1,0 +1,64 @@
+"""The shipped nano drives by what it sees.    python -m pytest tests/test_nano.py -s"""
+import os
+
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+from alpamayo import Alpamayo
+
+THINGS = {"cones": 5}  # how many things a cause is made of, if not one; they come first in Draw.things
+CAUSED = [name for name in data.SITUATIONS if name not in ("free", "curve", "turn")]
+EACH = 10
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return Alpamayo.from_pretrained(os.path.join(ROOT, "checkpoints", "nano"))
+
+
+def reasons(model, seeds):
+    """What a greedy sample gives as its reason, for each scene."""
+    cfg = model.cfg
+    scene = data.make_scenes(seeds, cfg.cameras, (64, 128), cfg.frames, cfg.frame_dt)
+    said = model.sample(scene, n=1, temperature=0, steps=1, seed=0).reasoning
+    return [text.partition(" since ")[2] for (text,) in said], [t.partition(" since ")[2] for t in scene["reasoning"]]
+
+
+def test_without_its_cause_a_reason_is_gone(nano, monkeypatch):
+    """The same seeds twice, the second time with the cause alone taken out of the world: a model that had learned
+    anything else, the crowd or the road that usually come with it, would go on naming it."""
+    draw, seeds = data.draw, {name: [] for name in CAUSED}
+    for seed in range(20_000_000, 20_000_000 + 2000):  # neither training nor validation seeds
+        name = draw(seed).situation
+        if name in seeds and len(seeds[name]) < EACH:
+            seeds[name].append(seed)
+
+    def without_cause(seed):
+        scene = draw(seed)
+        count = THINGS.get(scene.situation, 1)
+        scene.things[:count] = [data.Thing()] * count
+        return scene
+
+    named, still = 0, 0
+    for name in CAUSED:
+        monkeypatch.setattr(data, "draw", draw)
+        said, true = reasons(nano, seeds[name])
+        monkeypatch.setattr(data, "draw", without_cause)
+        later, _ = reasons(nano, seeds[name])
+        with_it = sum(a == b for a, b in zip(said, true))
+        without = sum(a == b for a, b in zip(later, true))
+        print(f"{name:14} named in {with_it} of {EACH} scenes; in {without} when it was taken away")
+        named, still = named + with_it, still + without
+    print(f"all            named in {named} of {EACH * len(CAUSED)}; in {still} when it was taken away")
+    assert named >= 0.93 * EACH * len(CAUSED) and still <= 0.1 * named
+
+
+def test_missing_cameras_leave_a_model_that_drives(nano):
+    cfg = nano.cfg
+    scene = data.make_scenes(range(10_000_000, 10_000_024), (1, 6), (64, 128), cfg.frames, cfg.frame_dt)
+    out = nano.sample(scene, n=1, temperature=0, steps=5, seed=0)
+    right = [data.decisions(said) == data.decisions(true) for (said,), true in zip(out.reasoning, scene["reasoning"])]
+    print(f"two front cameras: {sum(right)} of 24 decide right")
+    assert sum(right) >= 18 and torch.isfinite(out.xyz).all()
