@@ -218,18 +218,18 @@ def fit_actions(history_xyz, history_rot, future_xyz, future_rot):
     Four small least-squares problems in turn: heading, speed, acceleration, curvature. Where the car hardly moves its
     curvature is 0 / 0, and the fit invents wild values; it is clamped to +-0.33 1/m and zeroed where either end of the
     step is slower than 0.6 m/s. No other step changes."""
-    dtype, one = future_xyz.dtype, torch.eye(HORIZON, dtype=torch.float64, device=future_xyz.device)
+    eye = lambda n: torch.eye(n, dtype=torch.float64, device=future_xyz.device)
     xy = torch.cat([torch.zeros_like(future_xyz[..., :1, :2]), future_xyz[..., :2]], -2).double()  # (..., 65, 2)
     raw = unwrap(torch.cat([torch.zeros_like(future_xyz[..., :1, 0]), yaw_of(future_rot)], -1).double())
     start = torch.zeros_like(raw[..., 0])
-    yaw = smooth_solve(torch.eye(HORIZON + 1, dtype=torch.float64, device=one.device), raw, 3, 1e-6, 1e-8, start)
+    yaw = smooth_solve(eye(HORIZON + 1), raw, 3, 1e-6, 1e-8, start)
     v = fit_speed(xy, yaw, initial_speed(history_xyz, history_rot).double())
-    accel = smooth_solve(one, v.diff(dim=-1) / DT, 2, 1e-4, 1e-4)
+    accel = smooth_solve(eye(HORIZON), v.diff(dim=-1) / DT, 2, 1e-4, 1e-4)
     arc = DT * v[..., :-1] + DT**2 / 2 * accel  # metres of each step: dyaw = curvature * arc (Eq. 5)
     curvature = smooth_solve(torch.diag_embed(arc), yaw.diff(dim=-1), 2, 1e-4, 1e-4)
     curvature = curvature.clamp(-CURVATURE_BOUND, CURVATURE_BOUND)
     moving = (v[..., :-1].abs() >= LOW_SPEED) & (v[..., 1:].abs() >= LOW_SPEED)
-    return torch.stack([accel, curvature * moving], -1).to(dtype)
+    return torch.stack([accel, curvature * moving], -1).to(future_xyz.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -580,7 +580,7 @@ class Attention(nn.Module):
         N, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(N, T, self.n_head, self.head_dim)).transpose(1, 2)  # (N, H, T, d)
         k = self.k_norm(self.k_proj(x).view(N, T, self.n_kv_head, self.head_dim)).transpose(1, 2)  # (N, G, T, d)
-        v = self.v_proj(x).view(N, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(N, T, self.n_kv_head, self.head_dim).transpose(1, 2).contiguous()  # as it will be read
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_head != self.n_kv_head)
@@ -911,10 +911,10 @@ class Alpamayo(nn.Module):
 
         stage "reason": cross-entropy of reasoning and action tokens (Eq. 9) and the expert's flow matching (Eq. 6, 7);
         "action": the same without reasoning (Sec. 5.1). action_tokens=False leaves the 128 out, for speed.
-        flow_samples: noise levels a scene, all read one cache; flow_t (N,), flow_noise (N, 64, 2) fix them.
+        flow_samples: noise levels a scene, all of which read one cache; flow_t (N,), flow_noise (N, 64, 2) fix them.
         Returns a dict of scalars: the losses `text` and `action`, mean nats a token of each kind (the release adds the
-        two), and `flow`, a mean square; and, to look at, `ade`, the metres between the driven path and the end of the
-        velocity's straight way, over the drawn noise levels, and `tokens`, how many the language model read."""
+        two), and `flow`, a mean square; and, to look at, `ade`, metres between the driven path and that of one Euler step
+        from x_t to t = 1, and `tokens`, how many the language model read."""
         cfg, reason = self.cfg, stage == "reason"
         actions = self.target_actions(scene)  # (B, 64, 2)
         x, positions, seen, _ = self.embed_prompt(scene, reason)
@@ -1257,7 +1257,7 @@ def with_words(cfg: Config, texts) -> Config:
 
 
 def shards_of(folder):
-    """The folder's safetensors files, and the tensor names that an index, if there is one, promises."""
+    """Paths of the folder's safetensors files."""
     index = os.path.join(folder, "model.safetensors.index.json")
     if os.path.exists(index):
         weight_map = read_json(index)["weight_map"]

@@ -42,7 +42,7 @@ def min_ade(paths, truth):
 def baselines(scene):
     """Paths that need no eyes, only the Scene's ego history: {name: (B, 64, 3)}.
 
-    Of the history's positions p and headings yaw, the 15th is at t0: v = |p15 - p14| / dt, w = (yaw15 - yaw14) / dt and
+    Of the history's positions p0 .. p15 and headings yaw, p15 is at t0: v = |p15 - p14| / dt, w = (yaw15 - yaw14) / dt and
     a = (v - |p14 - p13| / dt) / dt are the last speed, turn rate and acceleration. At t seconds from t0
         CV    constant velocity                        speed v, heading 0
         CTRV  constant turn rate and velocity          speed v, heading w t
@@ -346,7 +346,12 @@ def parse_flags():
     add("--blind", metavar="FOLDER", help="with --eval: a checkpoint that was trained with train.py --blind")
     add("--batch", type=int, default=32, help="with --eval: scenes at a time")
     add("--cache", metavar="FOLDER", default="data", help="with --eval: where rendered scenes are kept")
-    return p.parse_args()
+    args = p.parse_args()
+    if args.eval is not None and (args.clip or args.situation):
+        p.error("--eval is over the world's scenes; it takes no --clip and no --situation")
+    if args.blind and args.eval is None:
+        p.error("--blind goes with --eval")
+    return args
 
 
 def load_model(folder):
@@ -354,7 +359,7 @@ def load_model(folder):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     large = read_config(folder).max_pixels > 0
     dtype = torch.bfloat16 if large and device == "cuda" else torch.float32
-    return Alpamayo.from_pretrained(folder, dtype, device).eval()
+    return Alpamayo.from_pretrained(folder, dtype, device)
 
 
 def world_view(cfg, args):

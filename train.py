@@ -19,6 +19,8 @@ import json
 import os
 import sys
 import time
+from datetime import timedelta
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -38,10 +40,10 @@ def parse_flags():
     add = p.add_argument
     add("--stage", choices=("action", "reason", "all"), default="all",
         help="action tokens and expert | reasoning in front of them | one after the other")
-    add("--preset", choices=tuple(PRESETS), default="nano", help="size of a model from scratch")
+    add("--preset", choices=("nano", "mini"), default="nano", help="size of a model from scratch")
     add("--init", metavar="FOLDER", help="start from the weights of this checkpoint, ours or the release's")
     add("--resume", metavar="FOLDER", help="go on with the run that was writing FOLDER; takes no other flag")
-    add("--out", metavar="FOLDER", help="where checkpoints and log.jsonl go (default: out/PRESET)")
+    add("--out", metavar="FOLDER", help="where checkpoints and log.jsonl go (default: out/PRESET, or out/INIT-STAGE)")
     add("--data", default="world", help="`world`, or a folder of clips that data.py can read")
     add("--scenes", type=int, default=8000, help="training scenes of the world, rendered once to disk")
     add("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="pixels of the world's images")
@@ -84,7 +86,11 @@ def parse_flags():
         return argparse.Namespace(**{**vars(flags), **saved, "resume": flags.resume, "out": flags.resume})
     if flags.stage == "reason" and not flags.init:
         p.error("--stage reason starts from a checkpoint of stage action: give it with --init, or run --stage all")
-    flags.out = flags.out or os.path.join("out", flags.preset)
+    for k in ("steps", "batch", "accumulate", "action_every", "flow_samples", "val_every", "val_scenes", "save_every"):
+        if getattr(flags, k) < 1:
+            p.error(f"--{k.replace('_', '-')} {getattr(flags, k)}: expected 1 or more")
+    name = f"{os.path.basename(os.path.abspath(flags.init))}-{flags.stage}" if flags.init else flags.preset
+    flags.out = flags.out or os.path.join("out", name)
     return flags
 
 
@@ -121,7 +127,9 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
                 for p in params:
-                    self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                    self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 moments = torch.stack([p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params])  # Nesterov
                 scale = max(1, shape[0] / shape[1]) ** 0.5
                 for p, update in zip(params, orthogonalise(moments)):
@@ -162,13 +170,13 @@ def scene_numbers(step, rank, world_size, count, flags):
     """Which scenes a process takes at a step: the batch of a random order that changes every epoch."""
     share = flags.batch // world_size
     first = step * flags.batch + rank * share
-    epoch, chosen = first // count, []
-    for i in range(first, first + share):
-        if i // count != epoch or not chosen:
-            epoch = i // count
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * flags.seed + epoch))
-        chosen.append(int(order[i % count]))
-    return chosen
+    return [order_of(i // count, count, flags.seed)[i % count] for i in range(first, first + share)]
+
+
+@lru_cache(2)
+def order_of(epoch, count, seed):
+    """The order of an epoch's scenes."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
 
 
 def generator_for(step, rank, flags, device):
@@ -183,6 +191,8 @@ def to_device(scene, device, flags):
 def front_only(scene):
     """The scene as a car sees it that has a front wide camera and a front tele and no others."""
     keep = [i for i, camera in enumerate(scene["camera_ids"][0].tolist()) if camera in (1, 6)]
+    if not keep:
+        return scene
     return scene | {k: scene[k][:, keep] for k in ("images", "camera_ids", "camera_to_ego", "intrinsics") if k in scene}
 
 
@@ -193,20 +203,12 @@ def total_loss(losses, flags):
 
 
 def average_gradients(params, world_size):
-    """All processes' gradients, averaged, in one message."""
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+    """All processes' gradients, averaged, in one message. What a step leaves out, all processes leave out."""
+    params = [p for p in params if p.grad is not None]
+    flat = torch.cat([p.grad.flatten() for p in params])
     dist.all_reduce(flat)
     for p, g in zip(params, flat.div_(world_size).split([p.numel() for p in params])):
         p.grad = g.view_as(p)
-
-
-def mean_over_processes(values, world_size, device):
-    """A dict of floats, averaged over processes. Every process must call it."""
-    if world_size == 1:
-        return values
-    t = torch.tensor([values[k] for k in sorted(values)], device=device, dtype=torch.float64)
-    dist.all_reduce(t)
-    return dict(zip(sorted(values), (t / world_size).tolist()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,38 +216,41 @@ def mean_over_processes(values, world_size, device):
 
 
 @torch.no_grad()
-def validate(model, scenes, stage, flags, rank, world_size, device):
-    """Losses, ADE (m) of one greedy sample and the share of right decisions on the same scenes and noise every time.
-    Processes share the scenes; all of them must call it."""
-    sums, count = {}, 0
+def validate(model, scenes, stage, flags, rank, world_size, device, autocast):
+    """Losses, ADE (m) of one greedy sample and the shares of right decisions and exact texts, on the same scenes and
+    noise every time. Processes share the scenes; all of them must call it."""
+    keys = ["action", "flow", "ade"] + (["text", "right", "exact"] if stage == "reason" else [])
+    sums = torch.zeros(len(keys) + 1, dtype=torch.float64, device=device)  # the last counts scenes
     numbers = list(range(min(flags.val_scenes, len(scenes))))[rank::world_size]
-    for i in range(0, len(numbers), 32):
-        scene = to_device(scenes.batch(numbers[i : i + 32]), device, flags)
+    piece = flags.batch // world_size // flags.accumulate  # what training has memory for
+    for i in range(0, len(numbers), piece):
+        scene = to_device(scenes.batch(numbers[i : i + piece]), device, flags)
         B = len(scene["images"])
-        values = model(scene, stage, generator=torch.Generator(device).manual_seed(i))
-        out = model.sample(scene, n=1, temperature=0, steps=5, max_new_tokens=64, seed=i, reason=stage == "reason")
-        values = {k: v.item() for k, v in values.items() if k != "tokens"}
-        values["ade"] = (out.xyz[:, 0] - scene["ego_future_xyz"])[..., :2].norm(dim=-1).mean().item()
-        if stage == "reason":
-            pairs = [(said[0], true) for said, true in zip(out.reasoning, scene["reasoning"])]
-            values["right"] = sum(data.decisions(said) == data.decisions(true) for said, true in pairs) / B
-            values["exact"] = sum(said == true for said, true in pairs) / B
-        for k, v in values.items():
-            sums[k] = sums.get(k, 0.0) + v * B
-        count += B
-    return mean_over_processes({k: v / count for k, v in sums.items()}, world_size, device)
+        with autocast:
+            values = model(scene, stage, generator=torch.Generator(device).manual_seed(i))
+            out = model.sample(scene, n=1, temperature=0, steps=5, max_new_tokens=64, seed=i, reason=stage == "reason")
+        values["ade"] = (out.xyz[:, 0] - scene["ego_future_xyz"])[..., :2].norm(dim=-1).mean()
+        pairs = [(said[0], true) for said, true in zip(out.reasoning, scene["reasoning"])]
+        decided = [(data.decisions(said), data.decisions(true)) for said, true in pairs]
+        values["right"] = sum(said == true is not None for said, true in decided) / B
+        values["exact"] = sum(said == true for said, true in pairs) / B
+        sums += torch.tensor([float(values[k]) * B for k in keys] + [B], dtype=torch.float64, device=device)
+    if world_size > 1:
+        dist.all_reduce(sums)
+    return {k: v / sums[-1].item() for k, v in zip(keys, sums.tolist())}
 
 
 def save(model, optimisers, step, flags):
-    """The checkpoint to use, and one file with all that the run needs to go on: written whole or not at all."""
+    """The checkpoint to use, and then one file with what has been learned and is needed to go on. Each is written whole
+    or not at all."""
+    model.save_pretrained(flags.out)
     names = {p: n for n, p in model.named_parameters()}
-    tensors = {f"model.{n}": p.detach().contiguous() for n, p in model.state_dict().items()}
+    tensors = {f"model.{n}": p.detach().contiguous() for p, n in names.items() if p.requires_grad}
     for optimiser, _ in optimisers:
         for p, state in optimiser.state.items():
             tensors |= {f"{k}.{names[p]}": torch.as_tensor(v).contiguous() for k, v in state.items()}
     settings = {"flags": json.dumps(vars(flags)), "step": str(step)}
     write_atomically(os.path.join(flags.out, "training.safetensors"), lambda part: save_file(tensors, part, settings))
-    model.save_pretrained(flags.out)
 
 
 def restore(model, optimisers, flags):
@@ -257,7 +262,10 @@ def restore(model, optimisers, flags):
     except SafetensorError as e:
         raise ValueError(f"{path}: not a whole safetensors file ({e})") from None
     names = {p: n for n, p in model.named_parameters()}
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    with torch.no_grad():
+        for p, n in names.items():
+            if p.requires_grad:
+                p.copy_(tensors[f"model.{n}"])
     for optimiser, _ in optimisers:
         keys = ("momentum",) if isinstance(optimiser, Muon) else ("step", "exp_avg", "exp_avg_sq")
         for group in optimiser.param_groups:
@@ -278,8 +286,10 @@ def main():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    if world_size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world_size > 1:  # the others wait while the first renders the world
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     if flags.batch % (world_size * flags.accumulate):
         raise ValueError(f"--batch {flags.batch}: must be a multiple of processes x --accumulate = {world_size * flags.accumulate}")
     # One detected precision: bfloat16 arithmetic with float32 weights on a GPU, float32 on a CPU, where it is faster.
@@ -288,9 +298,8 @@ def main():
 
     # The model decides how it wants to be shown scenes, so it comes first; its words come from the scenes' reasoning.
     source = flags.resume or flags.init
-    cfg = None if source else PRESETS[flags.preset]
     model = Alpamayo.from_pretrained(source, device=device) if source else None
-    cfg = model.cfg if source else cfg
+    cfg = model.cfg if model else PRESETS[flags.preset]
     if rank == 0:
         load_scenes(flags, cfg)  # renders what is not yet on disk
     if world_size > 1:
@@ -301,10 +310,9 @@ def main():
         model = Alpamayo(cfg, Vocabulary(cfg))
         model.init_weights(torch.Generator().manual_seed(flags.seed))
         model.to(device)
-    model.requires_grad_(False)
-    expert = [model.expert, model.action_in_proj, model.action_out_proj]
-    for part in {"all": [model], "vlm": [model.vlm], "expert": expert}[flags.train]:
-        part.requires_grad_(True)
+    for name, p in model.named_parameters():
+        of_expert = name.startswith(("expert.", "action_in_proj.", "action_out_proj."))
+        p.requires_grad_(flags.train == "all" or of_expert == (flags.train == "expert"))
     params = [p for p in model.parameters() if p.requires_grad]
     optimisers = make_optimisers(model, flags)
     first = restore(model, optimisers, flags) if flags.resume else 0
@@ -314,20 +322,25 @@ def main():
         f"{'bfloat16' if cuda else 'float32'}; steps {first} to {flags.steps}; writes {flags.out}")  # fmt: skip
     os.makedirs(flags.out, exist_ok=True)
     log_path = os.path.join(flags.out, "log.jsonl")
-    if rank == 0 and os.path.exists(log_path):  # a new run starts a new log, a resumed one forgets what it will do again
-        kept = [line for line in open(log_path) if flags.resume and json.loads(line)["step"] <= first]
-        write_atomically(log_path, lambda part: open(part, "w").writelines(kept))
+    if rank == 0:  # a new run starts a new log; a resumed one forgets what it will do again
+        with open(log_path, "a+") as f:
+            f.seek(0)
+            kept = f.readlines()[:first]  # a line a step
+            f.truncate(0)
+            f.writelines(kept)
     bar = tqdm(total=flags.steps, initial=first, disable=rank > 0, smoothing=0.05, mininterval=1)
     shown, begin, tokens = {}, time.time(), 0
 
     for step in range(first, flags.steps):
         stage = stage_at(step, flags)
         model.cfg.reasoning = "on" if stage == "reason" else "off"
-        at_once = flags.drive_every and step % flags.drive_every == 1
-        lesson, tail = "action" if at_once else stage, step % flags.action_every == 0 or at_once
+        at_once = flags.drive_every and step % flags.drive_every == 1 % flags.drive_every
+        lesson = "action" if at_once else stage
+        # The action tokens are costly; without reasoning they are all that the language model learns from.
+        tail = at_once or step % flags.action_every == 0 or (flags.train == "vlm" and lesson == "action")
         generator = generator_for(step, rank, flags, device)
         numbers = scene_numbers(step, rank, world_size, len(train), flags)
-        piece = len(numbers) // flags.accumulate
+        piece, means = len(numbers) // flags.accumulate, {}
         for i in range(0, len(numbers), piece):
             scene = to_device(train.batch(numbers[i : i + piece]), device, flags)
             if torch.rand(1, generator=generator, device=device) < flags.front_only:
@@ -336,6 +349,7 @@ def main():
                 losses = model(scene, lesson, tail, flags.flow_samples, generator=generator)
                 loss = total_loss(losses, flags) / flags.accumulate
             for name, value in losses.items():
+                means[name] = means.get(name, 0.0) + value.item() / flags.accumulate
                 if not value.isfinite():
                     raise FloatingPointError(f"step {step}: loss `{name}` is {value.item()}; the last checkpoint is intact")
             loss.backward()
@@ -348,8 +362,8 @@ def main():
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
-        tokens += losses.pop("tokens").item() * flags.accumulate * world_size
-        line = {"step": step + 1, "stage": stage, **{k: v.item() for k, v in losses.items()}, "grad_norm": norm.item()}
+        tokens += means.pop("tokens") * flags.accumulate * world_size
+        line = {"step": step + 1, "stage": stage, **means, "grad_norm": norm.item()}
         for k in ("text", "action", "flow", "ade"):
             if k in line:
                 shown[k] = line[k] if k not in shown else 0.95 * shown[k] + 0.05 * line[k]
@@ -358,7 +372,7 @@ def main():
         bar.update()
         last = step + 1 == flags.steps
         if (step + 1) % flags.val_every == 0 or last:
-            values = validate(model, val, stage, flags, rank, world_size, device)
+            values = validate(model, val, stage, flags, rank, world_size, device, autocast)
             line["val"] = values
             if rank == 0:
                 bar.write(f"step {step + 1:6} {stage:6} validation: " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()))
@@ -381,7 +395,7 @@ def load_scenes(flags, cfg):
         raise ValueError("--size {} {}: height and width must be multiples of {}".format(*flags.size, unit))
     view = dict(frames=cfg.frames, frame_dt=cfg.frame_dt)
     if flags.data == "world":
-        view |= dict(camera_ids=cfg.cameras, size=tuple(flags.size), folder=flags.cache)
+        view |= dict(camera_ids=cfg.cameras, size=tuple(flags.size), folder=flags.cache, workers=os.cpu_count())
         counts = {"train": flags.scenes, "val": flags.val_scenes}
         return [data.load("world", split=split, scenes=count, **view) for split, count in counts.items()]
     of_world = {} if cfg.max_pixels else dict(size=tuple(flags.size), rig=data.RIG)  # it knows only the world's cameras
