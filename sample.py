@@ -61,6 +61,11 @@ def baselines(scene):
     return {"CV": drive(steady, 0 * steady), "CTRV": drive(steady, turn * t), "CTRA": drive(braking, turn * t)}
 
 
+def readable(text):
+    """The text of a model that can also say any byte, as an untrained one does: what cannot be printed is a dot."""
+    return "".join(c if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}" else "·" for c in text)
+
+
 def is_right(said, true):
     """Whether a reasoning text decides as the true one: longitudinal, lateral, both, word for word: four bools."""
     (a, b), (true_a, true_b) = data.decisions(said) or (None, None), data.decisions(true)
@@ -296,7 +301,7 @@ def draw(file, scene, out, views):
     drives = drives_of(scene, out)
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(16, 9), dpi=100)
-        said, true = out.reasoning[0][0] or "Drives without reasoning.", scene["reasoning"][0]
+        said, true = readable(out.reasoning[0][0]) or "Drives without reasoning.", scene["reasoning"][0]
         size, columns = (23, 80) if len(said) <= 80 else (16, 115)
         figure.text(0.025, 0.965, textwrap.fill(said, columns), size=size, color=TRUTH, va="top", weight="bold")
         below = f"sample 1 of {len(out.reasoning[0])} | " + (f"truth: {true}" if true else scene["name"][0])
@@ -409,7 +414,7 @@ def report(scene, out, args):
     for i, said in enumerate(out.reasoning[0]):
         known = args.reason and data.decisions(true)
         mark = (" ✓" if is_right(said, true)[2] else " ✗") if known else ""
-        print(f"sample {i + 1:<2}{mark:2}  {said or '(no reasoning)'}" + (f"  ADE {errors[i]:.2f} m" if errors else ""))
+        print(f"sample {i + 1:<2}{mark:2}  {readable(said) or '(no reasoning)'}" + (f"  ADE {errors[i]:.2f} m" if errors else ""))
     if errors:
         ctrv = ade(baselines(scene)["CTRV"], scene["ego_future_xyz"]).item()
         print(f"minADE     {min(errors):.2f} m, best of {args.n}; constant turn rate and velocity: {ctrv:.2f} m")

@@ -2,7 +2,7 @@
 Train: the paper's stages, from scratch, from a checkpoint, or on from where a run was stopped (Sec. 5).
 
     python train.py                                        nano from nothing in the built-in world: a laptop, minutes
-    torchrun --nproc_per_node 2 train.py --threads 1       the same on two cores, nearly twice as fast
+    torchrun --nproc_per_node 8 train.py --preset mini ... the same for several GPUs, or processes of a CPU
     python train.py --resume out/nano                      go on after a kill; the losses are those of an unbroken run
     python train.py --stage reason --init FOLDER --data CLIPS --steps 500      fine-tune a checkpoint on your own clips
 

@@ -106,6 +106,22 @@ def test_ones_own_clips_train_too(cache, unbroken, folder, tmp_path):  # noqa: F
     assert log(tmp_path / "out")[1]["text"] > 0
 
 
+def test_a_released_checkpoint_is_fine_tuned_and_sampled(release_folder, cache, folder, tmp_path):  # noqa: F811
+    """The README's way with NVIDIA's weights, on the tiny checkpoint in their format: expert first, then the backbone."""
+    (folder / "reasoning.json").write_text(json.dumps([{"time": t, "text": "Turn left, since the road does."} for t in (2, 2.5, 3)]))
+    args = command(cache, tmp_path / "expert", "--data", str(folder), "--stage", "reason", "--muon-lr", "0", "--lr", "1e-4", "--batch", "2")
+    run([*args, "--init", str(release_folder), "--train", "expert", "--steps", "2"])
+    before, after = (load_file(f / "model.safetensors") for f in (release_folder, tmp_path / "expert"))
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {
+        k for k in before if k.startswith(("expert.", "action_")) and not k.startswith("action_space") and "freqs" not in k
+    }
+    args[args.index(str(tmp_path / "expert"))] = str(tmp_path / "vlm")
+    run([*args, "--init", str(tmp_path / "expert"), "--train", "vlm", "--steps", "2"])
+    assert (tmp_path / "vlm" / "tokenizer.json").exists()
+    sample = [sys.executable, os.path.join(ROOT, "sample.py"), "--clip", str(folder), "--n", "2", "--out", str(tmp_path / "a.png")]
+    assert "minADE" in run([*sample, "--checkpoint", str(tmp_path / "vlm")]).stdout
+
+
 def test_orthogonalise_makes_singular_values_one():
     for shape in ((3, 8, 20), (2, 20, 8)):
         values = torch.linalg.svdvals(train.orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0)), steps=8))
