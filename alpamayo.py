@@ -830,11 +830,13 @@ class Alpamayo(nn.Module):
                 images += f"{CAMERA_NAMES[camera]}: " if cfg.name_cameras else ""
                 for i in range(times):
                     images += (f"frame {i} " if cfg.name_cameras else "") + f"<|vision_start|>{image}<|vision_end|>"
-            task = "output the chain-of-thought reasoning of the driving process, then output the future trajectory."
+            task = "output the future trajectory."  # what Alpamayo-1.5 asks where it wants no reasoning
+            if reason:
+                task = f"output the chain-of-thought reasoning of the driving process, then {task}"
             text = (
                 "<|im_start|>system\nYou are a driving assistant that generates safe and accurate actions.<|im_end|>\n"
                 f"<|im_start|>user\n{images}<|traj_history_start|>{history}<|traj_history_end|>"
-                f"{task if reason else 'output the future trajectory.'}<|im_end|>\n<|im_start|>assistant\n"
+                f"{task}<|im_end|>\n<|im_start|>assistant\n"
             )
         else:
             text = image * len(camera_ids) * times + history
@@ -1290,7 +1292,7 @@ def load_weights(model, folder, dtype, device):
                     tensor = f.get_tensor(name)
                     if not all(x.isfinite() for x in tensor.aminmax()):  # tensor.isfinite() would copy it
                         raise ValueError(f"{path}: tensor {name} holds NaN or infinite values")
-                    # frequencies and moments stay float32: bfloat16 would shift sin(200 pi x) by whole turns
+                    # frequencies and moments stay float32: in bfloat16 sin(2 pi 60 x) is up to 1/8 turn off at x = 1
                     tensor = tensor.to(torch.float32 if name in buffers else dtype)
                     model.load_state_dict({name: tensor}, strict=False, assign=True)
                     found.add(name)

@@ -58,19 +58,36 @@ def test_it_learns_and_leaves_a_checkpoint_that_drives(unbroken):
     assert not [f for f in os.listdir(unbroken) if f.endswith(".part")]
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(cache, unbroken, tmp_path):
-    args = command(cache, tmp_path, "--steps", "10", "--action-share", "0.3")
+def killed_and_resumed(args, folder):
+    """Run, kill with SIGKILL after five steps, and go on."""
     running = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    path = tmp_path / "log.jsonl"
+    path = folder / "log.jsonl"
     while running.poll() is None and not (path.exists() and len(path.read_text().splitlines()) >= 5):
         time.sleep(0.02)
     running.send_signal(signal.SIGKILL)
     running.wait()
-    assert len(log(tmp_path)) < 10, "the run ended before it could be killed"
-    run([sys.executable, os.path.join(ROOT, "train.py"), "--resume", str(tmp_path)])
-    assert log(tmp_path) == log(unbroken)  # every loss, gradient norm and validation, to the last bit
-    a, b = (load_file(folder / "model.safetensors") for folder in (tmp_path, unbroken))
+    assert len(log(folder)) < 10, "the run ended before it could be killed"
+    run([sys.executable, os.path.join(ROOT, "train.py"), "--resume", str(folder)])
+
+
+def assert_same_run(folder, other):
+    """Every loss, gradient norm, validation and weight, to the last bit."""
+    assert log(folder) == log(other)
+    a, b = (load_file(f / "model.safetensors") for f in (folder, other))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(cache, unbroken, tmp_path):
+    killed_and_resumed(command(cache, tmp_path, "--steps", "10", "--action-share", "0.3"), tmp_path)
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_so_does_one_that_trains_the_expert_alone(cache, unbroken, tmp_path):
+    """Then the frozen weights are not among what the run saved to go on: they come from the checkpoint beside it."""
+    flags = ("--init", str(unbroken), "--stage", "reason", "--train", "expert", "--steps", "10")
+    run(command(cache, tmp_path / "whole", *flags))
+    killed_and_resumed(command(cache, tmp_path / "killed", *flags), tmp_path / "killed")
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_two_processes_share_the_batch(cache, tmp_path):
