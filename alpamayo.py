@@ -351,6 +351,29 @@ def history_bins(history_xyz, bins):
 # Seeing: images -> patches -> tower -> tokens of the language model (Qwen3-VL's vision tower)
 
 
+def project(points, intrinsics):
+    """
+    Pixels of points. points (..., 3) in camera axes; intrinsics (10,), or any (..., 10) that broadcasts to points:
+    [kind, width, height, cx, cy, a0, a1, a2, a3, a4]. Kind 0 is f-theta: pixel radius = a0 + a1 th + .. + a4 th^4 with
+    th the angle off the optical axis in rad. Kind 1 is a pinhole: a0 = fx, a1 = fy.
+    Returns pixels (..., 2), u right and v down with pixel centres at integer + 0.5, and visible (...) bool.
+    """
+    kind, width, height, cx, cy, a0, a1, a2, a3, a4 = intrinsics.unbind(-1)
+    x, y, z = points.unbind(-1)
+    rho = torch.hypot(x, y)
+    th = torch.atan2(rho, z)                                    # 0 ahead, pi behind: no division by z
+    radius = a0 + th * (a1 + th * (a2 + th * (a3 + th * a4)))
+    slope = a1 + th * (2 * a2 + th * (3 * a3 + th * 4 * a4))    # where it turns back the polynomial means nothing
+    scale = torch.where(rho > 0, radius / rho.clamp(min=1e-9), 0)
+    depth = z.clamp(min=1e-6)
+    pinhole = kind == 1
+    u = cx + torch.where(pinhole, a0 * x / depth, scale * x)
+    v = cy + torch.where(pinhole, a1 * y / depth, scale * y)
+    ahead = torch.where(pinhole, z > 1e-6, (slope > 0) & (th < 2.0))     # no lens here sees 115 degrees off its axis
+    visible = ahead & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+    return torch.stack([u, v], -1), visible
+
+
 def resize(images, cfg):
     """The release's resizing of (..., 3, H, W) uint8: both sides to multiples of 32 pixels, the area within
     [min_pixels, max_pixels], bicubic with antialiasing. 1080 x 1920 becomes 320 x 576."""

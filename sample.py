@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from alpamayo import DT, HORIZON, LOW_SPEED, Alpamayo, fit_actions, initial_speed, read_config, unwrap, yaw_of
+import world
+from alpamayo import DT, HORIZON, LOW_SPEED, Alpamayo, fit_actions, initial_speed, project, read_config, unwrap, yaw_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Metrics, and what a driver scores who just goes on as before
@@ -127,7 +128,7 @@ def evaluate(model, args):
                 bar.update(len(scene["name"]))
             numbers = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}  # (N,) each
             if run == "all":
-                for name in data.SITUATIONS:
+                for name in world.SITUATIONS:
                     chosen = torch.tensor([n == name for n in scenes.names])
                     if chosen.any():
                         rows[name] = summary({k: v[chosen] for k, v in numbers.items()})
@@ -197,7 +198,7 @@ def ribbon(xyz, rot, intrinsics, camera_to_ego, width):
     """A band that lies on the road along a path, as a camera sees it: quadrilaterals (K, 4, 2) in pixels.
 
     xyz (64, 3) and rot (64, 3, 3): a path in the ego frame at t0, whose ground is z = 0; intrinsics (10,) as
-    `data.project` wants them; camera_to_ego (4, 4); width in m. What the camera does not see is left out."""
+    `alpamayo.project` wants them; camera_to_ego (4, 4); width in m. What the camera does not see is left out."""
     # From the origin on, 16 pieces to each 0.1 s: next to the car a metre of road is a third of the picture.
     path = F.pad(torch.cat([xyz[:, :2], yaw_of(rot)[:, None]], 1).T, (1, 0))  # (3, 65): x, y, yaw
     path[2] = unwrap(path[2])
@@ -206,7 +207,7 @@ def ribbon(xyz, rot, intrinsics, camera_to_ego, width):
     left = width / 2 * torch.stack([-yaw.sin(), yaw.cos(), 0 * yaw], -1)
     edges = torch.stack([centre + left, centre - left])  # (2, 1025, 3)
     edges = (edges - camera_to_ego[:3, 3]) @ camera_to_ego[:3, :3]  # to camera axes
-    pixels, visible = data.project(edges, intrinsics)
+    pixels, visible = project(edges, intrinsics)
 
     def corners(a):  # of the pieces between successive points: left, left, right, right
         return torch.stack([a[0, :-1], a[0, 1:], a[1, 1:], a[1, :-1]], 1)
@@ -270,11 +271,11 @@ def draw_motion(above, speed, curvature, scene, drives):
         curvature.plot(future[:-1] + DT / 2, bend, **d.line)
     above.plot(history[:, 0], history[:, 1], color=PAST, linewidth=2.5)
     speed.plot(past, kinematics[:, 0], color=PAST, linewidth=2.5)
-    curvature.plot(past, kinematics[:, 2].tan() / data.WHEELBASE, color=PAST, linewidth=2.5)
+    curvature.plot(past, kinematics[:, 2].tan() / world.WHEELBASE, color=PAST, linewidth=2.5)
 
     above.set_title("from above, m; dots at 2, 4 and 6 s")
-    rear, right = data.FRONT - data.LENGTH, -data.WIDTH / 2
-    above.add_patch(Rectangle((rear, right), data.LENGTH, data.WIDTH, facecolor=TRUTH, zorder=3))
+    rear, right = world.FRONT - world.LENGTH, -world.WIDTH / 2
+    above.add_patch(Rectangle((rear, right), world.LENGTH, world.WIDTH, facecolor=TRUTH, zorder=3))
     above.set_aspect("equal", adjustable="datalim")
     for ax, title in ((speed, "speed, m/s"), (curvature, "curvature, 1/m; left is up")):
         ax.set_title(title)
@@ -337,7 +338,7 @@ def parse_flags():
     add = p.add_argument
     add("--checkpoint", metavar="FOLDER", default=NANO, help="the model, ours or the release's")
     add("--seed", type=int, default=0, help="which held-out scene of the world; also the seed of the sampling")
-    add("--situation", metavar="NAME", help=f"the first such scene from --seed on: {', '.join(data.SITUATIONS)}")
+    add("--situation", metavar="NAME", help=f"the first such scene from --seed on: {', '.join(world.SITUATIONS)}")
     add("--clip", metavar="FOLDER", help="a real clip instead of the world, in any layout that data.py reads")
     add("--t0", type=float, metavar="SECONDS", help="now, on the clip's clock (default: the first that the clip names)")
     add("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="pixels of the world's images")
@@ -376,9 +377,9 @@ def world_scene(cfg, args):
     """A Scene of the built-in world, batched, and its views for `draw`."""
     seed = data.SEEDS["val"] + args.seed
     if args.situation:
-        if args.situation not in data.SITUATIONS:
-            raise ValueError(f"--situation {args.situation!r}: unknown; expected one of {', '.join(data.SITUATIONS)}")
-        while data.draw(seed).situation != args.situation:
+        if args.situation not in world.SITUATIONS:
+            raise ValueError(f"--situation {args.situation!r}: unknown; expected one of {', '.join(world.SITUATIONS)}")
+        while world.draw(seed).situation != args.situation:
             seed += 1
     scene = data.make_scenes([seed], **world_view(cfg, args))
     scene["name"] = [f"{scene['name'][0]}, held-out scene {seed - data.SEEDS['val']} of the world"]
@@ -392,7 +393,7 @@ def clip_scene(cfg, args):
     view = dict(t0=args.t0, frames=cfg.frames, frame_dt=cfg.frame_dt)
     of_world = cfg.max_pixels == 0
     if of_world:  # it knows only the world's cameras
-        view |= dict(size=tuple(args.size), rig=data.RIG)
+        view |= dict(size=tuple(args.size), rig=world.RIG)
     try:
         clips = data.load_clips(args.clip, **view)
     except ValueError:  # perhaps the clip ends within 6.4 s: then there is no truth to compare with

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
+import world
 from alpamayo import PRESETS, Alpamayo, Vocabulary, with_words, write_atomically
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -398,7 +399,7 @@ def load_scenes(flags, cfg):
         view |= dict(camera_ids=cfg.cameras, size=tuple(flags.size), folder=flags.cache, workers=os.cpu_count())
         counts = {"train": flags.scenes, "val": flags.val_scenes}
         return [data.load("world", split=split, scenes=count, **view) for split, count in counts.items()]
-    of_world = {} if cfg.max_pixels else dict(size=tuple(flags.size), rig=data.RIG)  # it knows only the world's cameras
+    of_world = {} if cfg.max_pixels else dict(size=tuple(flags.size), rig=world.RIG)  # it knows only the world's cameras
     clips = data.load(flags.data, **view, **of_world)
     silent = clips.reasoning.count("")
     if silent and flags.stage != "action":

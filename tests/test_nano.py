@@ -6,10 +6,11 @@ import torch
 from conftest import ROOT
 
 import data
+import world
 from alpamayo import Alpamayo
 
 THINGS = {"cones": 5}  # how many things a cause is made of, if not one; they come first in Draw.things
-CAUSED = [name for name in data.SITUATIONS if name not in ("free", "curve", "turn")]
+CAUSED = [name for name in world.SITUATIONS if name not in ("free", "curve", "turn")]
 EACH = 10
 
 
@@ -29,7 +30,7 @@ def reasons(model, seeds):
 def test_without_its_cause_a_reason_is_gone(nano, monkeypatch):
     """The same seeds twice, the second time with the cause alone taken out of the world: a model that had learned
     anything else, the crowd or the road that usually come with it, would go on naming it."""
-    draw, seeds = data.draw, {name: [] for name in CAUSED}
+    draw, seeds = world.draw, {name: [] for name in CAUSED}
     for seed in range(20_000_000, 20_000_000 + 2000):  # neither training nor validation seeds
         name = draw(seed).situation
         if name in seeds and len(seeds[name]) < EACH:
@@ -38,14 +39,14 @@ def test_without_its_cause_a_reason_is_gone(nano, monkeypatch):
     def without_cause(seed):
         scene = draw(seed)
         count = THINGS.get(scene.situation, 1)
-        scene.things[:count] = [data.Thing()] * count
+        scene.things[:count] = [world.Thing()] * count
         return scene
 
     named, still = 0, 0
     for name in CAUSED:
-        monkeypatch.setattr(data, "draw", draw)
+        monkeypatch.setattr(world, "draw", draw)
         said, true = reasons(nano, seeds[name])
-        monkeypatch.setattr(data, "draw", without_cause)
+        monkeypatch.setattr(world, "draw", without_cause)
         later, _ = reasons(nano, seeds[name])
         with_it = sum(a == b for a, b in zip(said, true))
         without = sum(a == b for a, b in zip(later, true))

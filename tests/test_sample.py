@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 
 import data
+import world
 from alpamayo import PRESETS, Alpamayo, Vocabulary, rot_of, with_words
 from sample import ade, baselines, is_right, min_ade, ribbon, table
 
@@ -51,9 +52,9 @@ def test_min_ade():
 
 
 def test_is_right():
-    true = data.sentence("cones", data.LEFT)
+    true = data.sentence("cones", world.LEFT)
     assert is_right(true, true) == (True,) * 4
-    assert is_right(data.sentence("parked car", data.RIGHT), true) == (True, False, False, False)
+    assert is_right(data.sentence("parked car", world.RIGHT), true) == (True, False, False, False)
     assert is_right("!", true) == (False,) * 4
 
 
@@ -61,7 +62,7 @@ def test_is_right():
 def test_ribbon_ahead(camera):
     """A straight path lies in the middle of the image, below the horizon, and as wide as it should be."""
     H, W, length, width = 64, 128, 60.0, 1.8
-    intrinsics, pose = data.rig_camera(camera, H, W)
+    intrinsics, pose = world.rig_camera(camera, H, W)
     xyz = torch.linspace(length / 64, length, 64)[:, None] * torch.tensor([1.0, 0, 0])
     quads = ribbon(xyz, torch.eye(3).expand(64, 3, 3), intrinsics, pose, width)
     assert torch.allclose(quads[..., 0].mean(1), torch.tensor(W / 2), atol=1e-3)
@@ -74,7 +75,7 @@ def test_ribbon_ahead(camera):
 
 
 def test_ribbon_behind():
-    intrinsics, pose = data.rig_camera(1, 64, 128)
+    intrinsics, pose = world.rig_camera(1, 64, 128)
     back = torch.linspace(-1, -30, 64)[:, None] * torch.tensor([1.0, 0, 0])
     assert len(ribbon(back, torch.eye(3).expand(64, 3, 3), intrinsics, pose, 1.8)) == 0
 
@@ -82,7 +83,7 @@ def test_ribbon_behind():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("nano"))
-    texts = [data.sentence(situation, side) for situation in data.SITUATIONS for side in (data.LEFT, data.RIGHT)]
+    texts = [data.sentence(situation, side) for situation in world.SITUATIONS for side in (world.LEFT, world.RIGHT)]
     cfg = with_words(PRESETS["nano"], texts)
     model = Alpamayo(cfg, Vocabulary(cfg))
     model.init_weights(torch.Generator().manual_seed(0))
@@ -117,7 +118,7 @@ def test_table(checkpoint, tmp_path):
     code, said, trouble = run(tmp_path, *flags)
     assert code == 0, trouble
     rows = json.loads(said[-1])["rows"]
-    assert rows["all"]["scenes"] == sum(row["scenes"] for name, row in rows.items() if name in data.SITUATIONS) == 6
+    assert rows["all"]["scenes"] == sum(row["scenes"] for name, row in rows.items() if name in world.SITUATIONS) == 6
     assert 0 < rows["all"]["minade"] <= rows["all"]["ade"] and rows["all"]["best"] <= rows["all"]["CTRV"]
     assert rows["trained blind"] == rows["no images (grey)"]  # the same weights, shown the same grey
     assert said[: len(rows) + 2] == table(rows).splitlines()

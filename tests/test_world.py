@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+import alpamayo
 import data
+import world
 from alpamayo import fit_actions, initial_speed, roll_out
 
 SMALL = dict(size=(32, 64))
@@ -41,7 +43,7 @@ def test_a_seed_is_a_scene_wherever_it_stands(scene):
 def test_the_world_is_version_one():
     """What these seeds are on every machine. If this fails on purpose, raise WORLD_VERSION and write the new values."""
     scene = data.make_scenes(range(4), **SMALL)
-    assert (data.WORLD_VERSION, scene["name"]) == (1, VERSION_ONE["name"])
+    assert (world.WORLD_VERSION, scene["name"]) == (1, VERSION_ONE["name"])
     end = scene["ego_future_xyz"][:, -1, :2].numpy()
     np.testing.assert_allclose(end, VERSION_ONE["end"], atol=0.01)
     brightness = scene["images"].float().mean((1, 2, 3, 4, 5)).numpy()
@@ -57,7 +59,7 @@ VERSION_ONE = {
 
 def test_every_sentence_parses_back_to_its_decisions():
     for situation, (longitudinal, lateral, _) in data.CAUSES.items():
-        for side in (data.LEFT, data.RIGHT):
+        for side in (world.LEFT, world.RIGHT):
             parsed = data.decisions(data.sentence(situation, side))
             assert parsed is not None and parsed[0] == longitudinal and parsed[1].split()[0] == lateral.split()[0]
     assert data.decisions("Cones block the left side.") is None and data.decisions("") is None
@@ -79,22 +81,22 @@ def inside(points, x, y, yaw, length, width):
 
 
 def test_the_expert_hits_nothing_and_stays_on_the_road():
-    world = data.World(range(300))
-    size = torch.tensor([data.LENGTH, data.WIDTH])
-    for step in range(data.PAST + data.FUTURE):
-        world.step(*world.expert())
-        ego_x = world.x + (data.FRONT - data.LENGTH / 2) * torch.cos(world.yaw)
-        ego_y = world.y + (data.FRONT - data.LENGTH / 2) * torch.sin(world.yaw)
-        t, n = world.things, world.things.s.shape[1]
-        x, y, heading = data.place(t.s, t.d, world.scene.road[:, None])
-        solid = (t.kind > 0) & (t.kind != data.LIGHT)
-        ego = [v[:, None].expand(-1, n) for v in (ego_x, ego_y, world.yaw, size[:1].expand(300), size[1:].expand(300))]
+    traffic = world.World(range(300))
+    size = torch.tensor([world.LENGTH, world.WIDTH])
+    for step in range(world.PAST + world.FUTURE):
+        traffic.step(*traffic.expert())
+        ego_x = traffic.x + (world.FRONT - world.LENGTH / 2) * torch.cos(traffic.yaw)
+        ego_y = traffic.y + (world.FRONT - world.LENGTH / 2) * torch.sin(traffic.yaw)
+        t, n = traffic.things, traffic.things.s.shape[1]
+        x, y, heading = world.place(t.s, t.d, traffic.scene.road[:, None])
+        solid = (t.kind > 0) & (t.kind != world.LIGHT)
+        ego = [v[:, None].expand(-1, n) for v in (ego_x, ego_y, traffic.yaw, size[:1].expand(300), size[1:].expand(300))]
         thing = (x, y, heading, t.size[..., 0], t.size[..., 1])
         touch = inside(corners(*thing), *ego).any(-1) | inside(corners(*ego), *thing).any(-1)
         hit = (touch & solid).any(1)
-        assert not hit.any(), [(step, world.situations[i]) for i in hit.nonzero()[:, 0].tolist()]
-        _, d, _ = data.locate(world.x, world.y, world.scene.route)
-        assert d.abs().max() < data.LANE / 2 + 0.2  # a nudge leaves the lane's middle by 1.3 m and no more
+        assert not hit.any(), [(step, traffic.situations[i]) for i in hit.nonzero()[:, 0].tolist()]
+        _, d, _ = world.locate(traffic.x, traffic.y, traffic.scene.route)
+        assert d.abs().max() < world.LANE / 2 + 0.2  # a nudge leaves the lane's middle by 1.3 m and no more
 
 
 def test_history_gives_no_answer_away(scene):
@@ -112,22 +114,22 @@ def test_the_paths_are_what_a_unicycle_can_drive(scene):
 
 
 def test_the_red_lamp_is_where_project_says():
-    seeds = [s for s in range(60) if data.draw(s).situation == "red light"][:4]
-    world = data.World(seeds)
-    while world.time < 0:
-        world.step(*world.expert())
-    image = world.render((1, 6), (64, 128))  # (n, 2, 3, H, W)
-    boxes = data._boxes(world)
-    lamp = boxes["part"] == 2 * data.LIGHT
+    seeds = [s for s in range(60) if world.draw(s).situation == "red light"][:4]
+    traffic = world.World(seeds)
+    while traffic.time < 0:
+        traffic.step(*traffic.expert())
+    image = traffic.render((1, 6), (64, 128))  # (n, 2, 3, H, W)
+    boxes = world._boxes(traffic)
+    lamp = boxes["part"] == 2 * world.LIGHT
     found = 0
     for i in range(len(seeds)):
         for j in lamp[i].nonzero()[:, 0].tolist():
-            if boxes["signal"][i, j] != data.RED:
+            if boxes["signal"][i, j] != world.RED:
                 continue
             point = boxes["centre"][i, j] + torch.tensor([-boxes["half"][i, j, 0], 0, 0.45 * boxes["half"][i, j, 2]])
             for camera, pixels in zip((1, 6), image[i]):
-                intrinsics, pose = data.rig_camera(camera, 64, 128)
-                uv, visible = data.project((point - pose[:3, 3]) @ pose[:3, :3], intrinsics)
+                intrinsics, pose = world.rig_camera(camera, 64, 128)
+                uv, visible = alpamayo.project((point - pose[:3, 3]) @ pose[:3, :3], intrinsics)
                 if visible:
                     r, g, b = pixels[:, int(uv[1]), int(uv[0])].tolist()
                     assert r > 2 * g and r > 2 * b, (seeds[i], camera, uv, (r, g, b))
@@ -138,13 +140,13 @@ def test_the_red_lamp_is_where_project_says():
 @pytest.mark.parametrize("kind", [0.0, 1.0])
 def test_rays_are_the_inverse_of_project(kind):
     intrinsics = torch.tensor([kind, 96, 40, 50.0, 18.0, *([0.0, 60, 1.5, -2, 0.3] if kind == 0 else [70.0, 65, 0, 0, 0])])
-    rays = data.rays(intrinsics, 40, 96)
-    uv, visible = data.project(rays * 7, intrinsics)
+    rays = world.rays(intrinsics, 40, 96)
+    uv, visible = alpamayo.project(rays * 7, intrinsics)
     v, u = torch.meshgrid(torch.arange(40) + 0.5, torch.arange(96) + 0.5, indexing="ij")
     assert visible.all() and torch.allclose(uv, torch.stack([u, v], -1), atol=1e-3)
-    behind, seen = data.project(torch.tensor([0.1, 0.1, -5.0]), intrinsics)
+    behind, seen = alpamayo.project(torch.tensor([0.1, 0.1, -5.0]), intrinsics)
     assert not seen
-    ahead, _ = data.project(torch.tensor([0.0, 0.0, 5.0]), intrinsics)
+    ahead, _ = alpamayo.project(torch.tensor([0.0, 0.0, 5.0]), intrinsics)
     assert torch.allclose(ahead, intrinsics[3:5])
 
 
@@ -170,4 +172,4 @@ def test_bad_options_are_one_line():
         with pytest.raises(ValueError) as error:
             call()
         assert "\n" not in str(error.value)
-    assert math.isclose(data.RIG[1][2], math.radians(120))
+    assert math.isclose(world.RIG[1][2], math.radians(120))

@@ -1,0 +1,667 @@
+"""
+A small world of traffic, for machines that have no data: it needs no download, and because it made the cause of every
+scene it knows the label.
+
+The page reads in the data's order: cameras, roads, what a seed draws, the world that moves and drives, its renderer.
+Ego frame: origin at the rear axle on the ground, x forward, y left, z up; metres, seconds, yaw left-positive.
+"""
+import functools
+import math
+from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from alpamayo import project
+
+WORLD_VERSION = 1       # raise it whenever a seed gives another scene: caches carry it in their name
+DT = 0.1                # s, the step of everything
+HISTORY, FUTURE = 16, 64
+PAST = 20               # steps of a scene before t0
+WHEELBASE = 2.8         # m
+FRONT, WIDTH, LENGTH = 3.7, 1.9, 4.7    # m: rear axle to front bumper, and the ego's size
+LANE = 3.5              # m
+LEFT, RIGHT = 1, -1     # sides are signs, as y is
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cameras: one `project` for all
+
+# The world's cameras: id -> (position in the ego frame, yaw, horizontal field of view), images twice as wide as high.
+# They are equi-angular (f-theta with pixel radius = f * angle): a pinhole of 120 degrees would spend its pixels on the
+# rim and leave four for a pedestrian ahead.
+RIG = {
+    0: ((1.6, 0.9, 1.5), math.radians(55), math.radians(120)),
+    1: ((1.6, 0.0, 1.5), 0.0, math.radians(120)),
+    2: ((1.6, -0.9, 1.5), math.radians(-55), math.radians(120)),
+    6: ((1.6, 0.0, 1.5), 0.0, math.radians(30)),
+}
+
+
+def rays(intrinsics, H, W):
+    """The inverse of `project` at every pixel centre: unit directions (H, W, 3) in camera axes."""
+    kind, width, height, cx, cy, a0, a1, a2, a3, a4 = intrinsics.double().tolist()
+    v, u = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
+    x, y = (u * (width / W) - cx).double(), (v * (height / H) - cy).double()
+    if kind == 1:
+        direction = torch.stack([x / a0, y / a1, torch.ones_like(x)], -1)
+    else:
+        radius = torch.hypot(x, y)
+        th = (radius - a0) / a1                                 # exact when equi-angular; Newton does the rest
+        for _ in range(10):
+            error = a0 + th * (a1 + th * (a2 + th * (a3 + th * a4))) - radius
+            th = th - error / (a1 + th * (2 * a2 + th * (3 * a3 + th * 4 * a4)))
+        side = torch.sin(th) / radius.clamp(min=1e-9)
+        direction = torch.stack([x * side, y * side, torch.cos(th)], -1)
+    return torch.nn.functional.normalize(direction, dim=-1).float()
+
+
+def rig_camera(camera_id, H, W, rig=RIG):
+    """intrinsics (10,) and camera_to_ego (4, 4) of a camera of the rig at H x W pixels."""
+    if camera_id not in rig:
+        raise ValueError(f"camera_ids: the rig has the cameras {tuple(rig)}, not {camera_id}")
+    position, yaw, fov = rig[camera_id]
+    c, s = math.cos(yaw), math.sin(yaw)
+    pose = torch.eye(4)
+    pose[:3, :3] = torch.tensor([[s, 0, c], [-c, 0, s], [0, -1, 0]])     # columns: right, down, out
+    pose[:3, 3] = torch.tensor(position)
+    return torch.tensor([0, W, H, W / 2, H / 2, 0, W / fov, 0, 0, 0]), pose
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Roads: a line is straight, then an arc, then straight again. s runs along it, d is the distance to its left.
+# Roads and the ego's route are lines (..., 3): where the arc starts (m), its curvature (1/m, never 0), its length (m).
+# A straight line is one whose arc has length 0. s = d = 0 is where the ego is at t0, but for its wander.
+
+def place(s, d, line):
+    """World x, y and heading of the road coordinates s, d."""
+    start, k, length = line.unbind(-1)
+    arc = torch.minimum((s - start).clamp(min=0), length)
+    rest = s - start - arc                                      # along the tangent: < 0 before the arc, > 0 after it
+    heading = k * arc
+    cos, sin = torch.cos(heading), torch.sin(heading)
+    return start + sin / k + rest * cos - d * sin, (1 - cos) / k + rest * sin + d * cos, heading
+
+
+def locate(x, y, line):
+    """The inverse of `place`: s, d and the line's heading there. Arcs bend by 90 degrees at most."""
+    start, k, length = line.unbind(-1)
+    x = x - start
+    arc = torch.minimum((torch.atan2(k * x, 1 - k * y) / k).clamp(min=0), length)
+    heading = k * arc
+    cos, sin = torch.cos(heading), torch.sin(heading)
+    dx, dy = x - sin / k, y - (1 - cos) / k
+    return start + arc + dx * cos + dy * sin, dy * cos - dx * sin, heading
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a seed draws: a road, a cause, and a crowd of things that ask for no reaction
+
+SITUATIONS = (
+    "free", "curve", "slower lead", "braking lead", "stopped lead", "red light", "green light", "pedestrian", "cut-in",
+    "cones", "parked car", "turn")
+NOTHING, CAR, PEDESTRIAN, LIGHT, CONE, BUILDING, TREE, RAIL = range(8)
+OFF, BLINK_LEFT, BLINK_RIGHT, HAZARD, RED, GREEN = range(6)
+NEVER, FAR = 1e3, 1e4                           # s and m: "not in this scene", and still tame in float32
+FILLET, SIDE_ROAD = 6.0, LANE                   # m: radius of a crossing's corners, half width of its side road
+STRAIGHT = (0.0, 0.01, 0.0)
+CAR_SIZE, PERSON_SIZE, LIGHT_SIZE, CONE_SIZE = (4.4, 1.8, 1.5), (0.5, 0.7, 1.8), (0.4, 1.2, 3.8), (0.5, 0.5, 1.0)
+CAR_COLOURS = ((0.9, 0.9, 0.9), (0.15, 0.15, 0.17), (0.55, 0.56, 0.6), (0.15, 0.25, 0.6), (0.1, 0.4, 0.25))
+CLOTHES = ((0.95, 0.1, 0.6), (1.0, 0.9, 0.1), (0.1, 0.9, 0.95), (0.95, 0.95, 0.95), (0.6, 0.1, 0.9), (0.2, 0.35, 1.0))
+WALLS = ((0.62, 0.42, 0.34), (0.68, 0.64, 0.55), (0.5, 0.52, 0.56), (0.75, 0.7, 0.66), (0.45, 0.38, 0.36))
+
+
+class Thing(NamedTuple):
+    """Anything that stands on the ground. It follows its script: brake once, drift sideways once."""
+    kind: int = NOTHING
+    s: float = 0.0                              # m, the centre in road coordinates when the scene starts, at t0 - 2 s
+    d: float = 0.0
+    v: float = 0.0                              # m/s, along the road or, if oncoming, against it
+    oncoming: float = 0.0
+    size: tuple = (1.0, 1.0, 1.0)               # m, length width height
+    colour: tuple = (1.0, 0.45, 0.0)
+    signal: int = OFF
+    accel: float = 0.0                          # m/s^2 from time t_accel on, until the speed is v_end
+    t_accel: float = NEVER
+    v_end: float = 0.0
+    drift: float = 0.0                          # m/s to the left from time t_drift on, until d is d_end
+    t_drift: float = NEVER
+    d_end: float = 0.0
+
+
+@dataclass
+class Draw:
+    """All that is fixed about one scene."""
+    situation: str
+    side: int                                   # LEFT or RIGHT: where the cause is
+    cruise: float                               # m/s
+    react: float                                # s after t0: before it the expert does not know the cause
+    wander: tuple                               # speed amplitude, rate, phase; lateral amplitude, rate, phase
+    daylight: float
+    urban: float                                # 1 has a pavement, 0 has grass
+    shoulder: float                             # m, paved
+    lanes: tuple = (0, 1, 0)                    # how many: with us, left of ours; oncoming; with us, right of ours
+    road: tuple = STRAIGHT                      # lines, see `place`
+    route: tuple = STRAIGHT
+    crossing: float = FAR                       # s of the side road's centre
+    stop: float = FAR                           # s of the stop line
+    halt: float = FAR                           # s that the expert may not pass: a stop line whose light is red
+    nudge: tuple = (0.0, 0.0, 1.0, 2.0, 3.0)    # offset to the left; s where it begins, is full, ends, is gone
+    things: list = field(default_factory=list)  # the cause is the first one
+
+    def braking(self, decel, v_end=0.0):
+        """Metres of road that braking takes, with half a second to get going."""
+        return (self.cruise ** 2 - v_end ** 2) / (2 * decel) + 0.5 * self.cruise
+
+
+def draw(seed):
+    """The scene of a seed. It depends on nothing else."""
+    rng = np.random.default_rng(seed)
+    situation = _pick(rng, SITUATIONS)
+    scene = Draw(
+        situation, side=RIGHT if situation == "parked car" else _pick(rng, (LEFT, RIGHT)),
+        # One cruise speed and one reaction time for all situations, and no reaction before t0: else a blind model would
+        # read the answer off the kinematics.
+        cruise=rng.uniform(8, 14), react=rng.uniform(0, 0.2),
+        wander=tuple(rng.uniform((0, 0.5, 0, 0, 0.8, 0), (0.4, 1.5, 6.3, 0.15, 1.6, 6.3))),
+        daylight=rng.uniform(0.75, 1.05), urban=float(rng.random() < 0.5), shoulder=rng.uniform(1, 2.5))
+    _draw_road(scene, rng)
+    _draw_cause(scene, rng)
+    _draw_crossing(scene, rng)
+    _draw_others(scene, rng)
+    return scene
+
+
+def _lines(lanes):
+    """d of the outermost lane lines, right and left. lanes (..., 3) as in Draw."""
+    left, oncoming, right = lanes.unbind(-1) if torch.is_tensor(lanes) else lanes
+    return -LANE * (right + 0.5), LANE * (left + oncoming + 0.5)
+
+
+def _pick(rng, items):
+    return items[rng.integers(len(items))]
+
+
+def _car(rng, s, d, v, oncoming=0.0, **script):
+    """A car whose centre is at s, d at t0 if it keeps its speed."""
+    start = s - (1 - 2 * oncoming) * v * PAST * DT
+    return Thing(CAR, start, d, v, oncoming, CAR_SIZE, _pick(rng, CAR_COLOURS), **script)
+
+
+def _person(rng, s, d, **script):
+    return Thing(PEDESTRIAN, s, d, size=PERSON_SIZE, colour=_pick(rng, CLOTHES), **script)
+
+
+def _draw_road(scene, rng):
+    """Two lanes; or four, with ours on the right or on the left of our two. Some roads bend."""
+    narrow, rightmost, leftmost = (0, 1, 0), (1, 2, 0), (0, 2, 1)
+    at_side = leftmost if scene.side == LEFT else rightmost
+    scene.lanes = _pick(rng, {
+        "curve": [narrow],                      # the inside of a sharp bend has no room for more
+        "turn": [narrow, at_side],
+        "cut-in": [rightmost if scene.side == LEFT else leftmost],
+        "red light": [narrow, rightmost],       # what stands at the right stands right beside our lane
+        "green light": [narrow, rightmost],
+        "parked car": [narrow, rightmost]}.get(scene.situation, [narrow, rightmost, leftmost]))
+    if scene.situation == "curve":              # 2 m/s^2 sideways is half to three quarters of the cruise speed in it
+        radius = min(max((scene.cruise * rng.uniform(0.5, 0.72)) ** 2 / 2, 12), 45)
+        start = scene.braking(rng.uniform(1.8, 2.6), math.sqrt(2 * radius))
+        scene.road = (start, scene.side / radius, radius * rng.uniform(0.9, 1.5))
+    elif scene.situation in ("red light", "green light", "turn") or rng.random() < 0.25:
+        scene.crossing = 0.0                    # there is one; `_draw_crossing` says where
+    elif rng.random() < 0.5:                    # a bend so gentle that it asks for nothing
+        scene.road = (rng.uniform(-20, 60), _pick(rng, (LEFT, RIGHT)) / rng.uniform(150, 500), rng.uniform(50, 120))
+    scene.route = scene.road
+
+
+def _draw_cause(scene, rng):
+    """What the driver has to answer to, near enough to ask for it within 6.4 s and far enough to do it in comfort."""
+    v, side, uniform, rear = scene.cruise, scene.side, rng.uniform, FRONT + CAR_SIZE[0] / 2
+    if scene.situation == "slower lead":        # no lights
+        slower = uniform(3.5, 6)
+        gap = 3 + 0.8 * (v - slower) + slower ** 2 / (2 * uniform(1.2, 2.2)) + 0.5 * slower
+        scene.things = [_car(rng, rear + gap, 0, v - slower)]
+    elif scene.situation == "braking lead":     # for 0.6 s at least, with its brake lights on
+        decel, since, v_end = uniform(2.2, 3.2), uniform(0.6, 1.2), v * uniform(0, 0.4)
+        gap = max(10, scene.braking(3, v_end) - ((v - decel * since) ** 2 - v_end ** 2) / (2 * decel) + 4)
+        scene.things = [_car(rng, rear + gap + decel * since ** 2 / 2, 0, v, accel=-decel, t_accel=-since, v_end=v_end)]
+    elif scene.situation == "stopped lead":     # hazard lights, not brake lights: those say that it is braking
+        scene.things = [_car(rng, rear + 3 + scene.braking(uniform(2.4, 3.2)), 0, 0, signal=HAZARD)]
+    elif scene.situation == "pedestrian":       # on the road or at its edge, ahead of the car when that gets there
+        where = FRONT + 4 + scene.braking(uniform(2.4, 3.1))
+        right, left = (abs(line) + scene.shoulder for line in _lines(scene.lanes))      # m to the road's edges
+        near, far = (left, right) if side == LEFT else (right, left)
+        away = uniform(2.2, min(5, near + 0.3))
+        walk = min(max((away + uniform(-0.8, 0.6)) / ((where - FRONT) / v), 0.8), 2.0)
+        scene.things = [_person(rng, where, side * (away + walk * PAST * DT),
+                                drift=-side * walk, t_drift=-NEVER, d_end=-side * (far + 1))]
+    elif scene.situation == "cut-in":           # signals and starts about now, or is on its way without a signal
+        slower, signals = uniform(1.5, 3.5), rng.random() < 0.5
+        gap = 5 + slower ** 2 / 2 + 0.5 * slower + uniform(0, 4)
+        scene.things = [_car(rng, rear + gap, side * LANE, v - slower, drift=-side * uniform(0.9, 1.3),
+                             t_drift=uniform(-0.4, 0.2) if signals else uniform(-1.4, -1.0),
+                             signal=(BLINK_RIGHT if side == LEFT else BLINK_LEFT) if signals else OFF)]
+    elif scene.situation in ("cones", "parked car"):
+        first = FRONT + 2 + v * uniform(1.9, 2.4)
+        if scene.situation == "cones":
+            step = uniform(2, 3)
+            scene.things = [Thing(CONE, first + i * step, side * (1.5 - 0.22 * i), size=CONE_SIZE) for i in range(5)]
+            last = first + 4 * step
+        else:
+            scene.things = [_car(rng, first + CAR_SIZE[0] / 2, side * uniform(1.9, 2.3), 0)]
+            last = first + CAR_SIZE[0]
+        begin, full, end = 0.2 * v, first - FRONT - 1, last + 2     # after the latest reaction; back as gently as out
+        scene.nudge = (-side * 1.3, begin, full, end, end + full - begin)
+    elif scene.situation == "turn":
+        radius = uniform(10, 12) if side == LEFT else uniform(7, 8.5)
+        start = scene.braking(uniform(2.3, 3.0), math.sqrt(2 * radius))
+        scene.route = (start, side / radius, radius * math.pi / 2)
+
+
+def _draw_crossing(scene, rng):
+    """Where the side road is, and what its light says. A green light may stand anywhere but on a free road."""
+    if scene.crossing == FAR:
+        return
+    scene.stop = FRONT + 3 + scene.braking(rng.uniform(2.3, 3.1))
+    light = {"red light": RED, "green light": GREEN, "free": OFF}.get(scene.situation, _pick(rng, (OFF, GREEN)))
+    if scene.situation == "turn":               # the turn ends in the side road's right lane
+        start, k, _ = scene.route
+        scene.stop = start + 1 / abs(k) - scene.side * LANE / 2 - SIDE_ROAD - FILLET - 0.5
+    elif scene.situation not in ("red light", "green light"):
+        scene.stop += rng.uniform(15, 45)       # beyond the cause
+    scene.crossing = scene.stop + 0.5 + FILLET + SIDE_ROAD
+    if light == RED:
+        scene.halt = scene.stop
+    if light != OFF:
+        scene.things.append(Thing(
+            LIGHT, scene.stop + 1, _lines(scene.lanes)[0] - 1.4, size=LIGHT_SIZE, colour=(0.1, 0.1, 0.1), signal=light))
+
+
+def _draw_others(scene, rng):
+    """The crowd. Nobody gets in the way of the cause, of the ego or of one another."""
+    v, situation, uniform = scene.cruise, scene.situation, rng.uniform
+    things = scene.things = scene.things or [Thing()]
+    cause = things[0].s
+    (right_line, left_line), nudged = _lines(scene.lanes), scene.nudge[0]
+    right_edge, left_edge = right_line - scene.shoulder, left_line + scene.shoulder
+
+    # Other traffic. No car comes from beyond `closed`, or drives beside us to it.
+    closed = scene.halt
+    if situation == "pedestrian":
+        closed = cause
+    elif situation == "turn" and scene.side == LEFT:
+        closed = scene.route[0]
+    left, oncoming, right = scene.lanes
+    for lane in [1] * left + [-1] * right:
+        if rng.random() < 0.5 and closed == FAR and lane * nudged <= 0 and situation != "cut-in":
+            things.append(_car(rng, uniform(-6, 40), lane * LANE, v + uniform(-2, 2)))
+    for lane in range(left + 1, left + oncoming + 1):
+        hides = situation == "pedestrian" and scene.side == LEFT
+        if rng.random() < 0.5 and lane * nudged != nudged and closed > 16 and not hides:
+            things.append(_car(rng, uniform(8, min(90, closed - 6)), lane * LANE, uniform(7, 14), oncoming=1.0))
+    if situation in ("free", "green light", "pedestrian", "cut-in", "cones", "parked car") and rng.random() < 0.4:
+        passed = cause + 16 + 2 * v if situation in ("pedestrian", "cones", "parked car") else 0
+        things.append(_car(rng, max(FRONT + 45, passed) + uniform(0, 25), 0, v))        # far ahead, as fast as we are
+
+    # What stands beside the road, but not in the side road, and not in a sharp bend: its inside has no room.
+    limit = scene.road[0] if situation == "curve" else 70
+
+    def put(count, low, high, make, length=0.0):
+        for s in uniform(low, high, count):
+            if abs(s - scene.crossing) > SIDE_ROAD + FILLET + length / 2:
+                things.append(make(s))
+
+    put(rng.integers(0, 4), 8, limit, lambda s: _person(
+        rng, s, _pick(rng, (left_edge + uniform(2, 4), right_edge - uniform(2, 4)))))
+    if situation not in ("pedestrian", "parked car"):                                   # parked clear of the lane
+        put(rng.integers(0, 3), 8, limit, lambda s: _car(rng, s, right_line - CAR_SIZE[1] / 2 - uniform(0.9, 1.6), 0))
+    if situation != "pedestrian" and rng.random() < 0.3:
+        put(3, 8, limit, lambda s: Thing(CONE, s, right_line - uniform(0.9, 1.6), size=CONE_SIZE))
+    for edge, sign in ((left_edge, LEFT), (right_edge, RIGHT)):
+        far = max(0, limit - 15) if situation == "curve" and sign == scene.side else 100
+        put(3 if scene.urban else rng.integers(0, 2), -10, far, length=20, make=lambda s: Thing(
+            BUILDING, s, edge + sign * uniform(11, 18), size=tuple(uniform((9, 8, 5), (20, 12, 14))),
+            colour=_pick(rng, WALLS)))
+        put(rng.integers(0, 3), 0, far, lambda s: Thing(
+            TREE, s, edge + sign * uniform(4, 6), size=(2.4, 2.4, uniform(4, 6)),
+            colour=(0.13, uniform(0.3, 0.45), 0.12)))
+    if situation == "curve":                    # a red and white rail along the outside: bends are seen from afar
+        start, k, length = scene.road
+        outside, piece = (right_edge - 0.8 if scene.side == LEFT else left_edge + 0.8), length / 6
+        things.extend(Thing(
+            RAIL, start + (i + 0.5) * piece, outside, size=(piece * (1 + abs(outside * k)), 0.3, 1.1),
+            colour=((0.9, 0.1, 0.1), (0.95, 0.95, 0.95))[i % 2]) for i in range(6))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The world that moves
+
+MAX_ACCEL, COMFORT, HEADWAY, JERK = 1.5, 3.0, 0.8, 6.0      # m/s^2, m/s^2, s, m/s^3: the expert's manners
+
+
+class World:
+    """
+    n scenes, one a seed, that advance in lockstep from t0 - 2 s on. What a seed drew is in `scene` (n,) or (n, k);
+    the ego in x, y (m), yaw (rad), speed (m/s) and the last accel (m/s^2) and curvature (1/m), each (n,); everything
+    else in `things` (n, things), of which s, d (m) and v (m/s) change. `step` moves all, `expert` drives, `render`
+    looks.
+    """
+
+    def __init__(self, seeds, device="cpu"):
+        draws = [draw(int(seed)) for seed in seeds]
+        most = max(len(one.things) for one in draws)
+        rows = [one.things + [Thing()] * (most - len(one.things)) for one in draws]
+        tensor = functools.partial(torch.tensor, dtype=torch.float32, device=device)
+        fixed = [f.name for f in fields(Draw) if f.name not in ("situation", "things")]
+        self.scene = SimpleNamespace(**{f: tensor([getattr(one, f) for one in draws]) for f in fixed})
+        self.things = SimpleNamespace(**{
+            f: tensor([[getattr(thing, f) for thing in row] for row in rows]) for f in Thing._fields})
+        self.situations, self.sides = [one.situation for one in draws], [one.side for one in draws]
+        self.case = {name: tensor([one.situation == name for one in draws]) > 0 for name in SITUATIONS}     # (n,) bool
+        self.device, self.time = device, -PAST * DT                             # s after t0
+        # The ego starts at its cruise speed, on its wandering line.
+        speed, lateral = self._wander()
+        self.speed = self.scene.cruise + speed
+        self.x, self.y, self.yaw = place(self.time * self.scene.cruise, lateral, self.scene.route)
+        self.accel, self.curvature = torch.zeros_like(self.x), torch.zeros_like(self.x)
+
+    def _wander(self):
+        """Nobody drives like a ruler: small waves in speed (m/s) and in lateral offset (m), now."""
+        a, rate_a, phase_a, b, rate_b, phase_b = self.scene.wander.unbind(-1)
+        return a * torch.sin(rate_a * self.time + phase_a), b * torch.sin(rate_b * self.time + phase_b)
+
+    def step(self, accel, curvature):
+        """One tick of DT: the ego by the unicycle with accel (n,) and curvature (n,), the things by their scripts."""
+        speed = (self.speed + DT * accel).clamp(min=0)
+        accel = (speed - self.speed) / DT                                       # as driven: no car brakes backwards
+        yaw = self.yaw + DT * curvature * self.speed + DT ** 2 / 2 * curvature * accel
+        self.x = self.x + DT / 2 * (self.speed * torch.cos(self.yaw) + speed * torch.cos(yaw))
+        self.y = self.y + DT / 2 * (self.speed * torch.sin(self.yaw) + speed * torch.sin(yaw))
+        self.yaw, self.speed, self.accel, self.curvature = yaw, speed, accel, curvature
+        t = self.things
+        braking = (self.time >= t.t_accel - DT / 2) & (t.v > t.v_end)
+        v = torch.where(braking, torch.maximum(t.v + DT * t.accel, t.v_end), t.v)
+        t.s, t.v = t.s + DT / 2 * (t.v + v) * (1 - 2 * t.oncoming), v
+        t.d = t.d + DT * self._drift()
+        self.time = round(self.time + DT, 6)
+
+    def _drift(self):
+        """Lateral speed of the things (n, things): a script's drift ends in the middle of our lane, or across it."""
+        t = self.things
+        return torch.where((self.time >= t.t_drift - DT / 2) & (t.drift * (t.d_end - t.d) > 0), t.drift, 0)
+
+    def expert(self):
+        """
+        accel (n,) and curvature (n,) of a driver who knows the cause from `react` on: the intelligent driver model
+        (Treiber 2000) behind whatever it has to respect, speed that suits the bend, and a steady hand on the line.
+        """
+        scene, v = self.scene, self.speed
+        cause = SimpleNamespace(**{f: x[:, 0] for f, x in vars(self.things).items()})           # (n,) each
+        wander_speed, wander_lateral = self._wander()
+        s, d, heading = locate(self.x, self.y, scene.route)
+        start, k, length = scene.route.unbind(-1)
+
+        # Speed. `gap` is how far the front bumper is from what it must not touch, which moves at `lead`.
+        bumper = s + FRONT
+        follow = self.case["slower lead"] | self.case["braking lead"] | self.case["stopped lead"] | self.case["cut-in"]
+        crosses = self.case["pedestrian"] & (cause.d * scene.side > -2.2) & (cause.s > bumper - 1)      # not yet across
+        gap = scene.halt - 1 - bumper
+        gap = torch.where(follow, cause.s - cause.size[:, 0] / 2 - bumper, gap)
+        gap = torch.where(crosses, cause.s - 2 - bumper, gap).clamp(min=0.5)
+        lead = torch.where(follow, cause.v, 0)
+        want = 2 + (v * HEADWAY + v * (v - lead) / (2 * math.sqrt(MAX_ACCEL * COMFORT))).clamp(min=0)   # m
+        free = MAX_ACCEL * (1 - (v / (scene.cruise + wander_speed)) ** 4)
+        bend = -(v ** 2 - 2 / k.abs()) / (2 * torch.maximum(start - s, v / 2).clamp(min=0.5))  # to 2 m/s^2 sideways
+        bend = torch.where((s < start + length) & (length > 0), bend, MAX_ACCEL)
+        known = torch.minimum(free - MAX_ACCEL * (want / gap) ** 2, bend).clamp(-4, MAX_ACCEL)
+        accel = torch.where(self.time >= scene.react, known, free)
+        accel = self.accel + (accel - self.accel).clamp(-JERK * DT, JERK * DT)
+
+        # Steering: the line's curvature a moment ahead, the nudge's, and a pull back to where the ego should be.
+        soon = s + 0.3 * v                                                                      # hands take time
+        (target, slope, _), (_, _, bow) = self._nudge(s), self._nudge(soon)
+        ahead = torch.where((soon > start) & (soon < start + length), k / (1 - k * d), 0)
+        reach = (0.7 * v).clamp(min=3)                                                          # m
+        curvature = ahead + bow - (d - target - wander_lateral) / reach ** 2 - 2 * (self.yaw - heading - slope) / reach
+        limit = (3 / v.clamp(min=1) ** 2).clamp(max=0.2)
+        return accel, self.curvature + 0.33 * (curvature.clamp(-limit, limit) - self.curvature)
+
+    def _nudge(self, s):
+        """Where in its lane the ego should be at s (n,): offset (m), its slope and its bow (1/m): half cosines."""
+        offset, begin, full, end, gone = self.scene.nudge.unbind(-1)
+        length = full - begin
+        phase = (math.pi / length * torch.where(s < end, s - begin, gone - s)).clamp(0, math.pi)    # 0 in, pi out
+        rate = math.pi / length * torch.where(s < end, 1, -1)
+        return (offset / 2 * (1 - torch.cos(phase)), offset / 2 * torch.sin(phase) * rate,
+                torch.where((phase > 0) & (phase < math.pi), offset / 2 * torch.cos(phase) * rate ** 2, 0))
+
+    def render(self, camera_ids, size):
+        """What the cameras see now: images (n, cameras, 3, H, W) uint8; size is (H, W)."""
+        (H, W), ids, boxes = size, tuple(camera_ids), _boxes(self)
+        view, fine = _view(ids, H, W, self.device), _view(ids, FINE * H, FINE * W, self.device)
+        images = torch.empty(len(self.x), len(ids), 3, H, W, dtype=torch.uint8, device=self.device)
+        chunk = max(1, CHUNK // (len(ids) * H * W * FINE ** 2))                 # scenes at a time: stay in the cache
+        for i in range(0, len(self.x), chunk):
+            part = slice(i, i + chunk)
+            painted = _paint_boxes(_paint_ground(self, part, view), {f: x[part] for f, x in boxes.items()}, fine)
+            images[part] = painted.movedim(0, 2)
+        return images
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The renderer: a ray a pixel. The ground's pixels are constants of a camera; boxes are tried only where they may be.
+
+CHUNK = 2 ** 18         # rays at a time
+FINE = 2                # rays a pixel for boxes, each way: what is far and thin fades and does not flicker
+HAZE = 205              # grey of the horizon, 0 .. 255
+# Two boxes a thing. Each: how far back, length and width, from and to which height, all as shares of the thing's size.
+PARTS = torch.tensor([
+    [[0, 0, 0, 0, 0], [0, 0, 0, 0, 0]],                             # nothing
+    [[0, 1, 1, 0.13, 0.62], [0.06, 0.55, 0.86, 0.62, 1]],           # car: body, cabin
+    [[0, 1, 1, 0, 0.85], [0, 0.6, 0.5, 0.85, 1]],                   # pedestrian: body, head
+    [[0, 1, 1, 0.6, 1], [0, 0.4, 0.15, 0, 0.6]],                    # light: housing, pole
+    [[0, 1, 1, 0, 0.5], [0, 0.6, 0.6, 0.5, 1]],                     # cone: foot, tip
+    [[0, 1, 1, 0, 1], [0, 0, 0, 0, 0]],                             # building
+    [[0, 1, 1, 0.35, 1], [0, 0.15, 0.15, 0, 0.35]],                 # tree: crown, trunk
+    [[0, 1, 1, 0.3, 1], [0, 0, 0, 0, 0]],                           # rail
+])
+
+
+@functools.lru_cache
+def _view(camera_ids, H, W, device):
+    """What never changes about the cameras: they look level, so the lower half of a picture is the ground."""
+    intrinsics, pose = (torch.stack(x) for x in zip(*(rig_camera(i, H, W) for i in camera_ids)))
+    half = H // 2
+    direction = torch.stack([rays(k, H, W) @ p[:3, :3].T for k, p in zip(intrinsics, pose)])    # (cameras, H, W, 3) ego
+    down = direction[:, half:]
+    reach = pose[:, 2, 3, None, None] / -down[..., 2]                                   # m along the ray to the ground
+    ground = [pose[:, i, 3, None, None] + reach * down[..., i] for i in (0, 1)]
+    pixel = 1 / intrinsics[:, 6, None, None]                                            # rad
+    view = SimpleNamespace(
+        intrinsics=intrinsics, pose=pose, size=(H, W), half=half,
+        direction=direction.permute(3, 0, 1, 2).flatten(1).contiguous(),                # (3, cameras * H * W)
+        ground=torch.stack(ground), across=reach * pixel, along=reach ** 2 * pixel / pose[:, 2, 3, None, None],
+        haze=1 - torch.exp(-reach / 150), sky=torch.exp(-6 * direction[:, :half, :, 2].clamp(min=0)))
+    for name, value in vars(view).items():
+        if torch.is_tensor(value):
+            setattr(view, name, value.to(device))
+    return view
+
+
+def _paint_ground(world, part, view):
+    """Sky and ground of some scenes: (3, m, cameras, H, W) float in 0 .. 255. The ground is shaded, not traced:
+    a pixel's point on it is known, its road coordinates follow, and lines are where d and s say."""
+    scene = SimpleNamespace(**{f: x[part].unflatten(0, (-1, 1, 1, 1)) for f, x in vars(world.scene).items()})
+    x, y, yaw = (value[part, None, None, None] for value in (world.x, world.y, world.yaw))
+    cos, sin = torch.cos(yaw), torch.sin(yaw)
+    gx, gy = view.ground                                                                # (cameras, H/2, W) ego frame
+    s, d, _ = locate(x + cos * gx - sin * gy, y + sin * gx + cos * gy, scene.road)      # (m, cameras, H/2, W)
+
+    def cover(distance, width, footprint):      # a stripe's share of a pixel: thin ones fade, they do not flicker
+        return ((width + footprint) / 2 - distance.abs()).clamp(min=0).minimum(footprint.clamp(max=width)) / footprint
+
+    # What it is made of. Outside both roads, a corner is asphalt up to a quarter circle.
+    (right_line, left_line), centre = _lines(scene.lanes), LANE * (scene.lanes[..., 0] + 0.5)
+    out = torch.maximum(d - left_line, right_line - d) - scene.shoulder                 # m beyond the main road
+    aside = (s - scene.crossing).abs() - SIDE_ROAD                                      # m beyond the side road
+    asphalt = (FILLET - out).clamp(0, FILLET) ** 2 + (FILLET - aside).clamp(0, FILLET) ** 2 >= FILLET ** 2 - 1e-3
+    pavement = (torch.minimum(out, aside) < 2.5) & (scene.urban > 0)
+    grey = torch.where(asphalt, 78., torch.where(pavement, 150., 0.))                   # 0 where it is grass
+    # What is painted on it: lane lines (solid at the edges and between the directions), stop line, zebra.
+    line = torch.round((d - LANE / 2) / LANE) * LANE + LANE / 2                         # d of the nearest lane line
+    middle = (line - centre).abs() < 0.1
+    solid = middle | ((line - left_line).abs() < 0.1) | ((line - right_line).abs() < 0.1)
+    lined = (solid | (torch.remainder(s, 9) < 4)) & (out < 0.5 - scene.shoulder) & (aside > FILLET)
+    white = cover(d - line, 0.18, view.across) * lined
+    beyond = s - scene.stop
+    white = torch.where((d < centre) & (d > right_line), white.maximum(cover(beyond, 0.6, view.along)), white)
+    zebra = (beyond > 1) & (beyond < 4) & (out < -scene.shoulder) & (torch.remainder(d, 1.2) < 0.6)
+    white, yellow = torch.where(zebra, 0.9, white), middle & (beyond.abs() > 1) & ~zebra
+    image = torch.empty(3, *s.shape[:2], *view.size, device=s.device)
+    for i, (grass, paint, sky) in enumerate(((92, 235, 110), (120, 215, 160), (62, 120, 230))):     # red, green, blue
+        base = torch.where(grey > 0, grey, grass)
+        ground = (base + white * (torch.where(yellow, paint, 235) - base)) * scene.daylight
+        image[i, :, :, view.half:] = ground + view.haze * (HAZE - ground)
+        image[i, :, :, :view.half] = sky + view.sky * (HAZE - sky)
+    return image
+
+
+def _boxes(world):
+    """Everything that stands, as boxes in the ego frame: a dictionary of (n, 2 things) and (n, 2 things, 3)."""
+    t = world.things
+    x, y, yaw = place(t.s, t.d, world.scene.road[:, None])                              # (n, things), world frame
+    swerve = torch.atan2(world._drift(), t.v.clamp(min=0.1)) * (t.kind == CAR)
+    yaw = (yaw + math.pi * t.oncoming + swerve - world.yaw[:, None])[..., None]         # (n, things, 1), ego frame
+    x, y = x - world.x[:, None], y - world.y[:, None]
+    cos, sin = torch.cos(world.yaw)[:, None], torch.sin(world.yaw)[:, None]
+    x, y = (cos * x + sin * y)[..., None], (cos * y - sin * x)[..., None]
+    cos, sin, size = torch.cos(yaw), torch.sin(yaw), t.size[:, :, None]
+    back, length, width, low, high = PARTS.to(world.device)[t.kind.long()].unbind(-1)   # (n, things, 2)
+    back = back * size[..., 0]
+    boxes = dict(
+        centre=torch.stack([x - back * cos, y - back * sin, (low + high) / 2 * size[..., 2]], -1),
+        half=torch.stack([length, width, high - low], -1) * size / 2, cos=cos, sin=sin, colour=t.colour[:, :, None],
+        part=2 * t.kind.long()[..., None] + torch.tensor([0, 1], device=world.device), signal=t.signal[..., None],
+        braking=((t.accel < 0) & (world.time >= t.t_accel - DT / 2))[..., None],
+        light=world.scene.daylight[:, None, None])
+    return {name: value.expand(*back.shape, *value.shape[3:]).flatten(1, 2) for name, value in boxes.items()}
+
+
+def _rectangles(boxes, view):
+    """
+    Where boxes (m, boxes) may be in the pictures: scene, camera, box, left, top, width, height, each (pairs,) long.
+    The corners' pixels say, and a margin, since straight edges are bows through such a lens.
+    """
+    H, W = view.size
+    origin, to_camera = view.pose[:, :3, 3], view.pose[:, :3, :3].mT[:, None, None]     # (cameras, 3), (.., 3, 3)
+    sign = torch.tensor([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], device=origin.device)
+    x, y, z = (sign * boxes["half"][:, :, None]).unbind(-1)                             # (m, boxes, 8)
+    cos, sin = boxes["cos"][..., None], boxes["sin"][..., None]
+    corner = torch.stack([cos * x - sin * y, sin * x + cos * y, z], -1) + boxes["centre"][:, :, None]
+    corner = corner[:, None] - origin[:, None, None]                                    # (m, cameras, boxes, 8, 3)
+    pixel, _ = project((to_camera @ corner[..., None])[..., 0], view.intrinsics[:, None, None])
+    low, high = pixel.amin(-2), pixel.amax(-2)                                          # (m, cameras, boxes, 2)
+    margin, edge = 1 + 0.1 * (high - low), torch.tensor([W, H], device=origin.device)
+    low = (low - margin).floor().clamp(min=0).minimum(edge).long()
+    high = (high + margin).ceil().clamp(min=0).minimum(edge).long()
+    # Drop what lies outside the cone of 1.2 rad that holds all the pictures, whole: pixels mean little behind a lens.
+    offset = boxes["centre"][:, None] - origin[:, None]
+    distance, radius = offset.norm(dim=-1), boxes["half"].norm(dim=-1)[:, None]
+    angle = torch.acos(((offset @ view.pose[:, :3, 2, None])[..., 0] / distance).clamp(-1, 1))
+    seen = (angle - torch.asin((radius / distance).clamp(max=1)) < 1.2) & (radius > 0)
+    size = (high - low) * seen[..., None]
+    index = size.prod(-1).nonzero(as_tuple=True)                                        # scene, camera, box
+    return *index, *low[index].unbind(-1), *size[index].unbind(-1)
+
+
+def _paint_boxes(image, boxes, view):
+    """Draw boxes (m, boxes) over image (3, m, cameras, H, W), in place, by the rays of a view FINE times as fine."""
+    (H, W), (_, scenes, cameras, _, _) = view.size, image.shape
+    origin = view.pose[:, :3, 3]                                                        # (cameras, 3)
+    # The tests: each box with each pixel of its rectangle.
+    scene, camera, box, left, top, width, height = _rectangles(boxes, view)             # (pairs,)
+    area = width * height
+    pair = torch.repeat_interleave(area)                                                # (tests,)
+    nth = torch.arange(len(pair), device=image.device) - (area.cumsum(0) - area)[pair]
+    row = nth // width[pair]
+    at = ((camera * H + top) * W + left)[pair] + row * W + nth - row * width[pair]      # in view.direction
+    # Slab test, in the box's own axes.
+    cos, sin, half = boxes["cos"][scene, box], boxes["sin"][scene, box], boxes["half"][scene, box]
+    x, y, z = (origin[camera] - boxes["centre"][scene, box]).unbind(-1)
+    constant = torch.stack([cos, sin, cos * x + sin * y, cos * y - sin * x, z, *half.unbind(-1)])       # (8, pairs)
+    cos, sin, ox, oy, oz, hx, hy, hz = constant.index_select(1, pair)                   # (tests,)
+    dx, dy, dz = view.direction.index_select(1, at)
+    dx, dy = cos * dx + sin * dy, cos * dy - sin * dx
+    near, far = torch.zeros_like(dx), torch.full_like(dx, 1e9)
+    for o, d, h in ((ox, dx, hx), (oy, dy, hy), (oz, dz, hz)):
+        inverse = 1 / d
+        middle, reach = -o * inverse, h * inverse.abs()
+        near, far = torch.maximum(near, middle - reach), torch.minimum(far, middle + reach)
+    hit = ((near < far) & (near > 0)).nonzero()[:, 0]
+    # Nearest wins. Positive floats sort as integers, so depth and test number fit one integer, whose minimum is both.
+    key = near[hit].view(torch.int32).long() << 32 | hit
+    target = scene[pair[hit]] * (cameras * H * W) + at[hit]                             # pixel of (m, cameras, H, W)
+    nobody = torch.iinfo(torch.long).max
+    best = torch.full((scenes * cameras * H * W,), nobody, device=image.device)
+    best.scatter_reduce_(0, target, key, "amin")
+    target = (best < nobody).nonzero()[:, 0]
+    test = best[target] & 0xFFFFFFFF
+    # Colour: by the face that was hit, then what is painted on it. qx, qy, qz run from -1 to 1 over the box.
+    owner, depth = pair[test], near[test]
+    qx, qy, qz = ((o[test] + depth * d[test]) / h[test] for o, d, h in ((ox, dx, hx), (oy, dy, hy), (oz, dz, hz)))
+    end = qx.abs() > torch.maximum(qy.abs(), qz.abs())                                  # rear or front
+    side = ~end & (qy.abs() > qz.abs())
+    part, signal, braking, light, colour = (boxes[name][scene, box][owner]
+                                            for name in ("part", "signal", "braking", "light", "colour"))
+    paint = _livery(part, signal, braking, qx, qy, qz, end, side)
+    *painted, glow = PAINTS.to(image.device).T[:, paint]                                # (hits,) each
+    shade = torch.where(end, 0.8, torch.where(side, 0.62, 1.05)) * light
+    shade = torch.where(glow > 0, 1, shade)
+    fade = torch.exp(-depth / 400) * 255
+    # Each ray owns a share of a pixel; the ground keeps the rest.
+    row, column = target // W, target % W
+    pixel = row // FINE * (W // FINE) + column // FINE                                  # in image's (m, cameras, H, W)
+    covered = torch.bincount(pixel, minlength=image[0].numel()).view(image[0].shape) / FINE ** 2
+    image *= 1 - covered
+    for i, channel in enumerate(image):
+        value = torch.where(paint > 0, painted[i], colour[:, i]) * shade
+        channel.view(-1).index_add_(0, pixel, value.clamp(max=1) * fade + HAZE * (1 - fade / 255), alpha=1 / FINE ** 2)
+    return image
+
+
+# Paints: red, green, blue, and whether they glow, that is, keep their colour in the shade.
+(WINDOW, TYRE, DULL_LAMP, HEADLAMP, BRAKE_LAMP, AMBER, RED_LAMP, GREEN_LAMP,
+ WOOD, TROUSERS, SKIN, WHITE, PANE) = range(1, 14)
+PAINTS = torch.tensor([
+    [0.00, 0.00, 0.00, 0], [0.12, 0.15, 0.20, 0], [0.08, 0.08, 0.08, 0], [0.35, 0.03, 0.03, 0], [0.95, 0.95, 0.85, 0],
+    [1.00, 0.08, 0.05, 1], [1.00, 0.65, 0.00, 1], [1.00, 0.05, 0.05, 1], [0.05, 1.00, 0.35, 1], [0.30, 0.28, 0.26, 0],
+    [0.10, 0.10, 0.25, 0], [0.85, 0.65, 0.50, 0], [0.95, 0.95, 0.95, 0], [0.25, 0.30, 0.38, 0]])
+
+
+def _livery(part, signal, braking, qx, qy, qz, end, side):
+    """The paint (hits,) of points q on boxes, each coordinate from -1 to 1; 0 is the thing's own colour. end and side
+    say whether a point is on its box's rear or front, or on its left or right; else it is on the top."""
+    paint = torch.zeros_like(part)
+
+    def put(where, colour):                     # later coats cover earlier ones
+        paint.masked_fill_(where, colour)
+
+    rear, front, wide, low = end & (qx < 0), end & (qx > 0), qy.abs() > 0.45, qz < -0.4
+    body, cabin, housing = part == 2 * CAR, part == 2 * CAR + 1, (part == 2 * LIGHT) & rear & (qy.abs() < 0.85)
+    put(cabin & (end | side) & (qz.abs() < 0.75), WINDOW)
+    put(body & low, TYRE)
+    lamp = body & wide & ~low
+    put(lamp & rear, DULL_LAMP)
+    put(lamp & front, HEADLAMP)
+    put(((lamp & rear) | (cabin & rear & (qz < -0.3))) & braking, BRAKE_LAMP)
+    blinks = torch.where(qy > 0, signal == BLINK_LEFT, signal == BLINK_RIGHT) | (signal == HAZARD)
+    put(((lamp & end) | (body & ~low & side & (qx.abs() > 0.8))) & blinks, AMBER)
+    put(housing & (signal == RED) & (qz > 0) & (qz < 0.9), RED_LAMP)
+    put(housing & (signal == GREEN) & (qz < 0) & (qz > -0.9), GREEN_LAMP)
+    put((part == 2 * LIGHT + 1) | (part == 2 * TREE + 1), WOOD)
+    put((part == 2 * PEDESTRIAN) & (qz < -0.15), TROUSERS)
+    put(part == 2 * PEDESTRIAN + 1, SKIN)
+    put((part == 2 * CONE + 1) & (qz < -0.2), WHITE)
+    put((part == 2 * BUILDING) & (end | side) & (torch.remainder(qz * 3, 1) < 0.45), PANE)
+    return paint
