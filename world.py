@@ -101,12 +101,16 @@ def locate(x, y, line):
 SITUATIONS = (
     "free", "curve", "slower lead", "braking lead", "stopped lead", "red light", "green light", "pedestrian", "cut-in",
     "cones", "parked car", "turn")
-NOTHING, CAR, PEDESTRIAN, LIGHT, CONE, BUILDING, TREE, RAIL = range(8)
-OFF, BLINK_LEFT, BLINK_RIGHT, HAZARD, RED, GREEN = range(6)
+(NOTHING, CAR, PEDESTRIAN, LIGHT, CONE, BUILDING, TREE, RAIL, BUMP, SIGN, CYCLIST, DEER, DEBRIS, BARRIER,
+ TRUCK) = range(15)
+OFF, BLINK_LEFT, BLINK_RIGHT, HAZARD, RED, GREEN, YELLOW = range(7)
 NEVER, FAR = 1e3, 1e4                           # s and m: "not in this scene", and still tame in float32
 FILLET, SIDE_ROAD = 6.0, LANE                   # m: radius of a crossing's corners, half width of its side road
 STRAIGHT = (0.0, 0.01, 0.0)
 CAR_SIZE, PERSON_SIZE, LIGHT_SIZE, CONE_SIZE = (4.4, 1.8, 1.5), (0.5, 0.7, 1.8), (0.4, 1.2, 3.8), (0.5, 0.5, 1.0)
+TRUCK_SIZE, CYCLIST_SIZE, DEER_SIZE = (8.0, 2.4, 3.0), (1.7, 0.5, 1.75), (1.7, 0.5, 1.6)
+BUMP_SIZE, SIGN_SIZE, DEBRIS_SIZE, BARRIER_SIZE = (1.2, 3.4, 0.12), (0.1, 1.0, 2.6), (0.8, 0.9, 0.7), (0.4, 1.8, 1.1)
+DEER_COLOUR, CRATE = (0.52, 0.34, 0.18), (0.72, 0.52, 0.28)
 CAR_COLOURS = ((0.9, 0.9, 0.9), (0.15, 0.15, 0.17), (0.55, 0.56, 0.6), (0.15, 0.25, 0.6), (0.1, 0.4, 0.25))
 CLOTHES = ((0.95, 0.1, 0.6), (1.0, 0.9, 0.1), (0.1, 0.9, 0.95), (0.95, 0.95, 0.95), (0.6, 0.1, 0.9), (0.2, 0.35, 1.0))
 WALLS = ((0.62, 0.42, 0.34), (0.68, 0.64, 0.55), (0.5, 0.52, 0.56), (0.75, 0.7, 0.66), (0.45, 0.38, 0.36))
@@ -141,6 +145,9 @@ class Draw:
     daylight: float
     urban: float                                # 1 has a pavement, 0 has grass
     shoulder: float                             # m, paved
+    visibility: float = 150.0                   # m, how far haze lets one see
+    rain: float = 0.0                           # 0 dry .. 1 heavy
+    dusk: float = 0.0                           # 0 day .. 1 dusk
     lanes: tuple = (0, 1, 0)                    # how many: with us, left of ours; oncoming; with us, right of ours
     road: tuple = STRAIGHT                      # lines, see `place`
     route: tuple = STRAIGHT
@@ -438,13 +445,15 @@ class World:
 
     def render(self, camera_ids, size):
         """What the cameras see now: images (n, cameras, 3, H, W) uint8; size is (H, W)."""
-        (H, W), ids, boxes = size, tuple(camera_ids), _boxes(self)
+        (H, W), ids, boxes, air = size, tuple(camera_ids), _boxes(self), _air(self.scene)
         view, fine = _view(ids, H, W, self.device), _view(ids, FINE * H, FINE * W, self.device)
         images = torch.empty(len(self.x), len(ids), 3, H, W, dtype=torch.uint8, device=self.device)
         chunk = max(1, CHUNK // (len(ids) * H * W * FINE ** 2))                 # scenes at a time: stay in the cache
         for i in range(0, len(self.x), chunk):
             part = slice(i, i + chunk)
-            painted = _paint_boxes(_paint_ground(self, part, view), {f: x[part] for f, x in boxes.items()}, fine)
+            painted = _paint_ground(self, air, part, view)
+            _paint_boxes(painted, {f: x[part] for f, x in boxes.items()}, {f: x[part] for f, x in air.items()}, fine)
+            _paint_rain(painted, self.scene, self.time, part, view)
             images[part] = painted.movedim(0, 2)
         return images
 
@@ -454,7 +463,9 @@ class World:
 
 CHUNK = 2 ** 18         # rays at a time
 FINE = 2                # rays a pixel for boxes, each way: what is far and thin fades and does not flicker
-HAZE = 205              # grey of the horizon, 0 .. 255
+# Red, green, blue of the sky above, and of the haze that everything fades into and that is the horizon's.
+SKY, DUSK_SKY, RAIN_SKY = (110, 160, 230), (38, 42, 88), (120, 126, 135)
+HAZE, DUSK_HAZE, RAIN_HAZE = (205, 205, 205), (165, 104, 70), (168, 172, 178)
 # Two boxes a thing. Each: how far back, length and width, from and to which height, all as shares of the thing's size.
 PARTS = torch.tensor([
     [[0, 0, 0, 0, 0], [0, 0, 0, 0, 0]],                             # nothing
@@ -465,6 +476,13 @@ PARTS = torch.tensor([
     [[0, 1, 1, 0, 1], [0, 0, 0, 0, 0]],                             # building
     [[0, 1, 1, 0.35, 1], [0, 0.15, 0.15, 0, 0.35]],                 # tree: crown, trunk
     [[0, 1, 1, 0.3, 1], [0, 0, 0, 0, 0]],                           # rail
+    [[0, 1, 1, 0, 1], [0, 0, 0, 0, 0]],                             # bump
+    [[0, 1, 1, 0.6, 1], [0, 1, 0.1, 0, 0.6]],                       # sign: plate, pole
+    [[0, 1, 0.5, 0, 0.5], [0.05, 0.35, 1, 0.5, 1]],                 # cyclist: bicycle and legs, body and head
+    [[0.1, 0.8, 1, 0, 0.72], [-0.38, 0.24, 0.6, 0.6, 1]],           # deer: trunk and legs, neck and head
+    [[0, 1, 1, 0, 0.4], [0, 0.6, 0.6, 0.4, 1]],                     # debris: tyre, crate
+    [[0, 0.3, 1, 0.4, 1], [0, 1, 0.8, 0, 0.4]],                     # barrier: board, feet
+    [[0.12, 0.76, 1, 0.12, 1], [-0.39, 0.22, 0.94, 0.1, 0.8]],      # truck: load, cab
 ])
 
 
@@ -482,14 +500,45 @@ def _view(camera_ids, H, W, device):
         intrinsics=intrinsics, pose=pose, size=(H, W), half=half,
         direction=direction.permute(3, 0, 1, 2).flatten(1).contiguous(),                # (3, cameras * H * W)
         ground=torch.stack(ground), across=reach * pixel, along=reach ** 2 * pixel / pose[:, 2, 3, None, None],
-        haze=1 - torch.exp(-reach / 150), sky=torch.exp(-6 * direction[:, :half, :, 2].clamp(min=0)))
+        reach=reach, sky=torch.exp(-6 * direction[:, :half, :, 2].clamp(min=0)), beam=_beam(ground[0], ground[1]),
+        streak=_streaks(len(camera_ids), H, W))
     for name, value in vars(view).items():
         if torch.is_tensor(value):
             setattr(view, name, value.to(device))
     return view
 
 
-def _paint_ground(world, part, view):
+def _beam(x, y):
+    """How much of the light of our head lamps reaches points x, y (m) of the ego frame: 0 .. 1."""
+    ahead = (x - FRONT).clamp(min=0)
+    return torch.exp(-ahead / 35) * torch.exp(-(y / (1.5 + 0.12 * ahead)) ** 2) * (ahead > 0)
+
+
+def _streaks(cameras, H, W):
+    """
+    Where rain falls: a number (cameras, H, W) that grows by one with each 1 / 64 of the height, from a start that is
+    its column's own, modulo 256. `_paint_rain` adds how far the rain has fallen and draws where the sum is small.
+    """
+    column = torch.arange(cameras)[:, None] * 96 + torch.arange(W) * 96 // W            # (cameras, W)
+    start = (column * 40503 + 977) * (column + 71) // 8
+    return (start[:, None] - torch.arange(H)[:, None] * 64 // H) & 255
+
+
+def _air(scene):
+    """Light and air: colours (n, 3) in 0 .. 255 of sky and haze, of light as shares; visibility (m) and dusk (n, 1)."""
+    def mix(day, dusk, rain):
+        day, dusk, rain = (torch.tensor(colour, dtype=torch.float32, device=at.device) for colour in (day, dusk, rain))
+        colour = day + at * (dusk - day)
+        return colour + wet * (rain * (1 - 0.6 * at) - colour)
+
+    at, wet, daylight = (value[:, None] for value in (scene.dusk, scene.rain, scene.daylight))
+    warm = torch.tensor([0.25, 0.32, 0.38], device=at.device)
+    return dict(
+        sky=mix(SKY, DUSK_SKY, RAIN_SKY), haze=mix(HAZE, DUSK_HAZE, RAIN_HAZE),
+        light=daylight * (1 - at * warm) * (1 - 0.15 * wet), visibility=scene.visibility[:, None], dusk=at)
+
+
+def _paint_ground(world, air, part, view):
     """Sky and ground of some scenes: (3, m, cameras, H, W) float in 0 .. 255. The ground is shaded, not traced:
     a pixel's point on it is known, its road coordinates follow, and lines are where d and s say."""
     scene = SimpleNamespace(**{f: x[part].unflatten(0, (-1, 1, 1, 1)) for f, x in vars(world.scene).items()})
@@ -507,7 +556,8 @@ def _paint_ground(world, part, view):
     aside = (s - scene.crossing).abs() - SIDE_ROAD                                      # m beyond the side road
     asphalt = (FILLET - out).clamp(0, FILLET) ** 2 + (FILLET - aside).clamp(0, FILLET) ** 2 >= FILLET ** 2 - 1e-3
     pavement = (torch.minimum(out, aside) < 2.5) & (scene.urban > 0)
-    grey = torch.where(asphalt, 78., torch.where(pavement, 150., 0.))                   # 0 where it is grass
+    wet = 1 - 0.35 * scene.rain
+    grey = torch.where(asphalt, 78 * wet, torch.where(pavement, 150 * wet, 0))          # 0 where it is grass
     # What is painted on it: lane lines (solid at the edges and between the directions), stop line, zebra.
     line = torch.round((d - LANE / 2) / LANE) * LANE + LANE / 2                         # d of the nearest lane line
     middle = (line - centre).abs() < 0.1
@@ -519,11 +569,13 @@ def _paint_ground(world, part, view):
     zebra = (beyond > 1) & (beyond < 4) & (out < -scene.shoulder) & (torch.remainder(d, 1.2) < 0.6)
     white, yellow = torch.where(zebra, 0.9, white), middle & (beyond.abs() > 1) & ~zebra
     image = torch.empty(3, *s.shape[:2], *view.size, device=s.device)
-    for i, (grass, paint, sky) in enumerate(((92, 235, 110), (120, 215, 160), (62, 120, 230))):     # red, green, blue
+    haze, lamp = 1 - torch.exp(-view.reach / scene.visibility), 0.45 * view.beam * scene.dusk
+    air = {name: value[part].mT[..., None, None, None] for name, value in air.items()}  # (3 or 1, m, 1, 1, 1)
+    for i, (grass, paint) in enumerate(((92, 235), (120, 215), (62, 120))):             # red, green, blue
         base = torch.where(grey > 0, grey, grass)
-        ground = (base + white * (torch.where(yellow, paint, 235) - base)) * scene.daylight
-        image[i, :, :, view.half:] = ground + view.haze * (HAZE - ground)
-        image[i, :, :, :view.half] = sky + view.sky * (HAZE - sky)
+        ground = (base + white * (torch.where(yellow, paint, 235) - base)) * (air["light"][i] + lamp)
+        image[i, :, :, view.half:] = ground + haze * (air["haze"][i] - ground)
+        image[i, :, :, :view.half] = air["sky"][i] + view.sky * (air["haze"][i] - air["sky"][i])
     return image
 
 
@@ -531,20 +583,22 @@ def _boxes(world):
     """Everything that stands, as boxes in the ego frame: a dictionary of (n, 2 things) and (n, 2 things, 3)."""
     t = world.things
     x, y, yaw = place(t.s, t.d, world.scene.road[:, None])                              # (n, things), world frame
-    swerve = torch.atan2(world._drift(), t.v.clamp(min=0.1)) * (t.kind == CAR)
+    kind = torch.where((t.kind == CAR) & (t.size[..., 2] > 2.2), TRUCK, t.kind).long()  # a high car is a truck
+    wheels = (kind == CAR) | (kind == TRUCK) | (kind == CYCLIST)
+    swerve = torch.atan2(world._drift(), t.v.clamp(min=0.1)) * wheels
+    swerve = torch.where(kind == DEER, torch.atan2(t.drift, t.v), swerve)               # it faces where it will go
     yaw = (yaw + math.pi * t.oncoming + swerve - world.yaw[:, None])[..., None]         # (n, things, 1), ego frame
     x, y = x - world.x[:, None], y - world.y[:, None]
     cos, sin = torch.cos(world.yaw)[:, None], torch.sin(world.yaw)[:, None]
     x, y = (cos * x + sin * y)[..., None], (cos * y - sin * x)[..., None]
     cos, sin, size = torch.cos(yaw), torch.sin(yaw), t.size[:, :, None]
-    back, length, width, low, high = PARTS.to(world.device)[t.kind.long()].unbind(-1)   # (n, things, 2)
+    back, length, width, low, high = PARTS.to(world.device)[kind].unbind(-1)   # (n, things, 2)
     back = back * size[..., 0]
     boxes = dict(
         centre=torch.stack([x - back * cos, y - back * sin, (low + high) / 2 * size[..., 2]], -1),
         half=torch.stack([length, width, high - low], -1) * size / 2, cos=cos, sin=sin, colour=t.colour[:, :, None],
-        part=2 * t.kind.long()[..., None] + torch.tensor([0, 1], device=world.device), signal=t.signal[..., None],
-        braking=((t.accel < 0) & (world.time >= t.t_accel - DT / 2))[..., None],
-        light=world.scene.daylight[:, None, None])
+        part=2 * kind[..., None] + torch.tensor([0, 1], device=world.device), signal=t.signal[..., None],
+        braking=((t.accel < 0) & (world.time >= t.t_accel - DT / 2))[..., None])
     return {name: value.expand(*back.shape, *value.shape[3:]).flatten(1, 2) for name, value in boxes.items()}
 
 
@@ -575,7 +629,7 @@ def _rectangles(boxes, view):
     return *index, *low[index].unbind(-1), *size[index].unbind(-1)
 
 
-def _paint_boxes(image, boxes, view):
+def _paint_boxes(image, boxes, air, view):
     """Draw boxes (m, boxes) over image (3, m, cameras, H, W), in place, by the rays of a view FINE times as fine."""
     (H, W), (_, scenes, cameras, _, _) = view.size, image.shape
     origin = view.pose[:, :3, 3]                                                        # (cameras, 3)
@@ -612,34 +666,45 @@ def _paint_boxes(image, boxes, view):
     qx, qy, qz = ((o[test] + depth * d[test]) / h[test] for o, d, h in ((ox, dx, hx), (oy, dy, hy), (oz, dz, hz)))
     end = qx.abs() > torch.maximum(qy.abs(), qz.abs())                                  # rear or front
     side = ~end & (qy.abs() > qz.abs())
-    part, signal, braking, light, colour = (boxes[name][scene, box][owner]
-                                            for name in ("part", "signal", "braking", "light", "colour"))
-    paint = _livery(part, signal, braking, qx, qy, qz, end, side)
+    part, signal, braking, colour = (boxes[name][scene, box][owner] for name in ("part", "signal", "braking", "colour"))
+    light, haze, visibility, dusk = (air[name][scene[owner]].T for name in ("light", "haze", "visibility", "dusk"))
+    paint = _livery(part, signal, braking, dusk[0] > 0.3, qx, qy, qz, end, side)
     *painted, glow = PAINTS.to(image.device).T[:, paint]                                # (hits,) each
-    shade = torch.where(end, 0.8, torch.where(side, 0.62, 1.05)) * light
-    shade = torch.where(glow > 0, 1, shade)
-    fade = torch.exp(-depth / 400) * 255
+    ahead = view.direction[0, at[test]].clamp(min=0) ** 16 * torch.exp(-depth / 60)     # what our head lamps light
+    light = light + 0.7 * ahead * dusk
+    shade = torch.where(end, 0.8, torch.where(side, 0.62, 1.05))
+    fade = torch.exp(-depth / (visibility[0] * 8 / 3)) * 255
     # Each ray owns a share of a pixel; the ground keeps the rest.
     row, column = target // W, target % W
     pixel = row // FINE * (W // FINE) + column // FINE                                  # in image's (m, cameras, H, W)
     covered = torch.bincount(pixel, minlength=image[0].numel()).view(image[0].shape) / FINE ** 2
     image *= 1 - covered
     for i, channel in enumerate(image):
-        value = torch.where(paint > 0, painted[i], colour[:, i]) * shade
-        channel.view(-1).index_add_(0, pixel, value.clamp(max=1) * fade + HAZE * (1 - fade / 255), alpha=1 / FINE ** 2)
-    return image
+        value = torch.where(paint > 0, painted[i], colour[:, i]) * torch.where(glow > 0, 1, shade * light[i])
+        channel.view(-1).index_add_(0, pixel, value.clamp(max=1) * fade + haze[i] * (1 - fade / 255), alpha=FINE ** -2)
+
+
+def _paint_rain(image, scene, time, part, view):
+    """Rain before image (3, m, cameras, H, W), in place: a veil, and streaks that the scene and the time place."""
+    rain, dusk, own = scene.rain[part], scene.dusk[part], (scene.wander[part, 2] * 1024).long()
+    for i in rain.nonzero()[:, 0].tolist():
+        fallen = (view.streak + own[i] + round(time / DT) * 23) & 255
+        veil = rain[i] * (0.08 + 0.17 * (fallen < 9))
+        image[:, i] += veil * ((200 - 90 * dusk[i]) - image[:, i])
 
 
 # Paints: red, green, blue, and whether they glow, that is, keep their colour in the shade.
-(WINDOW, TYRE, DULL_LAMP, HEADLAMP, BRAKE_LAMP, AMBER, RED_LAMP, GREEN_LAMP,
- WOOD, TROUSERS, SKIN, WHITE, PANE) = range(1, 14)
+(WINDOW, TYRE, DULL_LAMP, HEADLAMP, BRAKE_LAMP, AMBER, RED_LAMP, GREEN_LAMP, WOOD, TROUSERS, SKIN, WHITE, PANE,
+ YELLOW_LAMP, TAIL_LAMP, BRIGHT_LAMP, LIT_PANE, STRIPE, BETWEEN, BOARD_RED) = range(1, 21)
 PAINTS = torch.tensor([
     [0.00, 0.00, 0.00, 0], [0.12, 0.15, 0.20, 0], [0.08, 0.08, 0.08, 0], [0.35, 0.03, 0.03, 0], [0.95, 0.95, 0.85, 0],
     [1.00, 0.08, 0.05, 1], [1.00, 0.65, 0.00, 1], [1.00, 0.05, 0.05, 1], [0.05, 1.00, 0.35, 1], [0.30, 0.28, 0.26, 0],
-    [0.10, 0.10, 0.25, 0], [0.85, 0.65, 0.50, 0], [0.95, 0.95, 0.95, 0], [0.25, 0.30, 0.38, 0]])
+    [0.10, 0.10, 0.25, 0], [0.85, 0.65, 0.50, 0], [0.95, 0.95, 0.95, 0], [0.25, 0.30, 0.38, 0], [1.00, 0.80, 0.05, 1],
+    [0.55, 0.03, 0.03, 1], [1.00, 0.97, 0.80, 1], [1.00, 0.78, 0.40, 1], [1.00, 0.80, 0.00, 0], [0.45, 0.45, 0.45, 0],
+    [0.85, 0.05, 0.05, 0]])
 
 
-def _livery(part, signal, braking, qx, qy, qz, end, side):
+def _livery(part, signal, braking, dark, qx, qy, qz, end, side):
     """The paint (hits,) of points q on boxes, each coordinate from -1 to 1; 0 is the thing's own colour. end and side
     say whether a point is on its box's rear or front, or on its left or right; else it is on the top."""
     paint = torch.zeros_like(part)
@@ -649,19 +714,48 @@ def _livery(part, signal, braking, qx, qy, qz, end, side):
 
     rear, front, wide, low = end & (qx < 0), end & (qx > 0), qy.abs() > 0.45, qz < -0.4
     body, cabin, housing = part == 2 * CAR, part == 2 * CAR + 1, (part == 2 * LIGHT) & rear & (qy.abs() < 0.85)
+    load, cab = part == 2 * TRUCK, part == 2 * TRUCK + 1
     put(cabin & (end | side) & (qz.abs() < 0.75), WINDOW)
-    put(body & low, TYRE)
-    lamp = body & wide & ~low
-    put(lamp & rear, DULL_LAMP)
-    put(lamp & front, HEADLAMP)
-    put(((lamp & rear) | (cabin & rear & (qz < -0.3))) & braking, BRAKE_LAMP)
+    put((body & low) | ((load | cab) & (qz < -0.65)), TYRE)
+    put(cab & (end | side) & (qz > 0), WINDOW)
+    lamp = (body & wide & ~low) | ((load | cab) & wide & (qz > -0.65) & (qz < -0.3))
+    put(lamp & rear & ~cab, DULL_LAMP)
+    put(lamp & front & ~load, HEADLAMP)
+    put(lamp & rear & ~cab & dark, TAIL_LAMP)
+    put(lamp & front & ~load & dark, BRIGHT_LAMP)
+    put(((lamp & rear & ~cab) | (cabin & rear & (qz < -0.3))) & braking, BRAKE_LAMP)
     blinks = torch.where(qy > 0, signal == BLINK_LEFT, signal == BLINK_RIGHT) | (signal == HAZARD)
     put(((lamp & end) | (body & ~low & side & (qx.abs() > 0.8))) & blinks, AMBER)
     put(housing & (signal == RED) & (qz > 0) & (qz < 0.9), RED_LAMP)
     put(housing & (signal == GREEN) & (qz < 0) & (qz > -0.9), GREEN_LAMP)
-    put((part == 2 * LIGHT + 1) | (part == 2 * TREE + 1), WOOD)
+    put(housing & (signal == YELLOW) & (qz.abs() < 0.45), YELLOW_LAMP)
+    put((part == 2 * LIGHT + 1) | (part == 2 * TREE + 1) | (part == 2 * SIGN + 1) | (part == 2 * BARRIER + 1), WOOD)
     put((part == 2 * PEDESTRIAN) & (qz < -0.15), TROUSERS)
     put(part == 2 * PEDESTRIAN + 1, SKIN)
     put((part == 2 * CONE + 1) & (qz < -0.2), WHITE)
-    put((part == 2 * BUILDING) & (end | side) & (torch.remainder(qz * 3, 1) < 0.45), PANE)
+    pane = (part == 2 * BUILDING) & (end | side) & (torch.remainder(qz * 3, 1) < 0.45)
+    put(pane, PANE)
+    along = torch.where(end, qy, qx) * 4                                                # every fifth one has a lamp on
+    put(pane & dark & (torch.remainder(along.floor() + 7 * (qz * 3).floor(), 5) == 0), LIT_PANE)
+    put(part == 2 * BUMP, TYRE)
+    put((part == 2 * BUMP) & (torch.remainder(qy * 1.25 + 0.25, 1) < 0.6), STRIPE)
+    plate, warns, bicycle, rider = part == 2 * SIGN, signal == YELLOW, part == 2 * CYCLIST, part == 2 * CYCLIST + 1
+    corner = qy.abs() + qz.abs() > 1.45                                                 # an octagon is a square without
+    mark = torch.where(warns, (qy.abs() < 0.25) & (qz.abs() < 0.65), (qz.abs() < 0.2) & (qy.abs() < 0.75) | corner)
+    put(plate & ~rear, WOOD)
+    put(plate & rear, BOARD_RED)
+    put(plate & rear & warns, STRIPE)
+    put(plate & rear & mark, WHITE)
+    put(plate & rear & mark & warns, TYRE)
+    put(bicycle, TROUSERS)
+    put(bicycle & (qz < 0.3), TYRE)
+    put(bicycle & side & (qx.abs() < 0.25) & (qz < 0), BETWEEN)
+    put(bicycle & side & (qx.abs() > 0.4) & (qz > 0.3), BETWEEN)
+    put(bicycle & rear & (qz > 0.4) & dark, TAIL_LAMP)
+    put(bicycle & front & (qz > 0.4) & dark, BRIGHT_LAMP)
+    put(rider & (qz > 0.45), SKIN)
+    put((part == 2 * DEER) & (qz < -0.1) & (qx.abs() < 0.65) & side, BETWEEN)
+    put(part == 2 * DEBRIS, TYRE)
+    put(part == 2 * BARRIER, WHITE)
+    put((part == 2 * BARRIER) & (torch.remainder(qy * 2 + qz * 0.5, 1) < 0.5), BOARD_RED)
     return paint
