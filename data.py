@@ -45,88 +45,267 @@ from tqdm import tqdm
 
 from alpamayo import project
 from world import (
-    DT, FUTURE, HISTORY, LEFT, PAST, RIG, RIGHT, SITUATIONS, WHEELBASE, WORLD_VERSION, World, rays, rig_camera)
+    COMBINATIONS, DT, FUTURE, HISTORY, LEFT, PAST, RARE, RIG, RIGHT, SEEDS, SITUATIONS, WHEELBASE, WORLD_VERSION, World, draw,
+    rays, rig_camera)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The words: a closed set of decisions (Table 1 of the paper), an open reason
+# The words: closed sets of decisions (Table 1 of the paper), components (Table 2), an open reason
 
-# situation -> longitudinal decision, lateral decision, reason. {side} is the side of the cause, {other} the other one.
-# Table 1 calls them: keep speed = set speed tracking, follow = lead obstacle following, adapt speed = speed adaptation
-# (road events), yield = yield (agent right-of-way), stop = stop for static constraints; keep lane = lane keeping,
-# nudge = in-lane or out-of-lane nudge, turn = turn.
+# Table 1 calls them: set speed tracking, lead obstacle following, speed adaptation (road events), gap-searching,
+# acceleration for passing, yield (agent right-of-way), stop for static constraints. The more urgent come first: where
+# causes meet, the first one decides.
+LONGITUDINAL = ("yield", "stop", "follow", "search a gap", "adapt speed", "pass", "keep speed")
+# And: lane keeping, merge / split, out-of-lane nudge (here: straddle), in-lane nudge, lane change, pull-over, turn,
+# lateral manoeuvre abort. The world uses keep lane, nudge, straddle, change lane and turn.
+LATERAL = ("keep lane", "merge left", "merge right", "straddle left", "straddle right", "nudge left", "nudge right",
+           "change lane left", "change lane right", "pull over", "turn left", "turn right", "abort")
+COMPONENTS = ("critical object", "traffic light", "yield or stop control", "road event", "lane or lane lines",
+              "routing intent", "ODD constraint")
+
+# cause -> longitudinal decision, lateral decision, what its critical component is, reason. {side} is the side of the
+# cause, {other} the other one.
 CAUSES = {
-    "free": ("keep speed", "keep lane", "the road ahead is free"),
-    "curve": ("adapt speed", "keep lane", "the road bends {side} ahead"),
-    "slower lead": ("follow", "keep lane", "the car ahead is slower"),
-    "braking lead": ("follow", "keep lane", "the car ahead is braking"),
-    "stopped lead": ("follow", "keep lane", "the car ahead has stopped"),
-    "red light": ("stop", "keep lane", "the light ahead is red"),
-    "green light": ("keep speed", "keep lane", "the light ahead is green"),
-    "pedestrian": ("yield", "keep lane", "a pedestrian crosses from the {side}"),
-    "cut-in": ("yield", "keep lane", "a car cuts in from the {side}"),
-    "cones": ("keep speed", "nudge {other}", "cones block the {side} side of the lane"),
-    "parked car": ("keep speed", "nudge {other}", "a parked car blocks the {side} side of the lane"),
-    "turn": ("adapt speed", "turn {side}", "the signal is set at the crossing"),
+    "free": ("keep speed", "keep lane", "lane or lane lines", "the road ahead is free"),
+    "curve": ("adapt speed", "keep lane", "road event", "the road bends {side} ahead"),
+    "slower lead": ("follow", "keep lane", "critical object", "the car ahead is slower"),
+    "braking lead": ("follow", "keep lane", "critical object", "the car ahead is braking"),
+    "stopped lead": ("follow", "keep lane", "critical object", "the car ahead has stopped"),
+    "red light": ("stop", "keep lane", "traffic light", "the light ahead is red"),
+    "resume": ("keep speed", "keep lane", "traffic light", "the light ahead has turned green"),
+    "green light": ("keep speed", "keep lane", "traffic light", "the light ahead is green"),
+    "stop sign": ("stop", "keep lane", "yield or stop control", "a stop sign stands ahead"),
+    "pedestrian": ("yield", "keep lane", "critical object", "a pedestrian crosses from the {side}"),
+    "waiting pedestrian": ("keep speed", "keep lane", "critical object", "the pedestrian on the {side} waits"),
+    "cut-in": ("yield", "keep lane", "critical object", "a car cuts in from the {side}"),
+    "cones": ("keep speed", "straddle {other}", "critical object", "cones block the {side} side of the lane"),
+    "parked car": ("keep speed", "nudge {other}", "critical object", "a parked car reaches into the lane from the {side}"),
+    "double-parked car": ("keep speed", "straddle {other}", "critical object", "a parked car blocks the {side} side of the lane"),
+    "oncoming car": ("yield", "keep lane", "critical object", "an oncoming car blocks the way around the parked car"),
+    "lane closed": ("keep speed", "change lane {side}", "critical object", "barriers close the lane"),
+    "gap search": ("search a gap", "keep lane", "critical object", "a car on the {side} blocks the way around the barriers"),
+    "speed bump": ("adapt speed", "keep lane", "road event", "a speed bump lies ahead"),
+    "swerving car": ("keep speed", "nudge {other}", "critical object", "an oncoming car leaves its lane"),
+    "turn": ("adapt speed", "turn {side}", "routing intent", "the route turns {side} at the crossing"),
+    "deer": ("yield", "keep lane", "critical object", "a deer crosses from the {side}"),
+    "cyclist": ("yield", "keep lane", "critical object", "a cyclist crosses from the {side}"),
+    "debris": ("keep speed", "straddle {other}", "critical object", "debris blocks the {side} side of the lane"),
 }
-LONGITUDINAL = ("keep speed", "follow", "adapt speed", "yield", "stop")
-LATERAL = ("keep lane", "nudge left", "nudge right", "turn left", "turn right")
+ROUTES = {LEFT: "turn left", RIGHT: "turn right", 0: "go straight"}     # the text of a route
+
+
+class Label(NamedTuple):
+    """A Chain of Causation as the paper structures it (Sec. 4): a decision a channel, what it rests on, the trace."""
+    longitudinal: str
+    lateral: str
+    components: list        # of dictionaries: component (of COMPONENTS), what, x, y (m, ego frame), uncertainty (low, high)
+    trace: str
+
+
+def compose(causes):
+    """(longitudinal, lateral, trace) of causes [(name, side)]. The most urgent longitudinal decision wins, and any lateral
+    one but keeping the lane; the trace names only the causes of the decisions that are taken (Table 4: proximate
+    cause)."""
+    rows = []
+    for name, side in causes:
+        longitudinal, lateral, _, reason = CAUSES[name]
+        words = dict(zip(("side", "other"), ("left", "right")[::side]))
+        rows.append((longitudinal, lateral.format(**words), reason.format(**words)))
+    longitudinal = min((row[0] for row in rows), key=LONGITUDINAL.index)
+    lateral = next((row[1] for row in rows if row[1] != "keep lane"), "keep lane")
+    plain = ("keep speed", "keep lane")
+    behind = [reason for a, b, reason in rows
+              if (a == longitudinal and a != "keep speed") or (b == lateral and b != "keep lane")]
+    behind = behind or [reason for a, b, reason in rows if (a, b) == plain]
+    return longitudinal, lateral, f"{longitudinal} and {lateral} since {' and '.join(behind)}.".capitalize()
 
 
 def sentence(situation, side):
     """The reasoning of a situation whose cause is at `side` (LEFT or RIGHT)."""
-    side, other = ("left", "right")[::side]
-    longitudinal, lateral, reason = CAUSES[situation]
-    return f"{longitudinal} and {lateral} since {reason}.".format(side=side, other=other).capitalize()
+    return compose([(situation, side)])[2]
 
 
 def decisions(text):
-    """The (longitudinal, lateral) decisions of a reasoning text, names of the closed set; None if it has none."""
+    """The (longitudinal, lateral) decisions of a reasoning text, names of the closed sets; None if it has none."""
     longitudinal, _, lateral = text.partition(" since ")[0].strip().lower().partition(" and ")
     return (longitudinal, lateral) if longitudinal in LONGITUDINAL and lateral in LATERAL else None
+
+
+def labels_of(world):
+    """
+    The Label of each scene of a World at this moment, from what is there now and nothing of the future. Uncertainty is
+    high where haze or distance hides more than half: our rule, the paper gives none.
+    """
+    x, y, _ = world.poses()
+    cos, sin = torch.cos(world.yaw)[:, None], torch.sin(world.yaw)[:, None]
+    x, y = x - world.x[:, None], y - world.y[:, None]
+    x, y = (cos * x + sin * y).tolist(), (cos * y - sin * x).tolist()
+    labels = []
+    for i, causes in enumerate(world.causes()):
+        components = []
+        for cause in causes:
+            component = dict(component=CAUSES[cause.name][2], what=cause.name)
+            if cause.thing >= 0:
+                at = x[i][cause.thing], y[i][cause.thing]
+                seen = math.exp(-math.hypot(*at) / (8 / 3 * world.draws[i].visibility))
+                component |= dict(x=round(at[0], 1), y=round(at[1], 1), uncertainty="low" if seen > 0.6 else "high")
+            components.append(component)
+        longitudinal, lateral, trace = compose([(cause.name, cause.side) for cause in causes])
+        labels.append(Label(longitudinal, lateral, components, trace))
+    return labels
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Scenes of the world: two seconds of history, the present, 6.4 seconds of the expert's future
 
+class Recorder:
+    """What a car in a World has seen and done, as a Scene of any moment: call `note` at every tick, then `scene`."""
+
+    def __init__(self, world, camera_ids=(0, 1, 2, 6), size=(64, 128), frames=4, frame_dt=0.5):
+        self.camera_ids, self.every = sorted(camera_ids), round(frame_dt / DT)
+        if size[0] < 2 or size[0] % 2 or size[1] < 1:
+            raise ValueError(f"size: expected an even height, as the horizon lies between two rows, not {tuple(size)}")
+        if frames < 1 or self.every < 1 or abs(self.every * DT - frame_dt) > 1e-6 or (frames - 1) * self.every > PAST:
+            raise ValueError(f"frames, frame_dt: expected steps of {DT} s in {PAST * DT:g} s, not {frames} of {frame_dt} s")
+        self.world, self.size, self.frames = world, tuple(size), frames
+        self.track, self.controls, self.images = [], [], {}                             # images by tick
+
+    def note(self, look):
+        """Write down where the ego is; look: also what the cameras see."""
+        world = self.world
+        if look:
+            self.images[len(self.track)] = world.render(self.camera_ids, self.size)
+            for tick in [tick for tick in self.images if tick < len(self.track) - PAST]:
+                del self.images[tick]
+        self.track.append(torch.stack([world.x, world.y, world.yaw]))
+        self.controls.append(torch.stack([world.speed, world.accel, torch.atan(WHEELBASE * world.curvature)], -1))
+
+    def local(self, first, last, origin):
+        """Poses of the ticks [first, last) in the ego frame of the tick `origin`: xyz (n, T, 3) and rot (n, T, 3, 3)."""
+        x, y, yaw = torch.stack(self.track[first:last], -1)                             # (n, T) each, world frame
+        x0, y0, turn = self.track[origin][..., None]
+        x, y, yaw, zero = x - x0, y - y0, yaw - turn, torch.zeros_like(x)
+        cos, sin = torch.cos(turn), torch.sin(turn)
+        xyz = torch.stack([cos * x + sin * y, cos * y - sin * x, zero], -1)
+        cos, sin = torch.cos(yaw), torch.sin(yaw)
+        return xyz, torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, zero + 1], -1).unflatten(-1, (3, 3))
+
+    def scene(self):
+        """The batched Scene of the last tick, without its future."""
+        world, now = self.world, len(self.track) - 1
+        xyz, rot = self.local(now + 1 - HISTORY, now + 1, now)
+        signal = world.scene.signal[:, None, None].expand(-1, PAST, 1)
+        labels = labels_of(world)
+        intrinsics, pose = (torch.stack(value) for value in zip(*(rig_camera(i, *self.size) for i in self.camera_ids)))
+        many = lambda value: value.to(world.device).expand(len(world.x), *value.shape)  # all scenes have the same rig
+        return dict(
+            images=torch.stack([self.images[now - k * self.every] for k in reversed(range(self.frames))], 2),
+            camera_ids=many(torch.tensor(self.camera_ids)), ego_history_xyz=xyz, ego_history_rot=rot,
+            ego_kinematics=torch.cat([torch.stack(self.controls[now + 1 - PAST:now + 1], 1), signal], -1),
+            camera_to_ego=many(pose), intrinsics=many(intrinsics), reasoning=[label.trace for label in labels],
+            route=[ROUTES[way] for way in world.route()], name=[one.situation for one in world.draws])
+
+
 def make_scenes(seeds, camera_ids=(0, 1, 2, 6), size=(64, 128), frames=4, frame_dt=0.5, device="cpu"):
     """A batched Scene of these seeds; frames at t0 - k frame_dt, which must be steps of 0.1 s within the last 2 s."""
-    camera_ids, every = sorted(camera_ids), round(frame_dt / DT)
-    if size[0] < 2 or size[0] % 2 or size[1] < 1:
-        raise ValueError(f"size: expected an even height, as the horizon lies between two rows, not {tuple(size)}")
-    if frames < 1 or every < 1 or abs(every * DT - frame_dt) > 1e-6 or (frames - 1) * every > PAST:
-        raise ValueError(f"frames, frame_dt: expected steps of {DT} s in {PAST * DT:g} s, not {frames} of {frame_dt} s")
     world = World(seeds, device)
-    images, track, controls = [], [], []
-    for step in range(PAST + FUTURE + 1):
-        track.append(torch.stack([world.x, world.y, world.yaw]))
-        controls.append(torch.stack([world.speed, world.accel, torch.atan(WHEELBASE * world.curvature)], -1))
-        if step <= PAST and (PAST - step) % every == 0 and (PAST - step) // every < frames:
-            images.append(world.render(camera_ids, size))
+    recorder = Recorder(world, camera_ids, size, frames, frame_dt)
+    # Scenes that are shown late drive ahead, so that all of them arrive together.
+    late = (world.scene.late / DT).round()
+    for left in range(int(late.max()), 0, -1):
+        world.step(*world.expert(), which=late >= left)
+    for tick in range(PAST + 1):
+        recorder.note(look=(PAST - tick) % recorder.every == 0 and (PAST - tick) // recorder.every < frames)
+        if tick < PAST:
+            world.step(*world.expert())
+    scene = recorder.scene()
+    for _ in range(FUTURE):
         world.step(*world.expert())
-    x, y, yaw = torch.stack(track, -1)                                                  # (B, 85) each, world frame
-    turn = yaw[:, PAST, None]
-    x, y, yaw = x - x[:, PAST, None], y - y[:, PAST, None], yaw - turn
-    cos, sin, zero = torch.cos(turn), torch.sin(turn), torch.zeros_like(x)
-    xyz = torch.stack([cos * x + sin * y, cos * y - sin * x, zero], -1)                 # (B, 85, 3), ego frame at t0
-    cos, sin = torch.cos(yaw), torch.sin(yaw)
-    rot = torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, zero + 1], -1).unflatten(-1, (3, 3))
-    past, future = slice(PAST + 1 - HISTORY, PAST + 1), slice(PAST + 1, None)
-    signal = (world.case["turn"] * world.scene.side)[:, None, None].expand(-1, PAST, 1)
-    kinematics = torch.cat([torch.stack(controls[1:PAST + 1], 1), signal], -1)          # (B, 20, 4)
-    intrinsics, pose = (torch.stack(value) for value in zip(*(rig_camera(i, *size) for i in camera_ids)))
-    many = lambda value: value.to(device).expand(len(x), *value.shape)                  # all scenes have the same rig
-    return dict(
-        images=torch.stack(images, 2), camera_ids=many(torch.tensor(camera_ids)),
-        ego_history_xyz=xyz[:, past], ego_history_rot=rot[:, past], ego_kinematics=kinematics,
-        ego_future_xyz=xyz[:, future], ego_future_rot=rot[:, future],
-        camera_to_ego=many(pose), intrinsics=many(intrinsics), reasoning=[sentence(*cause) for cause in zip(world.situations, world.sides)], name=world.situations)
+        recorder.note(look=False)
+    scene["ego_future_xyz"], scene["ego_future_rot"] = recorder.local(PAST + 1, PAST + 1 + FUTURE, PAST)
+    return scene
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Closed loop: a policy drives in the world, and is judged
+
+# The release's comfort: what must stay within bounds, in SI units.
+COMFORT_BOUNDS = {
+    "accel": (-4.05, 2.40), "lateral accel": (-4.89, 4.89), "jerk": (-8.37, 8.37), "longitudinal jerk": (-4.13, 4.13),
+    "yaw accel": (-1.93, 1.93), "yaw rate": (-0.95, 0.95)}
+
+
+def comfort_of(speed, accel, curvature):
+    """Whether each of the quantities of COMFORT_BOUNDS stays within its bounds: {name: (n, T) bool}, of a drive with speed
+    (m/s), accel (m/s^2) and curvature (1/m), each (n, T) at 10 Hz. Jerk is the length of the change of the acceleration,
+    longitudinal and lateral."""
+    change = lambda x: torch.diff(x, dim=1, prepend=x[:, :1]) / DT
+    rate = curvature * speed
+    lateral = rate * speed
+    values = (accel, lateral, torch.hypot(change(accel), change(lateral)), change(accel), change(rate), rate)
+    return {name: (x >= low) & (x <= high) for (name, (low, high)), x in zip(COMFORT_BOUNDS.items(), values)}
+
+
+@torch.no_grad()
+def drive(policy, seeds, seconds=20.0, replan=0.5, camera_ids=(0, 1, 2, 6), size=(64, 128), frames=4, frame_dt=0.5,
+          device="cpu", film=None):
+    """
+    Let a policy drive n scenes of the world in closed loop, and judge it.
+
+    policy: a function of a batched Scene (without a future) that returns controls (n, T, 2) in m/s^2 and 1/m, of which
+    those of the next `replan` seconds are driven before it is asked again, with fresh images; or None, the expert. Up to
+    t0 the expert drives, who does not yet know the cause. The other cars react, see World.step. A scenario ends at
+    its first close encounter or when the ego leaves the road (as AlpaSim's do), else after `seconds`.
+    film: a function that is given the world, the Scene and the controls at every replanning.
+
+    Returns {name: (n,)}: collision, close, at_fault, off_road (bool; see World.judge), km driven until the end; progress,
+    the share of the metres that the expert makes in the same time; comfort, the share of the six COMFORT_BOUNDS bounds that held
+    to the end; seconds, when it ended.
+    """
+    world, expert = World(seeds, device), World(seeds, device)
+    recorder, every = Recorder(world, camera_ids, size, frames, frame_dt), round(replan / DT)
+    n, ticks = len(world.x), round(seconds / DT)
+    tick_of_look = math.gcd(every, recorder.every)                  # every image that some Scene will show
+    alive, met = torch.ones(n, dtype=torch.bool, device=device), {}
+    metres, ideal, driven = torch.zeros(n, device=device), torch.zeros(n, device=device), []
+    ended = torch.full((n,), float(seconds), device=device)
+    for tick in range(PAST + ticks):
+        left = tick - PAST
+        recorder.note(look=policy is not None and left % tick_of_look == 0)
+        if left >= 0 and policy is not None:
+            if left % every == 0:
+                scene = recorder.scene()
+                plan = policy(scene).to(device)
+                if film:
+                    film(world, scene, plan)
+            controls = plan[:, left % every].unbind(-1)
+        else:
+            controls = world.expert()
+        world.step(*controls)
+        expert.step(*expert.expert())
+        if left < 0:
+            continue
+        now = world.judge()
+        for name, value in now.items():
+            met[name] = met.get(name, torch.zeros_like(alive)) | (value & alive)
+        metres, ideal = metres + DT * world.speed * alive, ideal + DT * expert.speed * alive
+        driven.append(torch.stack([world.speed, world.accel, world.curvature, alive.float()], -1))
+        over = alive & (now["close"] | now["off_road"])
+        ended, alive = torch.where(over, (left + 1) * DT, ended), alive & ~over
+    speed, accel, curvature, counts = torch.stack(driven, 1).unbind(-1)
+    held = [(ok | (counts == 0)).all(1) for ok in comfort_of(speed, accel, curvature).values()]
+    return dict(met, km=metres / 1000, progress=metres / ideal.clamp(min=1), comfort=torch.stack(held).float().mean(0),
+                seconds=ended)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The world on disk: made once, memory-mapped ever after
 
-SEEDS = {"train": 0, "val": 10_000_000}         # where a split's seeds begin
+SPLITS = tuple(SEEDS)[:-1]                      # train, val, and what training never shows: tail, rare
 BATCH = 32                                      # scenes that a worker makes at a time
+
+
+TEXTS = ("reasoning", "route", "name")          # the entries of a Scene that are lists of str
 
 
 def _make_part(job):
@@ -136,7 +315,7 @@ def _make_part(job):
     for key, value in scene.items():
         if torch.is_tensor(value):
             np.load(f"{folder}/{key}.npy", mmap_mode="r+")[first:last] = value.numpy()
-    return first, scene["reasoning"], scene["name"]
+    return first, {key: scene[key] for key in TEXTS}
 
 
 class WorldSet:
@@ -144,8 +323,8 @@ class WorldSet:
 
     def __init__(self, folder):
         with open(f"{folder}/set.json") as file:
-            text = json.load(file)
-        self.folder, self.reasoning, self.names = folder, text["reasoning"], text["name"]
+            self.texts = json.load(file)["texts"]
+        self.folder, self.reasoning, self.names = folder, self.texts["reasoning"], self.texts["name"]
         self.arrays = {name[:-4]: np.load(f"{folder}/{name}", mmap_mode="r")
                        for name in sorted(os.listdir(folder)) if name.endswith(".npy")}
 
@@ -156,7 +335,7 @@ class WorldSet:
         indices = [int(i) for i in indices]
         # Indexing a memory map reads these rows and no others.
         scene = {key: torch.from_numpy(np.asarray(array[indices])) for key, array in self.arrays.items()}
-        return scene | {"reasoning": [self.reasoning[i] for i in indices], "name": [self.names[i] for i in indices]}
+        return scene | {key: [values[i] for i in indices] for key, values in self.texts.items()}
 
 
 def load_world(split="train", scenes=16000, camera_ids=(0, 1, 2, 6), size=(64, 128), frames=4, frame_dt=0.5,
@@ -166,8 +345,8 @@ def load_world(split="train", scenes=16000, camera_ids=(0, 1, 2, 6), size=(64, 1
     scene of 16 images of 64 x 128), later ones read them from `folder`; all that they depend on is in the set's name.
     An interrupted making starts anew and never leaves half a set. workers = 0 makes it in this process.
     """
-    if split not in SEEDS:
-        raise ValueError(f"split: expected one of {tuple(SEEDS)}, not {split!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, not {split!r}")
     if scenes < 1 or start < 0 or start + scenes > SEEDS["val"]:
         raise ValueError(f"scenes, start: expected scenes within 0 .. {SEEDS['val']}, not {scenes} from {start} on")
     options = dict(camera_ids=tuple(sorted(camera_ids)), size=tuple(size), frames=frames, frame_dt=frame_dt)
@@ -189,14 +368,15 @@ def _make_set(done, first_seed, scenes, options, workers):
             if torch.is_tensor(value):
                 np.lib.format.open_memmap(f"{making}/{key}.npy", "w+", value.numpy().dtype, (scenes, *value.shape[1:]))
         jobs = [(making, i, min(i + BATCH, scenes), first_seed, options) for i in range(0, scenes, BATCH)]
-        text = {"reasoning": [""] * scenes, "name": [""] * scenes}
+        texts = {key: [""] * scenes for key in TEXTS}
         parts = pool.imap_unordered(_make_part, jobs) if pool else map(_make_part, jobs)
         with pool or nullcontext(), tqdm(total=scenes, desc=f"making {os.path.basename(done)}", unit="scene") as bar:
-            for first, reasoning, names in parts:
-                text["reasoning"][first:first + BATCH], text["name"][first:first + BATCH] = reasoning, names
-                bar.update(len(names))
+            for first, part in parts:
+                for key, values in part.items():
+                    texts[key][first:first + BATCH] = values
+                bar.update(len(part["name"]))
         with open(f"{making}/set.json", "w") as file:
-            json.dump({"options": options, "first_seed": first_seed, **text}, file)
+            json.dump({"options": options, "first_seed": first_seed, "texts": texts}, file)
         if not os.path.exists(done):            # else another process was quicker
             os.rename(making, done)             # a set appears whole or not at all
     finally:
@@ -828,7 +1008,7 @@ def measure(size, scenes=32):
 
 def main():
     parser = argparse.ArgumentParser(description="Make scenes of the built-in world, or look at them.")
-    parser.add_argument("--split", default="train", choices=tuple(SEEDS), help="whose seeds to use")
+    parser.add_argument("--split", default="train", choices=SPLITS, help="whose seeds to use")
     parser.add_argument("--scenes", type=int, default=16000, help="how many scenes to make")
     parser.add_argument("--start", type=int, default=0, help="the first scene of the split")
     parser.add_argument("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="pixels of an image")

@@ -16,7 +16,7 @@ import torch
 
 from alpamayo import project
 
-WORLD_VERSION = 1       # raise it whenever a seed gives another scene: caches carry it in their name
+WORLD_VERSION = 2       # raise it whenever a seed gives another scene: caches carry it in their name
 DT = 0.1                # s, the step of everything
 HISTORY, FUTURE = 16, 64
 PAST = 20               # steps of a scene before t0
@@ -96,28 +96,44 @@ def locate(x, y, line):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a seed draws: a road, a cause, and a crowd of things that ask for no reaction
+# What a seed draws: a road, its causes, and a crowd of things that ask for no reaction
 
+# What asks a driver for an answer, after the paper's tables of key frames (Table 3). Each is shown alone in training.
 SITUATIONS = (
-    "free", "curve", "slower lead", "braking lead", "stopped lead", "red light", "green light", "pedestrian", "cut-in",
-    "cones", "parked car", "turn")
+    "free", "curve", "slower lead", "braking lead", "stopped lead", "red light", "resume", "green light", "stop sign",
+    "pedestrian", "waiting pedestrian", "cut-in", "cones", "parked car", "double-parked car", "oncoming car",
+    "lane closed", "gap search", "speed bump", "swerving car", "turn")
+# The long tail: what no training seed ever draws. Known causes in new combinations, and known causes by other things.
+COMBINATIONS = {
+    "pedestrian behind a parked car": ("double-parked car", "pedestrian"),
+    "pedestrian at a speed bump": ("speed bump", "pedestrian"),
+    "pedestrian at a green light": ("green light", "pedestrian"),
+    "cut-in at a red light": ("red light", "cut-in"),
+    "cones in a curve": ("curve", "cones"),
+    "braking lead in a curve": ("curve", "braking lead"),
+    "dusk and rain": (),                        # any one cause, in both at once
+}
+RARE = {"deer": "pedestrian", "cyclist": "pedestrian", "debris": "cones"}       # what it does as
+SEEDS = {"train": 0, "val": 10_000_000, "tail": 20_000_000, "rare": 30_000_000, "end": 40_000_000}  # where splits begin
+
 (NOTHING, CAR, PEDESTRIAN, LIGHT, CONE, BUILDING, TREE, RAIL, BUMP, SIGN, CYCLIST, DEER, DEBRIS, BARRIER,
  TRUCK) = range(15)
 OFF, BLINK_LEFT, BLINK_RIGHT, HAZARD, RED, GREEN, YELLOW = range(7)
-NEVER, FAR = 1e3, 1e4                           # s and m: "not in this scene", and still tame in float32
-FILLET, SIDE_ROAD = 6.0, LANE                   # m: radius of a crossing's corners, half width of its side road
-STRAIGHT = (0.0, 0.01, 0.0)
 CAR_SIZE, PERSON_SIZE, LIGHT_SIZE, CONE_SIZE = (4.4, 1.8, 1.5), (0.5, 0.7, 1.8), (0.4, 1.2, 3.8), (0.5, 0.5, 1.0)
 TRUCK_SIZE, CYCLIST_SIZE, DEER_SIZE = (8.0, 2.4, 3.0), (1.7, 0.5, 1.75), (1.7, 0.5, 1.6)
 BUMP_SIZE, SIGN_SIZE, DEBRIS_SIZE, BARRIER_SIZE = (1.2, 3.4, 0.12), (0.1, 1.0, 2.6), (0.8, 0.9, 0.7), (0.4, 1.8, 1.1)
 DEER_COLOUR, CRATE = (0.52, 0.34, 0.18), (0.72, 0.52, 0.28)
+NEVER, FAR = 1e3, 1e4                           # s and m: "not in this scene", and still tame in float32
+FILLET, SIDE_ROAD = 6.0, LANE                   # m: radius of a crossing's corners, half width of its side road
+STRAIGHT = (0.0, 0.01, 0.0)
 CAR_COLOURS = ((0.9, 0.9, 0.9), (0.15, 0.15, 0.17), (0.55, 0.56, 0.6), (0.15, 0.25, 0.6), (0.1, 0.4, 0.25))
 CLOTHES = ((0.95, 0.1, 0.6), (1.0, 0.9, 0.1), (0.1, 0.9, 0.95), (0.95, 0.95, 0.95), (0.6, 0.1, 0.9), (0.2, 0.35, 1.0))
 WALLS = ((0.62, 0.42, 0.34), (0.68, 0.64, 0.55), (0.5, 0.52, 0.56), (0.75, 0.7, 0.66), (0.45, 0.38, 0.36))
 
 
 class Thing(NamedTuple):
-    """Anything that stands on the ground. It follows its script: brake once, drift sideways once."""
+    """Anything that stands on the ground. It follows its script: change speed once, drift sideways once, change its
+    signal once. A car that drives also keeps its distance, see World.step."""
     kind: int = NOTHING
     s: float = 0.0                              # m, the centre in road coordinates when the scene starts, at t0 - 2 s
     d: float = 0.0
@@ -126,12 +142,25 @@ class Thing(NamedTuple):
     size: tuple = (1.0, 1.0, 1.0)               # m, length width height
     colour: tuple = (1.0, 0.45, 0.0)
     signal: int = OFF
+    t_signal: float = NEVER                     # when the signal becomes the next one
+    next_signal: int = OFF
     accel: float = 0.0                          # m/s^2 from time t_accel on, until the speed is v_end
     t_accel: float = NEVER
     v_end: float = 0.0
+    t_go: float = NEVER                         # when it takes up its first speed again
     drift: float = 0.0                          # m/s to the left from time t_drift on, until d is d_end
     t_drift: float = NEVER
     d_end: float = 0.0
+    cause: float = 0.0                          # 1: the driver does not know of it before `react`
+    blocks: float = 0.0                         # 1: the driver holds until it has passed
+
+
+class Cause(NamedTuple):
+    """Why the driver does what it does."""
+    name: str                                   # of SITUATIONS or RARE
+    side: int
+    thing: int                                  # its first thing; -1: it has none
+    until: float                                # m, s of the route from which on the rear axle has it behind
 
 
 @dataclass
@@ -145,7 +174,7 @@ class Draw:
     daylight: float
     urban: float                                # 1 has a pavement, 0 has grass
     shoulder: float                             # m, paved
-    visibility: float = 150.0                   # m, how far haze lets one see
+    visibility: float = 150.0                   # m: how far haze lets one see
     rain: float = 0.0                           # 0 dry .. 1 heavy
     dusk: float = 0.0                           # 0 day .. 1 dusk
     lanes: tuple = (0, 1, 0)                    # how many: with us, left of ours; oncoming; with us, right of ours
@@ -153,30 +182,67 @@ class Draw:
     route: tuple = STRAIGHT
     crossing: float = FAR                       # s of the side road's centre
     stop: float = FAR                           # s of the stop line
-    halt: float = FAR                           # s that the expert may not pass: a stop line whose light is red
+    hold: float = FAR                           # s that the expert may not pass while something holds it, see World.held
+    bump: float = FAR                           # s of a speed bump
     nudge: tuple = (0.0, 0.0, 1.0, 2.0, 3.0)    # offset to the left; s where it begins, is full, ends, is gone
-    things: list = field(default_factory=list)  # the cause is the first one
+    standing: float = 0.0                       # 1: the ego stands at first
+    signal: float = 0.0                         # the ego's turn signal
+    # Training scenes only: how long after t0 the scene is shown, s, so that a learner also sees what comes after the
+    # first answer; and a lapse: offset to the left (m) from some time on (s), corrected at t0 + react.
+    late: float = 0.0
+    lapse: tuple = (0.0, NEVER)
+    causes: list = field(default_factory=list)
+    things: list = field(default_factory=list)
 
     def braking(self, decel, v_end=0.0):
         """Metres of road that braking takes, with half a second to get going."""
         return (self.cruise ** 2 - v_end ** 2) / (2 * decel) + 0.5 * self.cruise
 
+    def add(self, name, things=(), until=FAR, side=None):
+        """A cause, and the things that are it."""
+        first = len(self.things) if things else -1
+        self.causes.append(Cause(name, self.side if side is None else side, first, until))
+        self.things += [thing._replace(cause=1.0) for thing in things]
+
+
+def split_of(seed):
+    """The split that a seed belongs to."""
+    for name, start in reversed(SEEDS.items()):
+        if seed >= start:
+            break
+    if not 0 <= seed < SEEDS["end"]:
+        raise ValueError(f"seed: expected 0 .. {SEEDS['end'] - 1}, not {seed}")
+    return name
+
 
 def draw(seed):
     """The scene of a seed. It depends on nothing else."""
-    rng = np.random.default_rng(seed)
-    situation = _pick(rng, SITUATIONS)
+    rng, split = np.random.default_rng(seed), split_of(seed)
+    situation = _pick(rng, {"tail": tuple(COMBINATIONS), "rare": tuple(RARE)}.get(split, SITUATIONS))
+    names = COMBINATIONS.get(situation) or (_pick(rng, SITUATIONS) if situation == "dusk and rain" else situation,)
+    only = {"parked car": RIGHT, "double-parked car": RIGHT, "oncoming car": RIGHT, "cut-in at a red light": LEFT}
+    side = [only[name] for name in (situation, *names) if name in only] or (LEFT, RIGHT)
     scene = Draw(
-        situation, side=RIGHT if situation == "parked car" else _pick(rng, (LEFT, RIGHT)),
+        situation, side=_pick(rng, side),
         # One cruise speed and one reaction time for all situations, and no reaction before t0: else a blind model would
         # read the answer off the kinematics.
         cruise=rng.uniform(8, 14), react=rng.uniform(0, 0.2),
         wander=tuple(rng.uniform((0, 0.5, 0, 0, 0.8, 0), (0.4, 1.5, 6.3, 0.15, 1.6, 6.3))),
         daylight=rng.uniform(0.75, 1.05), urban=float(rng.random() < 0.5), shoulder=rng.uniform(1, 2.5))
-    _draw_road(scene, rng)
-    _draw_cause(scene, rng)
-    _draw_crossing(scene, rng)
-    _draw_others(scene, rng)
+    does = [RARE.get(name, name) for name in names]
+    _draw_weather(scene, rng)
+    _draw_road(scene, does, rng)
+    for name in does:
+        DRAW_CAUSE[name](scene, does, rng)
+    if situation in RARE:
+        _make_rare(scene, situation)
+    _draw_crossing(scene, does, rng)
+    _draw_others(scene, does, rng)
+    if split == "train":
+        if rng.random() < 0.4:
+            scene.late = round(rng.uniform(0.5, 9), 1)
+        if rng.random() < 0.3:
+            scene.lapse = (rng.uniform(-0.5, 0.5), scene.late - rng.uniform(0.3, 1.8))
     return scene
 
 
@@ -200,119 +266,300 @@ def _person(rng, s, d, **script):
     return Thing(PEDESTRIAN, s, d, size=PERSON_SIZE, colour=_pick(rng, CLOTHES), **script)
 
 
-def _draw_road(scene, rng):
+def _draw_weather(scene, rng):
+    """Half of all scenes are in plain daylight; dusk and rain meet in the long tail alone."""
+    both = scene.situation == "dusk and rain"
+    weather = _pick(rng, ("day", "day", "day", "dusk", "rain", "haze"))
+    if both or weather == "dusk":
+        scene.dusk, scene.daylight = rng.uniform(0.6, 1), scene.daylight * rng.uniform(0.5, 0.65)
+    if both or weather == "rain":
+        scene.rain, scene.visibility = rng.uniform(0.5, 1), rng.uniform(80, 120)
+    elif weather == "haze":
+        scene.visibility = rng.uniform(45, 75)
+
+
+def _draw_road(scene, does, rng):
     """Two lanes; or four, with ours on the right or on the left of our two. Some roads bend."""
     narrow, rightmost, leftmost = (0, 1, 0), (1, 2, 0), (0, 2, 1)
-    at_side = leftmost if scene.side == LEFT else rightmost
-    scene.lanes = _pick(rng, {
+    choices = {
         "curve": [narrow],                      # the inside of a sharp bend has no room for more
-        "turn": [narrow, at_side],
+        "turn": [narrow, leftmost if scene.side == LEFT else rightmost],
         "cut-in": [rightmost if scene.side == LEFT else leftmost],
+        "lane closed": [rightmost if scene.side == LEFT else leftmost],     # its side is where one can go
+        "gap search": [rightmost if scene.side == LEFT else leftmost],
         "red light": [narrow, rightmost],       # what stands at the right stands right beside our lane
+        "resume": [narrow, rightmost],
         "green light": [narrow, rightmost],
-        "parked car": [narrow, rightmost]}.get(scene.situation, [narrow, rightmost, leftmost]))
-    if scene.situation == "curve":              # 2 m/s^2 sideways is half to three quarters of the cruise speed in it
+        "stop sign": [narrow, rightmost],
+        "parked car": [narrow, rightmost], "double-parked car": [narrow, rightmost], "oncoming car": [narrow],
+        "swerving car": [narrow]}
+    every = [narrow, rightmost, leftmost]
+    scene.lanes = _pick(rng, [lanes for lanes in every if all(lanes in choices.get(name, every) for name in does)])
+    if "curve" in does:                         # 2 m/s^2 sideways is half to three quarters of the cruise speed in it
         radius = min(max((scene.cruise * rng.uniform(0.5, 0.72)) ** 2 / 2, 12), 45)
         start = scene.braking(rng.uniform(1.8, 2.6), math.sqrt(2 * radius))
         scene.road = (start, scene.side / radius, radius * rng.uniform(0.9, 1.5))
-    elif scene.situation in ("red light", "green light", "turn") or rng.random() < 0.25:
+    elif {"red light", "resume", "green light", "stop sign", "turn"}.intersection(does) or rng.random() < 0.25:
         scene.crossing = 0.0                    # there is one; `_draw_crossing` says where
     elif rng.random() < 0.5:                    # a bend so gentle that it asks for nothing
         scene.road = (rng.uniform(-20, 60), _pick(rng, (LEFT, RIGHT)) / rng.uniform(150, 500), rng.uniform(50, 120))
     scene.route = scene.road
 
 
-def _draw_cause(scene, rng):
-    """What the driver has to answer to, near enough to ask for it within 6.4 s and far enough to do it in comfort."""
-    v, side, uniform, rear = scene.cruise, scene.side, rng.uniform, FRONT + CAR_SIZE[0] / 2
-    if scene.situation == "slower lead":        # no lights
-        slower = uniform(3.5, 6)
-        gap = 3 + 0.8 * (v - slower) + slower ** 2 / (2 * uniform(1.2, 2.2)) + 0.5 * slower
-        scene.things = [_car(rng, rear + gap, 0, v - slower)]
-    elif scene.situation == "braking lead":     # for 0.6 s at least, with its brake lights on
-        decel, since, v_end = uniform(2.2, 3.2), uniform(0.6, 1.2), v * uniform(0, 0.4)
-        gap = max(10, scene.braking(3, v_end) - ((v - decel * since) ** 2 - v_end ** 2) / (2 * decel) + 4)
-        scene.things = [_car(rng, rear + gap + decel * since ** 2 / 2, 0, v, accel=-decel, t_accel=-since, v_end=v_end)]
-    elif scene.situation == "stopped lead":     # hazard lights, not brake lights: those say that it is braking
-        scene.things = [_car(rng, rear + 3 + scene.braking(uniform(2.4, 3.2)), 0, 0, signal=HAZARD)]
-    elif scene.situation == "pedestrian":       # on the road or at its edge, ahead of the car when that gets there
-        where = FRONT + 4 + scene.braking(uniform(2.4, 3.1))
-        right, left = (abs(line) + scene.shoulder for line in _lines(scene.lanes))      # m to the road's edges
-        near, far = (left, right) if side == LEFT else (right, left)
-        away = uniform(2.2, min(5, near + 0.3))
-        walk = min(max((away + uniform(-0.8, 0.6)) / ((where - FRONT) / v), 0.8), 2.0)
-        scene.things = [_person(rng, where, side * (away + walk * PAST * DT),
-                                drift=-side * walk, t_drift=-NEVER, d_end=-side * (far + 1))]
-    elif scene.situation == "cut-in":           # signals and starts about now, or is on its way without a signal
-        slower, signals = uniform(1.5, 3.5), rng.random() < 0.5
-        gap = 5 + slower ** 2 / 2 + 0.5 * slower + uniform(0, 4)
-        scene.things = [_car(rng, rear + gap, side * LANE, v - slower, drift=-side * uniform(0.9, 1.3),
-                             t_drift=uniform(-0.4, 0.2) if signals else uniform(-1.4, -1.0),
-                             signal=(BLINK_RIGHT if side == LEFT else BLINK_LEFT) if signals else OFF)]
-    elif scene.situation in ("cones", "parked car"):
-        first = FRONT + 2 + v * uniform(1.9, 2.4)
-        if scene.situation == "cones":
-            step = uniform(2, 3)
-            scene.things = [Thing(CONE, first + i * step, side * (1.5 - 0.22 * i), size=CONE_SIZE) for i in range(5)]
-            last = first + 4 * step
-        else:
-            scene.things = [_car(rng, first + CAR_SIZE[0] / 2, side * uniform(1.9, 2.3), 0)]
-            last = first + CAR_SIZE[0]
-        begin, full, end = 0.2 * v, first - FRONT - 1, last + 2     # after the latest reaction; back as gently as out
-        scene.nudge = (-side * 1.3, begin, full, end, end + full - begin)
-    elif scene.situation == "turn":
-        radius = uniform(10, 12) if side == LEFT else uniform(7, 8.5)
-        start = scene.braking(uniform(2.3, 3.0), math.sqrt(2 * radius))
-        scene.route = (start, side / radius, radius * math.pi / 2)
+# How each cause is drawn: near enough to ask for an answer within 6.4 s, far enough to give it in comfort. `does` are
+# the names of all that the scene combines.
+REAR = FRONT + CAR_SIZE[0] / 2                  # m: the centre of a car that touches our front bumper
 
 
-def _draw_crossing(scene, rng):
-    """Where the side road is, and what its light says. A green light may stand anywhere but on a free road."""
+def _free(scene, does, rng):
+    scene.add("free")
+
+
+def _curve(scene, does, rng):
+    start, _, length = scene.road
+    scene.add("curve", until=start + length)
+
+
+def _slower_lead(scene, does, rng):             # no lights
+    v, slower = scene.cruise, rng.uniform(3.5, 6)
+    gap = 3 + 0.8 * (v - slower) + slower ** 2 / (2 * rng.uniform(1.2, 2.2)) + 0.5 * slower
+    scene.add("slower lead", [_car(rng, REAR + gap, 0, v - slower)])
+
+
+def _braking_lead(scene, does, rng):            # for 0.6 s at least, with its brake lights on
+    v = scene.cruise
+    decel, since, v_end = rng.uniform(2.2, 3.2), rng.uniform(0.6, 1.2), v * rng.uniform(0, 0.4)
+    gap = max(10, scene.braking(3, v_end) - ((v - decel * since) ** 2 - v_end ** 2) / (2 * decel) + 4)
+    scene.add("braking lead", [_car(
+        rng, REAR + gap + decel * since ** 2 / 2, 0, v, accel=-decel, t_accel=-since, v_end=v_end,
+        t_go=rng.uniform(7, 10))])
+
+
+def _stopped_lead(scene, does, rng):            # hazard lights, not brake lights: those say that it is braking
+    scene.add("stopped lead", [_car(rng, REAR + 3 + scene.braking(rng.uniform(2.4, 3.2)), 0, 0, signal=HAZARD)])
+
+
+def _light(scene, s, signal, **script):
+    return Thing(LIGHT, s + 1, _lines(scene.lanes)[0] - 1.4, size=LIGHT_SIZE, colour=(0.1, 0.1, 0.1), signal=signal, **script)
+
+
+def _red_light(scene, does, rng):               # some are stood at; all turn green, after all that a Scene shows
+    scene.standing = float("cut-in" not in does and rng.random() < 0.35)
+    room = LENGTH + 8 if "cut-in" in does else 3                    # for the car that will be before us
+    scene.stop = scene.hold = FRONT + (
+        rng.uniform(2, 5) if scene.standing else room + scene.braking(rng.uniform(2.3, 3.1)))
+    green = dict(t_signal=rng.uniform(7.5, 11), next_signal=GREEN)
+    scene.add("red light", [_light(scene, scene.stop, RED, **green)], until=scene.stop - FRONT)
+
+
+def _resume(scene, does, rng):                  # red until a moment ago
+    scene.standing, scene.stop = 1.0, FRONT + rng.uniform(2, 5)
+    scene.hold = scene.stop
+    scene.add("resume", [_light(scene, scene.stop, RED, t_signal=rng.uniform(-0.9, -0.1), next_signal=GREEN)],
+              until=scene.stop - FRONT)
+
+
+def _green_light(scene, does, rng):             # with a pedestrian, before him
+    scene.stop = FRONT + 3 + scene.braking(rng.uniform(2.3, 3.1))
+    scene.add("green light", [_light(scene, scene.stop, GREEN)], until=scene.stop - FRONT)
+
+
+def _stop_sign(scene, does, rng):
+    scene.stop = scene.hold = FRONT + 3 + scene.braking(rng.uniform(2.3, 3.1))
+    sign = Thing(SIGN, scene.stop + 0.5, _lines(scene.lanes)[0] - 1.2, size=SIGN_SIZE, colour=(0.8, 0.05, 0.08))
+    scene.add("stop sign", [sign], until=scene.stop - FRONT)
+
+
+def _pedestrian(scene, does, rng):              # on the road or at its edge, ahead of the car when that gets there
+    v, side, where = scene.cruise, scene.side, FRONT + 4 + scene.braking(rng.uniform(2.4, 3.1))
+    right, left = (abs(line) + scene.shoulder for line in _lines(scene.lanes))          # m to the road's edges
+    near, far = (left, right) if side == LEFT else (right, left)
+    away = rng.uniform(2.2, min(5, near + 0.3))
+    walk = min(max((away + rng.uniform(-0.8, 0.6)) / ((where - FRONT) / v), 0.8), 2.0)
+    since = PAST * DT                           # he walked all the while
+    if "double-parked car" in does:             # just steps out, from behind the front of it
+        car = scene.things[0]
+        where, away, walk, since = car.s + CAR_SIZE[0] / 2 + rng.uniform(0.7, 1.2), -car.d - 0.5, rng.uniform(1, 1.5), 0.6
+    elif "green light" in does:
+        where = scene.stop + 2.5
+    elif "speed bump" in does:
+        where = scene.bump + rng.uniform(1.5, 4)
+    scene.add("pedestrian", [_person(rng, where, side * (away + walk * since), drift=-side * walk,
+                                     t_drift=-NEVER if since > 1 else -since, d_end=-side * (far + 1))], until=where + 1)
+
+
+def _waiting_pedestrian(scene, does, rng):      # at the edge of the road; he does not walk
+    where = FRONT + 6 + scene.cruise * rng.uniform(1.2, 2.6)
+    line = _lines(scene.lanes)[0 if scene.side == RIGHT else 1]
+    scene.add("waiting pedestrian", [_person(rng, where, line + scene.side * rng.uniform(0.5, 1))], until=where + 1)
+
+
+def _cut_in(scene, does, rng):                  # signals and starts about now, or is on its way without a signal
+    v, side, slower, signals = scene.cruise, scene.side, rng.uniform(1.5, 3.5), rng.random() < 0.5
+    s = REAR + 5 + slower ** 2 / 2 + 0.5 * slower + rng.uniform(0, 4)
+    script = {}
+    if "red light" in does:                     # it has to stop, too
+        way = scene.stop - 1 - s - CAR_SIZE[0] / 2 - (v - slower) * 0.5
+        script = dict(accel=-(v - slower) ** 2 / (2 * max(way, 5)), t_accel=0.5, t_go=scene.things[0].t_signal + 0.5)
+    scene.add("cut-in", [_car(
+        rng, s, side * LANE, v - slower, drift=-side * rng.uniform(0.9, 1.3),
+        t_drift=rng.uniform(-0.4, 0.2) if signals else rng.uniform(-1.4, -1.0),
+        signal=(BLINK_RIGHT if side == LEFT else BLINK_LEFT) if signals else OFF, **script)])
+
+
+def _go_around(scene, offset, first, last, begin):
+    """Out before `first`, back after `last` (s of the obstacle's ends), as gently back as out."""
+    full, end = first - FRONT - 1, last + 2
+    scene.nudge = (offset, begin, full, end, end + full - begin)
+
+
+def _cones(scene, does, rng):
+    v, side, step = scene.cruise, scene.side, rng.uniform(2, 3)
+    first, begin = FRONT + 2 + v * rng.uniform(1.9, 2.4), 0.2 * v   # after the latest reaction
+    if "curve" in does:
+        first = max(scene.road[0] + rng.uniform(0, 0.3) * scene.road[2], FRONT + 18)
+        begin = first - FRONT - 13
+    scene.add("cones", [Thing(CONE, first + i * step, side * (1.5 - 0.2 * i), size=CONE_SIZE) for i in range(5)],
+              until=first + 4 * step)
+    _go_around(scene, -side * (1.1 if "curve" in does else 1.3), first, first + 4 * step, begin)
+
+
+def _parked_car(scene, does, rng):              # reaches into the lane a little: there is room to pass within it
+    first = FRONT + 2 + scene.cruise * rng.uniform(1.9, 2.4)
+    scene.add("parked car", [_car(rng, first + CAR_SIZE[0] / 2, RIGHT * rng.uniform(2.3, 2.5), 0)], until=first + CAR_SIZE[0])
+    _go_around(scene, LEFT * 0.7, first, first + CAR_SIZE[0], 0.2 * scene.cruise)
+
+
+def _double_parked_car(scene, does, rng):       # half in the lane: one has to leave it
+    first = FRONT + 2 + scene.cruise * rng.uniform(2.3, 2.8)
+    if "pedestrian" in does:
+        first = FRONT + 4 + scene.braking(rng.uniform(2.4, 3.1)) - CAR_SIZE[0]
+    scene.add("double-parked car", [_car(rng, first + CAR_SIZE[0] / 2, RIGHT * rng.uniform(1.5, 1.9), 0, signal=HAZARD)],
+              until=first + CAR_SIZE[0])
+    _go_around(scene, LEFT * 1.6, first, first + CAR_SIZE[0], 0.2 * scene.cruise)
+
+
+def _oncoming_car(scene, does, rng):            # comes while we would be in its lane
+    hold = scene.braking(rng.uniform(2.2, 2.8))
+    scene.hold, first, faster = hold + FRONT + 3, hold + FRONT + 17, rng.uniform(8, 12)
+    parked = _car(rng, first + CAR_SIZE[0] / 2, RIGHT * rng.uniform(1.5, 1.9), 0, signal=HAZARD)
+    oncoming = _car(rng, hold + faster * rng.uniform(2.5, 4.5), LANE, faster, oncoming=1.0, blocks=1.0)
+    scene.add("oncoming car", [parked, oncoming], until=first + CAR_SIZE[0])
+    _go_around(scene, LEFT * 1.6, first, first + CAR_SIZE[0], hold + 2)
+
+
+def _barriers(s):
+    return [Thing(BARRIER, s, d, size=BARRIER_SIZE) for d in (-0.85, 0.85)]
+
+
+def _lane_closed(scene, does, rng):
+    begin = 0.2 * scene.cruise
+    full = begin + scene.cruise * rng.uniform(2.7, 3.2)
+    scene.add("lane closed", _barriers(full + FRONT + 4), until=full + FRONT + 4)
+    scene.nudge = (scene.side * LANE, begin, full, FAR, FAR + 1)
+
+
+def _gap_search(scene, does, rng):              # a car beside us, soon past us
+    hold = scene.braking(rng.uniform(2, 2.4))
+    scene.hold = hold + FRONT + 3
+    s = hold + FRONT + 36
+    beside = _car(rng, rng.uniform(-4, 2), scene.side * LANE, scene.cruise + rng.uniform(0.5, 2.5), blocks=1.0)
+    scene.add("gap search", [*_barriers(s), beside], until=s)
+    scene.nudge = (scene.side * LANE, hold + 2, hold + 30, FAR, FAR + 1)
+
+
+def _speed_bump(scene, does, rng):
+    scene.bump = FRONT + scene.braking(rng.uniform(1.8, 2.6), BUMP_SPEED)
+    if "pedestrian" in does:
+        scene.bump = FRONT + 2 + scene.braking(rng.uniform(2.4, 3.1))
+    bump = Thing(BUMP, scene.bump, 0.0, size=BUMP_SIZE)
+    scene.add("speed bump", [bump], until=scene.bump)
+
+
+def _swerving_car(scene, does, rng):            # comes towards us, over the line
+    v, faster = scene.cruise, rng.uniform(8, 12)
+    meet = v * rng.uniform(3, 3.6) + FRONT
+    scene.add("swerving car", [_car(
+        rng, meet + faster * (meet - FRONT) / v, LANE, faster, oncoming=1.0, drift=-rng.uniform(0.8, 1.2),
+        t_drift=rng.uniform(-1.2, -0.7), d_end=rng.uniform(1.7, 1.9))], until=FAR, side=LEFT)
+    scene.nudge = (RIGHT * 0.9, 0.2 * v, meet - 12, meet + 10, meet + 30)
+
+
+def _turn(scene, does, rng):                    # half of the drivers forget to signal: then only the route tells
+    radius = rng.uniform(10, 12) if scene.side == LEFT else rng.uniform(7, 8.5)
+    start = scene.braking(rng.uniform(2.3, 3.0), math.sqrt(2 * radius))
+    scene.route = (start, scene.side / radius, radius * math.pi / 2)
+    scene.signal = float(scene.side * (rng.random() < 0.5))
+    scene.add("turn", until=start + radius * math.pi / 2)
+
+
+DRAW_CAUSE = {
+    "free": _free, "curve": _curve, "slower lead": _slower_lead, "braking lead": _braking_lead,
+    "stopped lead": _stopped_lead, "red light": _red_light, "resume": _resume, "green light": _green_light,
+    "stop sign": _stop_sign, "pedestrian": _pedestrian, "waiting pedestrian": _waiting_pedestrian, "cut-in": _cut_in,
+    "cones": _cones, "parked car": _parked_car, "double-parked car": _double_parked_car, "oncoming car": _oncoming_car,
+    "lane closed": _lane_closed, "gap search": _gap_search, "speed bump": _speed_bump, "swerving car": _swerving_car,
+    "turn": _turn}
+
+
+def _make_rare(scene, name):
+    """The cause's things become those of a class that no training scene has."""
+    kind, size, colour = {"deer": (DEER, DEER_SIZE, DEER_COLOUR), "cyclist": (CYCLIST, CYCLIST_SIZE, (0.9, 0.3, 0.1)),
+                          "debris": (DEBRIS, DEBRIS_SIZE, CRATE)}[name]
+    scene.things = [thing._replace(kind=kind, size=size, colour=colour) for thing in scene.things[:2]]
+    scene.causes = [cause._replace(name=name) for cause in scene.causes]
+
+
+def _draw_crossing(scene, does, rng):
+    """Where the side road is. Lights that ask for nothing are green or off, and beyond the cause; with a pedestrian
+    there is none, since green and a pedestrian is of the long tail."""
     if scene.crossing == FAR:
         return
-    scene.stop = FRONT + 3 + scene.braking(rng.uniform(2.3, 3.1))
-    light = {"red light": RED, "green light": GREEN, "free": OFF}.get(scene.situation, _pick(rng, (OFF, GREEN)))
-    if scene.situation == "turn":               # the turn ends in the side road's right lane
+    own = {"red light", "resume", "green light", "stop sign"}.intersection(does)
+    light = OFF if own or does == ["free"] or "pedestrian" in does else _pick(rng, (OFF, GREEN))
+    if "turn" in does:                          # the turn ends in the side road's right lane
         start, k, _ = scene.route
         scene.stop = start + 1 / abs(k) - scene.side * LANE / 2 - SIDE_ROAD - FILLET - 0.5
-    elif scene.situation not in ("red light", "green light"):
-        scene.stop += rng.uniform(15, 45)       # beyond the cause
+    elif not own:
+        last = max([thing.s for thing in scene.things if thing.cause and not thing.oncoming] + [scene.nudge[3] % FAR])
+        scene.stop = max(FRONT + 3 + scene.braking(2.5), last) + rng.uniform(15, 45)
     scene.crossing = scene.stop + 0.5 + FILLET + SIDE_ROAD
-    if light == RED:
-        scene.halt = scene.stop
     if light != OFF:
-        scene.things.append(Thing(
-            LIGHT, scene.stop + 1, _lines(scene.lanes)[0] - 1.4, size=LIGHT_SIZE, colour=(0.1, 0.1, 0.1), signal=light))
+        scene.things.append(_light(scene, scene.stop, light))
 
 
-def _draw_others(scene, rng):
+def _draw_others(scene, does, rng):
     """The crowd. Nobody gets in the way of the cause, of the ego or of one another."""
-    v, situation, uniform = scene.cruise, scene.situation, rng.uniform
-    things = scene.things = scene.things or [Thing()]
-    cause = things[0].s
+    v, uniform, does = scene.cruise, rng.uniform, set(does)
+    things = scene.things
     (right_line, left_line), nudged = _lines(scene.lanes), scene.nudge[0]
     right_edge, left_edge = right_line - scene.shoulder, left_line + scene.shoulder
 
     # Other traffic. No car comes from beyond `closed`, or drives beside us to it.
-    closed = scene.halt
-    if situation == "pedestrian":
-        closed = cause
-    elif situation == "turn" and scene.side == LEFT:
+    closed = scene.stop if does & {"red light", "resume", "stop sign"} else FAR
+    if "pedestrian" in does:
+        closed = min(thing.s for thing in things if thing.cause)
+    elif "turn" in does and scene.side == LEFT:
         closed = scene.route[0]
     left, oncoming, right = scene.lanes
+    moving = not scene.standing and not does & {"cut-in", "gap search"}
     for lane in [1] * left + [-1] * right:
-        if rng.random() < 0.5 and closed == FAR and lane * nudged <= 0 and situation != "cut-in":
+        if rng.random() < 0.5 and closed == FAR and lane * nudged <= 0 and moving:
             things.append(_car(rng, uniform(-6, 40), lane * LANE, v + uniform(-2, 2)))
     for lane in range(left + 1, left + oncoming + 1):
-        hides = situation == "pedestrian" and scene.side == LEFT
-        if rng.random() < 0.5 and lane * nudged != nudged and closed > 16 and not hides:
-            things.append(_car(rng, uniform(8, min(90, closed - 6)), lane * LANE, uniform(7, 14), oncoming=1.0))
-    if situation in ("free", "green light", "pedestrian", "cut-in", "cones", "parked car") and rng.random() < 0.4:
-        passed = cause + 16 + 2 * v if situation in ("pedestrian", "cones", "parked car") else 0
-        things.append(_car(rng, max(FRONT + 45, passed) + uniform(0, 25), 0, v))        # far ahead, as fast as we are
+        in_the_way = (lane == 1 and nudged > 0) or does & {"swerving car", "oncoming car"}
+        hides = "pedestrian" in does and scene.side == LEFT
+        if rng.random() < 0.5 and closed > 16 and not in_the_way and not hides:
+            things.append(_car(rng, uniform(8, min(110, closed - 6)), lane * LANE, uniform(7, 14), oncoming=1.0))
+    ahead = does <= {"free", "green light", "waiting pedestrian", "pedestrian", "cut-in", "cones", "parked car"}
+    if ahead and rng.random() < 0.4:                                        # far ahead, as fast as we are
+        passed = max([thing.s for thing in things if thing.cause] + [0]) + 16 + 2 * v
+        things.append(_car(rng, max(FRONT + 45, passed) + uniform(0, 25), 0, v))
+    if moving and "lane closed" not in does and rng.random() < 0.35:        # behind us, seen by no camera of ours
+        things.append(_car(rng, uniform(-26, -14), 0, v))
 
     # What stands beside the road, but not in the side road, and not in a sharp bend: its inside has no room.
-    limit = scene.road[0] if situation == "curve" else 70
+    limit = scene.road[0] if "curve" in does else 70
 
     def put(count, low, high, make, length=0.0):
         for s in uniform(low, high, count):
@@ -321,19 +568,20 @@ def _draw_others(scene, rng):
 
     put(rng.integers(0, 4), 8, limit, lambda s: _person(
         rng, s, _pick(rng, (left_edge + uniform(2, 4), right_edge - uniform(2, 4)))))
-    if situation not in ("pedestrian", "parked car"):                                   # parked clear of the lane
-        put(rng.integers(0, 3), 8, limit, lambda s: _car(rng, s, right_line - CAR_SIZE[1] / 2 - uniform(0.9, 1.6), 0))
-    if situation != "pedestrian" and rng.random() < 0.3:
+    if not does & {"pedestrian", "waiting pedestrian", "parked car", "double-parked car", "oncoming car"}:
+        put(rng.integers(0, 3), 8, limit, lambda s: _car(           # parked clear of the lane
+            rng, s, right_line - CAR_SIZE[1] / 2 - uniform(0.9, 1.6), 0))
+    if "pedestrian" not in does and nudged >= 0 and rng.random() < 0.3:
         put(3, 8, limit, lambda s: Thing(CONE, s, right_line - uniform(0.9, 1.6), size=CONE_SIZE))
     for edge, sign in ((left_edge, LEFT), (right_edge, RIGHT)):
-        far = max(0, limit - 15) if situation == "curve" and sign == scene.side else 100
+        far = max(0, limit - 15) if "curve" in does and sign == scene.side else 100
         put(3 if scene.urban else rng.integers(0, 2), -10, far, length=20, make=lambda s: Thing(
             BUILDING, s, edge + sign * uniform(11, 18), size=tuple(uniform((9, 8, 5), (20, 12, 14))),
             colour=_pick(rng, WALLS)))
         put(rng.integers(0, 3), 0, far, lambda s: Thing(
             TREE, s, edge + sign * uniform(4, 6), size=(2.4, 2.4, uniform(4, 6)),
             colour=(0.13, uniform(0.3, 0.45), 0.12)))
-    if situation == "curve":                    # a red and white rail along the outside: bends are seen from afar
+    if "curve" in does:                         # a red and white rail along the outside: bends are seen from afar
         start, k, length = scene.road
         outside, piece = (right_edge - 0.8 if scene.side == LEFT else left_edge + 0.8), length / 6
         things.extend(Thing(
@@ -345,84 +593,228 @@ def _draw_others(scene, rng):
 # The world that moves
 
 MAX_ACCEL, COMFORT, HEADWAY, JERK = 1.5, 3.0, 0.8, 6.0      # m/s^2, m/s^2, s, m/s^3: the expert's manners
+BUMP_SPEED, MARGIN, FORESIGHT = 4.5, 0.3, 4.0               # m/s over a bump; m and s: what counts as in its way
+LONG_STOP, NEAR = 1.0, 0.25                                 # s at a stop sign; m, a close encounter
+IMMATERIAL = (NOTHING, LIGHT, SIGN, BUMP)                   # kinds that nobody can run into
+
+
+def follow(gap, v, lead, least=2.0):
+    """How much a driver slows for what is `gap` m ahead and moves at `lead` m/s, v being its own speed: the second term
+    of the intelligent driver model (Treiber 2000), m/s^2, never positive."""
+    want = least + (v * HEADWAY + v * (v - lead) / (2 * math.sqrt(MAX_ACCEL * COMFORT))).clamp(min=0)   # m
+    return -MAX_ACCEL * (want / gap.clamp(min=0.5)) ** 2
 
 
 class World:
     """
-    n scenes, one a seed, that advance in lockstep from t0 - 2 s on. What a seed drew is in `scene` (n,) or (n, k);
-    the ego in x, y (m), yaw (rad), speed (m/s) and the last accel (m/s^2) and curvature (1/m), each (n,); everything
-    else in `things` (n, things), of which s, d (m) and v (m/s) change. `step` moves all, `expert` drives, `render`
-    looks.
+    n scenes, one a seed, that advance in steps of 0.1 s from t0 - 2 s on. What a seed drew is in `scene` (n,) or (n, k)
+    and in `draws`; the ego in x, y (m), yaw (rad), speed (m/s) and the last accel (m/s^2) and curvature (1/m), each
+    (n,); everything else in `things` (n, things), of which s, d (m) and v (m/s) change; `time` (n,) is s after t0.
+    `step` moves all, `expert` drives, `causes` says why, `judge` says how it went, `render` looks.
     """
 
     def __init__(self, seeds, device="cpu"):
-        draws = [draw(int(seed)) for seed in seeds]
+        draws = self.draws = [draw(int(seed)) for seed in seeds]
         most = max(len(one.things) for one in draws)
         rows = [one.things + [Thing()] * (most - len(one.things)) for one in draws]
         tensor = functools.partial(torch.tensor, dtype=torch.float32, device=device)
-        fixed = [f.name for f in fields(Draw) if f.name not in ("situation", "things")]
+        fixed = [f.name for f in fields(Draw) if f.name not in ("situation", "things", "causes")]
         self.scene = SimpleNamespace(**{f: tensor([getattr(one, f) for one in draws]) for f in fixed})
         self.things = SimpleNamespace(**{
             f: tensor([[getattr(thing, f) for thing in row] for row in rows]) for f in Thing._fields})
-        self.situations, self.sides = [one.situation for one in draws], [one.side for one in draws]
-        self.case = {name: tensor([one.situation == name for one in draws]) > 0 for name in SITUATIONS}     # (n,) bool
-        self.device, self.time = device, -PAST * DT                             # s after t0
+        self.things.start_v, self.things.slows = self.things.v, torch.zeros_like(self.things.v)
+        self.device, self.time = device, torch.full((len(draws),), -PAST * DT, device=device)
         # The ego starts at its cruise speed, on its wandering line.
         speed, lateral = self._wander()
-        self.speed = self.scene.cruise + speed
-        self.x, self.y, self.yaw = place(self.time * self.scene.cruise, lateral, self.scene.route)
+        moves = 1 - self.scene.standing
+        self.speed = (self.scene.cruise + speed) * moves
+        self.x, self.y, self.yaw = place(self.time * self.scene.cruise * moves, lateral, self.scene.route)
         self.accel, self.curvature = torch.zeros_like(self.x), torch.zeros_like(self.x)
+        self.held, self.stood = self.scene.hold < FAR, torch.zeros_like(self.x)     # (n,) bool, s at a stop sign
 
     def _wander(self):
         """Nobody drives like a ruler: small waves in speed (m/s) and in lateral offset (m), now."""
         a, rate_a, phase_a, b, rate_b, phase_b = self.scene.wander.unbind(-1)
-        return a * torch.sin(rate_a * self.time + phase_a), b * torch.sin(rate_b * self.time + phase_b)
+        offset, since = self.scene.lapse.unbind(-1)
+        lapse = torch.where((self.time >= since) & (self.time < self.scene.late + self.scene.react), offset, 0)
+        return a * torch.sin(rate_a * self.time + phase_a), b * torch.sin(rate_b * self.time + phase_b) + lapse
 
-    def step(self, accel, curvature):
-        """One tick of DT: the ego by the unicycle with accel (n,) and curvature (n,), the things by their scripts."""
+    def _since(self, time):
+        """Whether a time (n, things) of a script has come."""
+        return self.time[:, None] >= time - DT / 2
+
+    def signals(self):
+        """What the things signal now, (n, things)."""
+        return torch.where(self._since(self.things.t_signal), self.things.next_signal, self.things.signal)
+
+    def braking(self):
+        """Which of the things show brake lights, (n, things) bool."""
+        t = self.things
+        return (self._since(t.t_accel) & ~self._since(t.t_go) & (t.accel < 0)) | (t.slows > 0)
+
+    def _drift(self):
+        """Lateral speed of the things (n, things): a script's drift ends in the middle of our lane, or across it."""
+        t = self.things
+        return torch.where(self._since(t.t_drift) & (t.drift * (t.d_end - t.d) > 0), t.drift, 0)
+
+    def poses(self):
+        """World x, y and heading of the things (n, things); what drives, rides or runs sideways faces where it goes."""
+        t = self.things
+        x, y, yaw = place(t.s, t.d, self.scene.road[:, None])
+        swerve = torch.atan2(self._drift(), t.v.clamp(min=0.1)) * ((t.kind == CAR) | (t.kind == CYCLIST))
+        swerve = torch.where(t.kind == DEER, torch.atan2(t.drift, t.v), swerve)
+        return x, y, yaw + math.pi * t.oncoming + swerve
+
+    def solid(self, kind):
+        """Which kinds one can run into: (...) bool."""
+        return ~torch.isin(kind, torch.tensor(IMMATERIAL, device=self.device).float())
+
+    def step(self, accel, curvature, which=None):
+        """One tick of 0.1 s: the ego by the unicycle (Eq. 5) with accel (n,) and curvature (n,), the things by their
+        scripts, the cars among them with an eye on what is before them. which (n,) bool: scenes that move, the others
+        wait."""
+        which = torch.ones_like(self.held) if which is None else which
+        before = {name: getattr(self, name) for name in ("x", "y", "yaw", "speed", "accel", "curvature", "held", "stood", "time")}
+        things = {name: getattr(self.things, name) for name in ("s", "d", "v", "slows")}
+        self._step_things()
         speed = (self.speed + DT * accel).clamp(min=0)
         accel = (speed - self.speed) / DT                                       # as driven: no car brakes backwards
         yaw = self.yaw + DT * curvature * self.speed + DT ** 2 / 2 * curvature * accel
         self.x = self.x + DT / 2 * (self.speed * torch.cos(self.yaw) + speed * torch.cos(yaw))
         self.y = self.y + DT / 2 * (self.speed * torch.sin(self.yaw) + speed * torch.sin(yaw))
         self.yaw, self.speed, self.accel, self.curvature = yaw, speed, accel, curvature
+        self.time = self.time + DT
+        self._release()
+        if not which.all():
+            for name, old in before.items():
+                setattr(self, name, torch.where(which, getattr(self, name), old))
+            for name, old in things.items():
+                setattr(self.things, name, torch.where(which[:, None], getattr(self.things, name), old))
+
+    def _step_things(self):
+        """The things' scripts, and the manners of the cars that drive: they slow for the nearest thing, or the ego, that
+        is before them in their lane, and speed up again behind it."""
         t = self.things
-        braking = (self.time >= t.t_accel - DT / 2) & (t.v > t.v_end)
-        v = torch.where(braking, torch.maximum(t.v + DT * t.accel, t.v_end), t.v)
+        begun = self._since(t.t_accel) & ~self._since(t.t_go)
+        want = torch.where(begun, t.v_end, t.start_v)
+        rate = torch.where(begun & (t.v * t.accel.sign() < t.v_end * t.accel.sign()), t.accel, 0)      # the script's
+        change = torch.where(rate == 0, (want - t.v) / DT, rate)                # what is left of it; catching up
+        change = torch.where((rate == 0) & (change > 0), change.clamp(max=MAX_ACCEL), change)
+        # Drivers: (k,) cars that move or want to, against all things and the ego.
+        n, i = ((t.kind == CAR) & (want.maximum(t.v) > 0)).nonzero(as_tuple=True)
+        if len(n):
+            ego_s, ego_d, heading = locate(self.x, self.y, self.scene.road)
+            heading = self.yaw - heading
+            ahead = (FRONT - LENGTH / 2) * torch.cos(heading)
+            push = lambda values, own: torch.cat([values, own[:, None]], 1)[n]              # (k, things + 1)
+            way = 1 - 2 * t.oncoming[n, i, None]                                # which way the road runs for them
+            s, d = push(t.s, ego_s + ahead), push(t.d, ego_d + (FRONT - LENGTH / 2) * torch.sin(heading))
+            along = push(t.v * (1 - 2 * t.oncoming), self.speed * torch.cos(heading)) * way
+            length, width = push(t.size[..., 0], 0 * ego_s + LENGTH), push(t.size[..., 1], 0 * ego_s + WIDTH)
+            kind = push(t.kind, 0 * ego_s + CAR)
+            gap = (s - t.s[n, i, None]) * way
+            gap = torch.where(gap > 0, gap - (length + t.size[n, i, 0, None]) / 2, FAR)
+            beside = (d - t.d[n, i, None]).abs() > (width + t.size[n, i, 1, None]) / 2 + 0.2
+            gap = torch.where(beside | ~self.solid(kind), FAR, gap)
+            v = t.v[n, i]
+            slow = follow(gap, v[:, None], along).amin(1)
+            free = MAX_ACCEL * (1 - (v / want[n, i].clamp(min=1)) ** 4)
+            change = change.clone()
+            change[n, i] = torch.where(slow < -0.3, change[n, i].minimum((free + slow).clamp(min=-8)), change[n, i])
+        v = (t.v + DT * change).clamp(min=0)
+        v = torch.where(rate > 0, v.minimum(t.v_end), torch.where(rate < 0, v.maximum(t.v_end.minimum(t.v)), v))
+        v = torch.where((rate < 0) & (change < rate), (t.v + DT * change).clamp(min=0), v)  # manners go further
+        t.slows = ((t.v - v) / DT > 0.7).float()
         t.s, t.v = t.s + DT / 2 * (t.v + v) * (1 - 2 * t.oncoming), v
         t.d = t.d + DT * self._drift()
-        self.time = round(self.time + DT, 6)
 
-    def _drift(self):
-        """Lateral speed of the things (n, things): a script's drift ends in the middle of our lane, or across it."""
-        t = self.things
-        return torch.where((self.time >= t.t_drift - DT / 2) & (t.drift * (t.d_end - t.d) > 0), t.drift, 0)
+    def _release(self):
+        """What holds the ego at `hold`: a red light until it is green, a stop sign until one has stood, a car that
+        blocks the way around something until it is past."""
+        t, scene = self.things, self.scene
+        s, _, _ = locate(self.x, self.y, scene.route)
+        at_line = (self.speed < 0.15) & ((scene.hold - s - FRONT).abs() < 5)
+        self.stood = self.stood + DT * at_line
+        red = ((t.kind == LIGHT) & (self.signals() == RED)).any(1)
+        sign = (t.kind == SIGN).any(1) & (self.stood < LONG_STOP)
+        rear, bumper = t.s - t.size[..., 0] / 2, (s + FRONT)[:, None]
+        past = torch.where(t.oncoming > 0, rear + t.size[..., 0] < bumper, rear > bumper + 6)
+        blocked = ((t.blocks > 0) & ~past).any(1)
+        self.held = self.held & (red | sign | blocked)
+
+    def route(self):
+        """Where the driver is told to go: n of LEFT, RIGHT and 0, straight on."""
+        left = locate(self.x, self.y, self.scene.route)[0] < self.scene.route[:, 0] + self.scene.route[:, 2]
+        return [one.side if "turn" in [cause.name for cause in one.causes] and to_come else 0
+                for one, to_come in zip(self.draws, left.tolist())]
+
+    def causes(self):
+        """
+        What the driver of each scene has to answer to now: n lists of Causes. Nothing of the future is looked at. What
+        is over is gone, and some causes become others: a car that has cut in is a slower lead.
+        """
+        s, d, _ = (value.tolist() for value in locate(self.x, self.y, self.scene.route))
+        thing = {name: getattr(self.things, name).tolist() for name in ("s", "d", "v", "v_end")}
+        signals, held, speed = self.signals().tolist(), self.held.tolist(), self.speed.tolist()
+        every = []
+        for i, scene in enumerate(self.draws):
+            now = []
+            for cause in scene.causes:
+                name, j = cause.name, cause.thing
+                its = {key: value[i][j] for key, value in thing.items()}
+                if s[i] > cause.until:
+                    name = None
+                elif name in ("pedestrian", "deer", "cyclist"):                 # until across
+                    name = None if its["d"] * cause.side < -(WIDTH / 2 + 1) else name
+                elif name == "cut-in":
+                    name = "slower lead" if abs(its["d"]) < 0.6 else name
+                elif name == "braking lead":
+                    name = name if its["v"] > its["v_end"] + 0.1 else "slower lead" if its["v"] > 0.1 else "stopped lead"
+                elif name == "red light":
+                    name = name if signals[i][j] == RED else "resume" if speed[i] < 3 else "green light"
+                elif name == "stop sign":
+                    name = name if held[i] else None
+                elif name == "oncoming car":
+                    name = name if held[i] else "double-parked car"
+                elif name == "gap search":
+                    name = name if held[i] else "lane closed"
+                elif name == "swerving car":
+                    name = name if its["s"] > s[i] else None
+                if name == "lane closed":
+                    name = None if d[i] * cause.side > LANE - 0.8 else name
+                if name and its["s"] - s[i] > 75 and name.endswith("lead"):     # it has got away
+                    name = None
+                if name and name != "free":
+                    now.append(cause._replace(name=name))
+            every.append(now or [Cause("free", scene.side, -1, FAR)])
+        return every
 
     def expert(self):
         """
-        accel (n,) and curvature (n,) of a driver who knows the cause from `react` on: the intelligent driver model
-        (Treiber 2000) behind whatever it has to respect, speed that suits the bend, and a steady hand on the line.
+        accel (n,) and curvature (n,) of a driver who knows the causes from `react` on: the intelligent driver model
+        behind whatever is or will be in its way, speed that suits bend and bump, and a steady hand on the line.
         """
         scene, v = self.scene, self.speed
-        cause = SimpleNamespace(**{f: x[:, 0] for f, x in vars(self.things).items()})           # (n,) each
+        aware = self.time >= scene.react
         wander_speed, wander_lateral = self._wander()
         s, d, heading = locate(self.x, self.y, scene.route)
         start, k, length = scene.route.unbind(-1)
 
-        # Speed. `gap` is how far the front bumper is from what it must not touch, which moves at `lead`.
+        # Speed. Each constraint is an acceleration; the least of them wins.
         bumper = s + FRONT
-        follow = self.case["slower lead"] | self.case["braking lead"] | self.case["stopped lead"] | self.case["cut-in"]
-        crosses = self.case["pedestrian"] & (cause.d * scene.side > -2.2) & (cause.s > bumper - 1)      # not yet across
-        gap = scene.halt - 1 - bumper
-        gap = torch.where(follow, cause.s - cause.size[:, 0] / 2 - bumper, gap)
-        gap = torch.where(crosses, cause.s - 2 - bumper, gap).clamp(min=0.5)
-        lead = torch.where(follow, cause.v, 0)
-        want = 2 + (v * HEADWAY + v * (v - lead) / (2 * math.sqrt(MAX_ACCEL * COMFORT))).clamp(min=0)   # m
+        gap, lead = self._in_the_way(bumper, aware)                                             # (n, things) each
+        slow = follow(gap, v[:, None], lead).amin(1)
+        needed = ((v[:, None] - lead).clamp(min=0) ** 2 / (2 * gap)).amax(1)                    # m/s^2, to hit nothing
+        line = torch.where(self.held & (scene.hold > bumper - 0.5), scene.hold - 1 - bumper, FAR)
+        slow = slow.minimum(follow(line, v, 0 * v))
         free = MAX_ACCEL * (1 - (v / (scene.cruise + wander_speed)) ** 4)
         bend = -(v ** 2 - 2 / k.abs()) / (2 * torch.maximum(start - s, v / 2).clamp(min=0.5))  # to 2 m/s^2 sideways
         bend = torch.where((s < start + length) & (length > 0), bend, MAX_ACCEL)
-        known = torch.minimum(free - MAX_ACCEL * (want / gap) ** 2, bend).clamp(-4, MAX_ACCEL)
-        accel = torch.where(self.time >= scene.react, known, free)
+        bump = -(v ** 2 - BUMP_SPEED ** 2) / (2 * (scene.bump - bumper).maximum(v / 2).clamp(min=0.5))
+        bump = torch.where((s < scene.bump + 1) & (scene.bump < FAR), bump, MAX_ACCEL)
+        known = torch.minimum(free + slow, bend).minimum(bump).clamp(max=MAX_ACCEL)
+        known = known.maximum(-(1.3 * needed).clamp(4, 8))
+        accel = torch.where(aware, known, torch.where(scene.standing > 0, -v / DT, free))
         accel = self.accel + (accel - self.accel).clamp(-JERK * DT, JERK * DT)
 
         # Steering: the line's curvature a moment ahead, the nudge's, and a pull back to where the ego should be.
@@ -434,14 +826,75 @@ class World:
         limit = (3 / v.clamp(min=1) ** 2).clamp(max=0.2)
         return accel, self.curvature + 0.33 * (curvature.clamp(-limit, limit) - self.curvature)
 
+    def _in_the_way(self, bumper, aware):
+        """Gap (m, FAR if there is none) and speed (m/s, along the route) of each thing (n, things) that is where the ego
+        will drive, or will have walked or drifted there within FORESIGHT, and that it knows of."""
+        t, scene = self.things, self.scene
+        x, y, yaw = self.poses()
+        s, d, heading = locate(x, y, scene.route[:, None])
+        turned = yaw - heading
+        cos, sin, long, wide = torch.cos(turned).abs(), torch.sin(turned).abs(), t.size[..., 0] / 2, t.size[..., 1] / 2
+        half, room = cos * long + sin * wide, sin * long + cos * wide + WIDTH / 2 + MARGIN
+        offset, drift = self._nudge(s)[0], self._drift()
+        aside = d - offset
+        arrives = torch.where(aside * drift < 0, (aside.abs() - room) / drift.abs().clamp(min=0.1), FAR)      # s
+        stays_out = ((t.d_end - offset).abs() > room) & ((t.d_end - offset) * aside > 0)
+        comes = (aside.abs() < room) | ((arrives < FORESIGHT) & ~stays_out)
+        walks = (t.kind == PEDESTRIAN) | (t.kind == CYCLIST) | (t.kind == DEER)
+        ahead = torch.where(walks, s > bumper[:, None] - 1, s > bumper[:, None] - FRONT)
+        obstacle = self.solid(t.kind) & comes & ahead & (aware[:, None] | (t.cause == 0))
+        gap = torch.where(obstacle, (s - half - 2 * walks - bumper[:, None]).clamp(min=0.5), FAR)
+        return gap, t.v * torch.cos(turned)
+
     def _nudge(self, s):
-        """Where in its lane the ego should be at s (n,): offset (m), its slope and its bow (1/m): half cosines."""
-        offset, begin, full, end, gone = self.scene.nudge.unbind(-1)
+        """Where in its lane the ego should be at s (n,) or (n, k): offset (m), its slope and its bow (1/m): half
+        cosines."""
+        offset, begin, full, end, gone = self.scene.nudge.T.view(5, -1, *[1] * (s.ndim - 1))
         length = full - begin
         phase = (math.pi / length * torch.where(s < end, s - begin, gone - s)).clamp(0, math.pi)    # 0 in, pi out
         rate = math.pi / length * torch.where(s < end, 1, -1)
         return (offset / 2 * (1 - torch.cos(phase)), offset / 2 * torch.sin(phase) * rate,
                 torch.where((phase > 0) & (phase < math.pi), offset / 2 * torch.cos(phase) * rate ** 2, 0))
+
+    def judge(self):
+        """
+        How the ego fares at this moment, a dictionary of (n,) bool:
+            collision   its rectangle and that of a thing overlap
+            close       they would if the ego were NEAR (m) larger on every side: a close encounter. The paper does not
+                        define its own; this is ours
+            at_fault    close, unless the thing came from behind or the ego stood still
+            off_road    a corner of it is beyond asphalt
+        """
+        t, (x, y, yaw) = self.things, self.poses()
+        cos, sin = torch.cos(self.yaw), torch.sin(self.yaw)
+        middle = FRONT - LENGTH / 2                                                         # m, of the ego from its axle
+        dx, dy = x - (self.x + middle * cos)[:, None], y - (self.y + middle * sin)[:, None]
+        turned, (long, wide) = yaw - self.yaw[:, None], (t.size[..., 0] / 2, t.size[..., 1] / 2)
+        c, s = torch.cos(turned), torch.sin(turned)
+        ahead, left = cos[:, None] * dx + sin[:, None] * dy, cos[:, None] * dy - sin[:, None] * dx      # the ego's axes
+        along, beside = c * ahead + s * left, c * left - s * ahead                                      # the thing's
+        c, s = c.abs(), s.abs()
+
+        def apart(grown):                       # rectangles are apart if they are along one of their four axes
+            a, b = LENGTH / 2 + grown, WIDTH / 2 + grown
+            return ((ahead.abs() > a + c * long + s * wide) | (left.abs() > b + s * long + c * wide)
+                    | (along.abs() > long + c * a + s * b) | (beside.abs() > wide + s * a + c * b))
+
+        solid = self.solid(t.kind)
+        near = solid & ~apart(NEAR)
+        from_behind = (ahead < -LENGTH / 2) & (t.v > self.speed[:, None])
+        corners = [(FRONT, WIDTH / 2), (FRONT, -WIDTH / 2), (FRONT - LENGTH, WIDTH / 2), (FRONT - LENGTH, -WIDTH / 2)]
+        paved = [self.paved(self.x + cos * a - sin * b, self.y + sin * a + cos * b) for a, b in corners]
+        return dict(collision=(solid & ~apart(0.0)).any(1), close=near.any(1),
+                    at_fault=(near & ~from_behind).any(1) & (self.speed > 0.1), off_road=~torch.stack(paved).all(0))
+
+    def paved(self, x, y):
+        """Whether there is asphalt at x, y (n,): on the main road, the side road, or in the round corners between."""
+        s, d, _ = locate(x, y, self.scene.road)
+        right_line, left_line = _lines(self.scene.lanes)
+        out = torch.maximum(d - left_line, right_line - d) - self.scene.shoulder            # m beyond the main road
+        aside = (s - self.scene.crossing).abs() - SIDE_ROAD                                 # m beyond the side road
+        return (FILLET - out).clamp(0, FILLET) ** 2 + (FILLET - aside).clamp(0, FILLET) ** 2 >= FILLET ** 2 - 1e-3
 
     def render(self, camera_ids, size):
         """What the cameras see now: images (n, cameras, 3, H, W) uint8; size is (H, W)."""
@@ -582,12 +1035,9 @@ def _paint_ground(world, air, part, view):
 def _boxes(world):
     """Everything that stands, as boxes in the ego frame: a dictionary of (n, 2 things) and (n, 2 things, 3)."""
     t = world.things
-    x, y, yaw = place(t.s, t.d, world.scene.road[:, None])                              # (n, things), world frame
+    x, y, yaw = world.poses()                                                           # (n, things), world frame
     kind = torch.where((t.kind == CAR) & (t.size[..., 2] > 2.2), TRUCK, t.kind).long()  # a high car is a truck
-    wheels = (kind == CAR) | (kind == TRUCK) | (kind == CYCLIST)
-    swerve = torch.atan2(world._drift(), t.v.clamp(min=0.1)) * wheels
-    swerve = torch.where(kind == DEER, torch.atan2(t.drift, t.v), swerve)               # it faces where it will go
-    yaw = (yaw + math.pi * t.oncoming + swerve - world.yaw[:, None])[..., None]         # (n, things, 1), ego frame
+    yaw = (yaw - world.yaw[:, None])[..., None]                                         # (n, things, 1), ego frame
     x, y = x - world.x[:, None], y - world.y[:, None]
     cos, sin = torch.cos(world.yaw)[:, None], torch.sin(world.yaw)[:, None]
     x, y = (cos * x + sin * y)[..., None], (cos * y - sin * x)[..., None]
@@ -597,8 +1047,8 @@ def _boxes(world):
     boxes = dict(
         centre=torch.stack([x - back * cos, y - back * sin, (low + high) / 2 * size[..., 2]], -1),
         half=torch.stack([length, width, high - low], -1) * size / 2, cos=cos, sin=sin, colour=t.colour[:, :, None],
-        part=2 * kind[..., None] + torch.tensor([0, 1], device=world.device), signal=t.signal[..., None],
-        braking=((t.accel < 0) & (world.time >= t.t_accel - DT / 2))[..., None])
+        part=2 * kind[..., None] + torch.tensor([0, 1], device=world.device), signal=world.signals()[..., None],
+        braking=world.braking()[..., None])
     return {name: value.expand(*back.shape, *value.shape[3:]).flatten(1, 2) for name, value in boxes.items()}
 
 
@@ -686,9 +1136,10 @@ def _paint_boxes(image, boxes, air, view):
 
 def _paint_rain(image, scene, time, part, view):
     """Rain before image (3, m, cameras, H, W), in place: a veil, and streaks that the scene and the time place."""
-    rain, dusk, own = scene.rain[part], scene.dusk[part], (scene.wander[part, 2] * 1024).long()
+    rain, dusk = scene.rain[part], scene.dusk[part]
+    own = (scene.wander[part, 2] * 1024).long() + (time[part] / DT).round().long() * 23     # what has fallen
     for i in rain.nonzero()[:, 0].tolist():
-        fallen = (view.streak + own[i] + round(time / DT) * 23) & 255
+        fallen = (view.streak + own[i]) & 255
         veil = rain[i] * (0.08 + 0.17 * (fallen < 9))
         image[:, i] += veil * ((200 - 90 * dusk[i]) - image[:, i])
 
