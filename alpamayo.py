@@ -96,6 +96,7 @@ class Config:
     pair_frames: bool = False  # successive frames share patches, as Qwen3-VL reads video; False: each frame is an image
     #                            of its own, repeated temporal_patch times, as the release
     view_embed: bool = False  # add a learned embedding of camera and time to image tokens
+    route: bool = False  # read the scene's route, "turn left", as text; a scene may also have none
     reasoning: str = "on"  # on: think, then drive | off: drive at once
 
     @property
@@ -111,7 +112,7 @@ class Config:
 OF_WORLD = dict(
     rope_theta=1e4, accel_mean=0.0, accel_std=1.5, curvature_mean=0.0, curvature_std=0.03, history_bins=0,
     text_vocab=264, frame_dt=0.5, min_pixels=0, max_pixels=0, ego="kinematics", chat=False, pair_frames=True,
-    view_embed=True,
+    view_embed=True, route=True,
 )  # fmt: skip
 PRESETS = {
     # a laptop: tests, the demo, the shipped checkpoint. 64 x 128 images: 8 tokens for each camera's pair of frames
@@ -842,11 +843,13 @@ class Alpamayo(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------ the prompt
 
-    def prompt_ids(self, camera_ids, times, tokens_each, reason):
-        """The prompt's ids (P,): for each camera `times` images of `tokens_each` placeholders, ego history, instruction."""
+    def prompt_ids(self, camera_ids, times, tokens_each, reason, route=""):
+        """The prompt's ids (P,): for each camera `times` images of `tokens_each` placeholders, ego history, route (the paper
+        leaves its form open: here it is text between the release's route tokens), instruction."""
         cfg = self.cfg
         image = "<|image_pad|>" * tokens_each
         history = "<|traj_history|>" * cfg.ego_tokens
+        route = f"<|route_start|>{route}<|route_end|>" if route else ""
         if cfg.chat:
             images = ""
             for camera in camera_ids:
@@ -859,10 +862,10 @@ class Alpamayo(nn.Module):
             text = (
                 "<|im_start|>system\nYou are a driving assistant that generates safe and accurate actions.<|im_end|>\n"
                 f"<|im_start|>user\n{images}<|traj_history_start|>{history}<|traj_history_end|>"
-                f"{task}<|im_end|>\n<|im_start|>assistant\n"
+                f"{route}{task}<|im_end|>\n<|im_start|>assistant\n"
             )
         else:
-            text = image * len(camera_ids) * times + history
+            text = image * len(camera_ids) * times + history + route
         return torch.tensor(self.vocabulary.encode(text + ("<|cot_start|>" if reason else "<|traj_future_start|>")))
 
     def look(self, scene):
@@ -892,11 +895,14 @@ class Alpamayo(nn.Module):
         cameras = scene["camera_ids"]
         if (cameras != cameras[0]).any():
             raise ValueError("camera_ids: the scenes of a batch must have the same cameras in the same order")
-        ids = self.prompt_ids(cameras[0].tolist(), times, h * w, reason)
-        positions = image_positions(ids, vocab["image_pad"], h, w).to(device)
-        where = (ids == vocab["image_pad"]).nonzero()[:, 0].to(device)
-        ego = (ids == vocab["traj_history"]).nonzero()[:, 0].to(device)
-        ids = ids.to(device).repeat(len(tokens), 1)  # (B, P)
+        routes = scene["route"] if cfg.route and "route" in scene else [""] * len(tokens)
+        every = [self.prompt_ids(cameras[0].tolist(), times, h * w, reason, route) for route in routes]
+        if len({len(ids) for ids in every}) > 1:
+            raise ValueError("route: the routes of a batch must have the same number of tokens, or none of them any")
+        positions = image_positions(every[0], vocab["image_pad"], h, w).to(device)
+        where = (every[0] == vocab["image_pad"]).nonzero()[:, 0].to(device)
+        ego = (every[0] == vocab["traj_history"]).nonzero()[:, 0].to(device)
+        ids = torch.stack(every).to(device)  # (B, P)
         if cfg.ego == "deltas":
             ids[:, ego] = history_bins(scene["ego_history_xyz"].to(device), cfg.history_bins) + vocab.first_history
         x = self.vlm.model.language_model.embed_tokens(ids)
@@ -1093,7 +1099,8 @@ ACTION_FIELDS = ("accel_mean", "accel_std", "curvature_mean", "curvature_std")
 FIT = dict(a_lambda=1e-4, a_ridge=1e-4, kappa_lambda=1e-4, kappa_ridge=1e-4, theta_lambda=1e-6, theta_ridge=1e-8,
            v_lambda=1e-6, v_ridge=1e-4, n_waypoints=HORIZON, dt=DT)  # fmt: skip
 MAY_BE_ZERO = ("min_pixels", "max_pixels", "history_bins")
-EXTRA_FIELDS = ("words", "cameras", "frames", "frame_dt", "ego", "chat", "pair_frames", "view_embed", "reasoning")
+EXTRA_FIELDS = ("words", "cameras", "frames", "frame_dt", "ego", "chat", "pair_frames", "view_embed", "route",
+                "reasoning")
 NAMED = ("include_camera_ids", "include_frame_nums")  # fields of Alpamayo-1.5's config.json: name_cameras
 QWEN3_VL_8B = ("Qwen3-VL-8B", "Cosmos-Reason2-8B")
 

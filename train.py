@@ -66,6 +66,7 @@ def parse_flags():
         help="in stage `reason` one step in so many has no reasoning, so that the model can also drive at once; 0: none")
     add("--front-only", type=float, default=0.1,
         help="share of the steps that show the front cameras alone, for rigs that have no others")
+    add("--routes", type=float, default=0.5, help="share of the steps that tell the route, so that a model can do without")
     add("--blind", action="store_true", help="grey images: what can be known without looking")
     add("--flow-samples", type=int, default=2, help="noise levels a scene, which share its cache")
     add("--train", choices=("all", "vlm", "expert"), default="all", help="what learns; the release trains first vlm, then expert")
@@ -307,7 +308,7 @@ def main():
         dist.barrier()
     train, val = load_scenes(flags, cfg)
     if model is None:
-        cfg = with_words(cfg, train.reasoning)
+        cfg = with_words(cfg, train.reasoning + list(data.ROUTES.values()))
         model = Alpamayo(cfg, Vocabulary(cfg))
         model.init_weights(torch.Generator().manual_seed(flags.seed))
         model.to(device)
@@ -346,6 +347,8 @@ def main():
             scene = to_device(train.batch(numbers[i : i + piece]), device, flags)
             if torch.rand(1, generator=generator, device=device) < flags.front_only:
                 scene = front_only(scene)
+            if torch.rand(1, generator=generator, device=device) >= flags.routes:
+                scene.pop("route", None)
             with autocast:
                 losses = model(scene, lesson, tail, flags.flow_samples, generator=generator)
                 loss = total_loss(losses, flags) / flags.accumulate

@@ -379,7 +379,8 @@ def _pedestrian(scene, does, rng):              # on the road or at its edge, ah
     since = PAST * DT                           # he walked all the while
     if "double-parked car" in does:             # just steps out, from behind the front of it
         car = scene.things[0]
-        where, away, walk, since = car.s + CAR_SIZE[0] / 2 + rng.uniform(0.7, 1.2), -car.d - 0.5, rng.uniform(1, 1.5), 0.6
+        where, walk, since = car.s + CAR_SIZE[0] / 2 + rng.uniform(0.7, 1.2), rng.uniform(1, 1.5), 0.6
+        away = -car.d - CAR_SIZE[1] / 2 - 0.3   # so that he can be seen beside it at t0
     elif "green light" in does:
         where = scene.stop + 2.5
     elif "speed bump" in does:
