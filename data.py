@@ -991,6 +991,23 @@ def look(path, seeds, size):
     figure.savefig(path, dpi=100)
 
 
+def splits(scenes):
+    """Of what the first scenes of each split are made, as Markdown: how many of each situation and weather."""
+    rows = {name: "" for name in SITUATIONS}
+    rows |= {name: " + ".join(causes or ("any",)) for name, causes in COMBINATIONS.items()}
+    rows |= {name: f"does as a {cause}" if cause == "pedestrian" else f"stands as {cause}" for name, cause in RARE.items()}
+    weather = {"day": (0, 0, 0), "dusk": (1, 0, 0), "rain": (0, 1, 0), "haze": (0, 0, 1), "both dusk and rain": (1, 1, 0)}
+    lines = ["| scene | combines | " + " | ".join(SPLITS) + " |", "| --- | --- |" + " ---: |" * len(SPLITS)]
+    draws = [[draw(seed) for seed in range(SEEDS[split], SEEDS[split] + scenes)] for split in SPLITS]
+    for name, combines in rows.items():
+        lines.append([name, combines, *(sum(one.situation == name for one in some) for some in draws)])
+    for name, kind in weather.items():
+        lines.append([f"*{name}*", "", *(sum(
+            (one.dusk > 0, one.rain > 0, one.rain == 0 and one.visibility < 150) == kind for one in some) for some in draws)])
+    lines.append(["*shown after t0*", "", *(sum(one.late > 0 for one in some) for some in draws)])
+    return "\n".join(line if isinstance(line, str) else "| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
 def measure(size, scenes=32):
     """Scenes per second of each part of the making, in this process with one thread."""
     torch.set_num_threads(1)
@@ -1018,10 +1035,15 @@ def main():
     parser.add_argument("--folder", default="data", help="where sets are kept")
     parser.add_argument("--workers", type=int, default=2, help="processes that make scenes, 0 for none but this one")
     parser.add_argument("--look", metavar="PNG", help="draw a contact sheet of the seeds instead of making a set")
+    parser.add_argument("--splits", type=int, nargs="?", const=2000, metavar="N",
+                        help="print of what the first N scenes of each split are made")
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 12), metavar=("FROM", "TO"), help="seeds to look at")
     args = parser.parse_args()
     if args.look:
         look(args.look, range(*args.seeds), args.size)
+        return
+    if args.splits:
+        print(splits(args.splits))
         return
     measure(args.size, scenes=4)                                                        # warm up
     print("one thread, scenes/s:", ", ".join(f"{part} {rate:.0f}" for part, rate in measure(args.size).items()))

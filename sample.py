@@ -5,8 +5,11 @@ Look, think, drive, and see what came of it: a picture of one scene, or a table 
     python sample.py --situation pedestrian    the first held-out scene of that kind
     python sample.py --clip FOLDER --t0 3      a real clip, in any layout that data.py reads
     python sample.py --eval                    512 held-out scenes: a Markdown table, then all its numbers as JSON
+    python sample.py --drive                   64 scenarios of 20 s in closed loop, and the table of how it went
+    python sample.py --drive --split tail      the same, or --eval, in combinations that training never showed
+    python sample.py --gallery assets          what there is in the world, on a sheet, and a film of one drive
 
-The page reads: metrics and baselines, the evaluation, the picture, the command line.
+The page reads: metrics and baselines, the evaluation, driving, the picture, the gallery, the command line.
 """
 import argparse
 import json
@@ -23,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import world
-from alpamayo import DT, HORIZON, LOW_SPEED, Alpamayo, fit_actions, initial_speed, project, read_config, unwrap, yaw_of
+from alpamayo import DT, HORIZON, LOW_SPEED, Alpamayo, fit_actions, initial_speed, project, read_config, roll_out, unwrap, yaw_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Metrics, and what a driver scores who just goes on as before
@@ -110,11 +113,17 @@ def summary(numbers):
 
 def evaluate(model, args):
     """Rows of numbers over held-out scenes of the world: {row: see `summary`}. By situation and over all; then what
-    becomes of the model when its images are its neighbour's in the batch, or grey; of one trained on grey ones."""
-    scenes = data.load("world", split="val", scenes=args.eval, folder=args.cache, **world_view(model.cfg, args))
+    becomes of the model when nobody tells it the route; when its images are its neighbour's in the batch, or grey; and
+    of one trained on grey ones."""
+    view = world_view(model.cfg, args)
+    scenes = data.load("world", split=args.split, scenes=args.eval, folder=args.cache, workers=os.cpu_count(), **view)
     another = lambda scene: scene | {"images": scene["images"].roll(1, 0)}
     grey = lambda scene: scene | {"images": torch.full_like(scene["images"], 127)}  # what train.py --blind shows
-    runs = {"all": (model, dict), "another scene's images": (model, another), "no images (grey)": (model, grey)}
+    silent = lambda scene: {key: value for key, value in scene.items() if key != "route"}
+    runs = {"all": (model, dict if args.route else silent)}
+    if model.cfg.route and args.route:
+        runs["without the route"] = model, silent
+    runs |= {"another scene's images": (model, another), "no images (grey)": (model, grey)}
     if args.blind:
         runs["trained blind"] = load_model(args.blind), grey
     starts, rows = range(0, len(scenes), args.batch), {}
@@ -128,7 +137,7 @@ def evaluate(model, args):
                 bar.update(len(scene["name"]))
             numbers = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}  # (N,) each
             if run == "all":
-                for name in world.SITUATIONS:
+                for name in (*world.SITUATIONS, *world.COMBINATIONS, *world.RARE):
                     chosen = torch.tensor([n == name for n in scenes.names])
                     if chosen.any():
                         rows[name] = summary({k: v[chosen] for k, v in numbers.items()})
@@ -151,6 +160,63 @@ def table(rows):
     lines = [["situation", *COLUMNS.values()], ["---"] + ["---:"] * len(COLUMNS)]
     for name, row in rows.items():
         lines.append([f"**{name}**" if name == "all" else name, *(cell(row, column) for column in COLUMNS)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Driving: closed loop in the world
+
+DRIVES = {"close": "close encounter", "at_fault": "at fault", "collision": "collision", "off_road": "off the road",
+          "progress": "progress", "comfort": "comfort"}  # shares
+DRIVE_NOTE = """\
+% of {n} scenarios of {seconds:g} s, mean ± standard error; a new plan from new images every {replan:g} s. Close encounter: something
+solid within 0.25 m of the car; at fault: all but what came from behind, or at a car that stood. Progress: metres driven,
+as % of what the expert drives in the same time. Comfort: how many of the release's six bounds held. A scenario ends at
+its first close encounter or off the road; score: kilometres between such ends (> all that were driven, if none)."""
+
+
+def policy_of(model, args):
+    """The model as a policy of `data.drive`: the first sample of each scene, with its likeliest reasoning."""
+    def policy(scene):
+        scene = scene if args.route else {key: value for key, value in scene.items() if key != "route"}
+        out = model.sample(scene, 1, 0, steps=args.steps, max_new_tokens=64, seed=args.seed, reason=args.reason)
+        policy.said, policy.xyz = [texts[0] for texts in out.reasoning], out.xyz[:, 0]  # for the film
+        return out.actions[:, 0]
+
+    return policy
+
+
+def drive(model, args):
+    """Rows of numbers over scenarios of the world in closed loop: {policy: {name: number, name_se: its standard error}}."""
+    first = world.SEEDS[args.split] + args.seed * args.drive
+    seeds, view = range(first, first + args.drive), world_view(model.cfg, args)
+    straight_on = lambda scene: torch.zeros(len(scene["name"]), HORIZON, 2)
+    policies = {"expert": None, "constant velocity": straight_on, "model": policy_of(model, args)}
+    rows = {}
+    for name, policy in policies.items():
+        parts = []
+        for i in tqdm(range(0, args.drive, args.batch), desc=name):
+            parts.append(data.drive(policy, seeds[i : i + args.batch], args.seconds, args.replan, device=model.device, **view))
+        met = {key: torch.cat([part[key] for part in parts]).double().cpu() for key in parts[0]}  # (N,) each
+        row = rows[name] = {"scenarios": args.drive}
+        for key in DRIVES:
+            row[key] = met[key].mean().item()
+            row[key + "_se"] = met[key].std(correction=0).item() / math.sqrt(args.drive)
+        row["km"], row["events"] = met["km"].sum().item(), int(((met["close"] + met["off_road"]) > 0).sum())
+        row["events_at_fault"] = int(((met["at_fault"] + met["off_road"]) > 0).sum())
+    return rows
+
+
+def drive_table(rows):
+    """Rows of `drive` as Markdown."""
+
+    def score(row, events):
+        return f"{row['km'] / events:.2f}" if events else f"> {row['km']:.1f}"
+
+    lines = [["policy", *DRIVES.values(), "score, km", "score at fault"], ["---"] + ["---:"] * (len(DRIVES) + 2)]
+    for name, row in rows.items():
+        shares = [f"{100 * row[key]:.1f} ± {100 * row[key + '_se']:.1f}" for key in DRIVES]
+        lines.append([name, *shares, score(row, row["events"]), score(row, row["events_at_fault"])])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -327,6 +393,122 @@ def draw(file, scene, out, views):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The gallery: what there is in the world, and a film of a drive
+
+
+def gallery(model, args):
+    """Write gallery.png, a scene of every kind with its label and the expert's path, and drive.gif, a drive in closed
+    loop, into the folder args.gallery."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    os.makedirs(args.gallery, exist_ok=True)
+    draw_sheet(os.path.join(args.gallery, "gallery.png"))
+    print(f"picture    {os.path.join(args.gallery, 'gallery.png')}")
+    draw_film(os.path.join(args.gallery, "drive.gif"), model, args)
+    print(f"film       {os.path.join(args.gallery, 'drive.gif')}")
+
+
+def draw_sheet(file, size=(128, 256), columns=4):
+    """One scene of every situation, combination and rare object: the front camera at t0, the label, the expert's path."""
+    import matplotlib.pyplot as plt
+
+    seeds = {}
+    for split in ("val", "tail", "rare"):
+        for seed in range(world.SEEDS[split], world.SEEDS[split] + 400):
+            seeds.setdefault(world.draw(seed).situation, seed)
+    seeds = {name: seeds[name] for name in (*world.SITUATIONS, *world.COMBINATIONS, *world.RARE)}
+    scene = data.make_scenes(seeds.values(), camera_ids=(1, 6), size=size, frames=1)
+    path = (dict(), ((0.5, "white", 0.9), (0.25, MODEL, 1)))
+    rows = -(-len(seeds) // columns)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.75 * rows), layout="constrained")
+        for ax in axes.flat:
+            ax.axis("off")
+        for i, (name, ax) in enumerate(zip(seeds, axes.flat)):
+            drive = Drive("", scene["ego_future_xyz"][i], scene["ego_future_rot"][i], None, *path)
+            images = scene["images"][i, :, -1].permute(0, 2, 3, 1).numpy()
+            draw_view(ax, 1, (images[0], scene["intrinsics"][i, 0], scene["camera_to_ego"][i, 0]), [drive])
+            tele = ax.inset_axes([0.66, 0.66, 0.34, 0.34])
+            tele.imshow(images[1], interpolation="nearest", aspect="auto")
+            tele.set(xticks=[], yticks=[])
+            held_out = "" if name in world.SITUATIONS else "  (never in training)"
+            ax.set_title(name + held_out, size=12, color=MODEL if held_out else TRUTH, weight="bold", pad=22)
+            ax.text(0, 1.03, textwrap.shorten(scene["reasoning"][i], 92), transform=ax.transAxes, size=7.5, color=PAST)
+        figure.savefig(file, dpi=80)
+        plt.close(figure)
+
+
+def draw_film(file, model, args, size=(192, 384)):
+    """A scenario in closed loop, a picture every args.replan seconds: the road ahead with the plan on it, what the model
+    says, and the scene from above."""
+    import matplotlib.pyplot as plt
+    from matplotlib.animation import PillowWriter
+
+    situation = args.situation or "double-parked car"
+    names = (world.SITUATIONS, world.COMBINATIONS, world.RARE)
+    split = next(split for split, known in zip(("val", "tail", "rare"), names) if situation in known)
+    seed = next(s for s in range(world.SEEDS[split] + args.seed, world.SEEDS["end"]) if world.draw(s).situation == situation)
+    policy = policy_of(model, args)
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(9.6, 3.9), dpi=75)
+        front, above = figure.add_axes([0, 0, 0.66, 0.87]), figure.add_axes([0.69, 0.02, 0.3, 0.84])
+        writer = PillowWriter(fps=2 / args.replan / 2)
+
+        def frame(traffic, scene, plan):
+            front.clear(), above.clear()
+            image = traffic.render((1,), size)[0, 0].permute(1, 2, 0).cpu().numpy()
+            intrinsics, pose = world.rig_camera(1, *size)
+            xyz, rot = roll_out(plan[:1], traffic.speed[:1])
+            draw_view(front, 1, (image, intrinsics, pose), [Drive("", xyz[0], rot[0], None, {}, ((1.8, MODEL, 0.5),))])
+            draw_above(above, traffic, xyz[0])
+            for text in list(figure.texts):
+                text.remove()
+            said = policy.said[0] if args.reason else "drives without reasoning"
+            figure.text(0.012, 0.925, readable(said), size=12, weight="bold", color=TRUTH)
+            time = f"{situation}   {traffic.time[0].item():4.1f} s   {traffic.speed[0].item():4.1f} m/s"
+            figure.text(0.99, 0.925, time, size=10, color=PAST, ha="right")
+            writer.grab_frame()
+
+        with writer.saving(figure, file, 75):
+            met = data.drive(policy, [seed], args.seconds, args.replan, film=frame, **world_view(model.cfg, args))
+        plt.close(figure)
+    print(f"drive      {situation}, seed {seed}: " + ", ".join(f"{k} {v.item():.2g}" for k, v in met.items()))
+
+
+def draw_above(ax, traffic, plan):
+    """Scene 0 of a World from above, the ego at the origin and looking up: what stands or moves, and the plan (64, 3)."""
+    from matplotlib.patches import Polygon
+
+    x, y, yaw = (value[0] for value in traffic.poses())
+    cos, sin = traffic.yaw[0].cos(), traffic.yaw[0].sin()
+    x, y = x - traffic.x[0], y - traffic.y[0]
+    x, y, yaw = cos * x + sin * y, cos * y - sin * x, yaw - traffic.yaw[0]
+    things, solid = traffic.things, traffic.solid(traffic.things.kind)[0]
+    ax.set_facecolor("#eceff3")
+    s = torch.linspace(-60, 160, 111) + world.locate(traffic.x, traffic.y, traffic.scene.road)[0]
+    left, oncoming, right = traffic.scene.lanes[0].tolist()
+    for lane in range(int(-right), int(left + oncoming) + 2):  # lane lines
+        lx, ly, _ = world.place(s, torch.full_like(s, (lane - 0.5) * world.LANE), traffic.scene.road)
+        lx, ly = lx - traffic.x, ly - traffic.y
+        ax.plot(-(cos * ly - sin * lx), cos * lx + sin * ly, color="white", linewidth=1.5)
+
+    def rectangle(cx, cy, heading, size, colour):
+        a, b = torch.tensor([1.0, 1, -1, -1]) * size[0] / 2, torch.tensor([1.0, -1, -1, 1]) * size[1] / 2
+        px, py = cx + a * heading.cos() - b * heading.sin(), cy + a * heading.sin() + b * heading.cos()
+        ax.add_patch(Polygon(torch.stack([-py, px], 1).numpy(), closed=True, facecolor=colour))
+
+    for j in range(len(x)):
+        if solid[j] or things.kind[0, j] == world.BUMP:
+            rectangle(x[j], y[j], yaw[j], things.size[0, j], TRUTH if things.cause[0, j] else PAST)
+    zero = torch.zeros(())
+    rectangle(zero + world.FRONT - world.LENGTH / 2, zero, zero, (world.LENGTH, world.WIDTH), MODEL)
+    ax.plot(-plan[:, 1], plan[:, 0], color=MODEL, linewidth=2, alpha=0.7)
+    ax.set(xlim=(-14, 14), ylim=(-12, 60), xticks=[], yticks=[], aspect="equal")
+    ax.spines[:].set_visible(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 NANO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "checkpoints", "nano")  # the shipped checkpoint
@@ -338,7 +520,9 @@ def parse_flags():
     add = p.add_argument
     add("--checkpoint", metavar="FOLDER", default=NANO, help="the model, ours or the release's")
     add("--seed", type=int, default=0, help="which held-out scene of the world; also the seed of the sampling")
-    add("--situation", metavar="NAME", help=f"the first such scene from --seed on: {', '.join(world.SITUATIONS)}")
+    add("--split", choices=("val", "tail", "rare"), default="val",
+        help="scenes like those of training | combinations that it never shows | objects that it never shows")
+    add("--situation", metavar="NAME", help="the first such scene of the split from --seed on; data.py --splits lists them")
     add("--clip", metavar="FOLDER", help="a real clip instead of the world, in any layout that data.py reads")
     add("--t0", type=float, metavar="SECONDS", help="now, on the clip's clock (default: the first that the clip names)")
     add("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="pixels of the world's images")
@@ -347,14 +531,19 @@ def parse_flags():
     add("--top-p", type=float, default=0.98, help="reason with the likeliest words that together have this probability")
     add("--steps", type=int, default=10, help="Euler steps of the flow from noise to controls")
     add("--no-reasoning", dest="reason", action="store_false", help="drive without thinking")
+    add("--no-route", dest="route", action="store_false", help="do not tell the model where the route goes")
     add("--out", metavar="PNG", default="out/sample.png", help="the picture")
     add("--eval", type=int, nargs="?", const=512, metavar="N", help="evaluate on N held-out scenes of the world (512)")
     add("--blind", metavar="FOLDER", help="with --eval: a checkpoint that was trained with train.py --blind")
-    add("--batch", type=int, default=32, help="with --eval: scenes at a time")
+    add("--drive", type=int, nargs="?", const=64, metavar="N", help="drive N scenarios of the world in closed loop (64)")
+    add("--seconds", type=float, default=20.0, help="with --drive: how long a scenario is")
+    add("--replan", type=float, default=0.5, help="with --drive: seconds between plans")
+    add("--gallery", metavar="FOLDER", help="draw a sheet of the world's situations and a film of a drive into it")
+    add("--batch", type=int, default=32, help="with --eval and --drive: scenes at a time")
     add("--cache", metavar="FOLDER", default="data", help="with --eval: where rendered scenes are kept")
     args = p.parse_args()
-    if args.eval is not None and (args.clip or args.situation):
-        p.error("--eval is over the world's scenes; it takes no --clip and no --situation")
+    if (args.eval is not None or args.drive is not None) and (args.clip or args.situation):
+        p.error("--eval and --drive are over the world's scenes; they take no --clip and no --situation")
     if args.blind and args.eval is None:
         p.error("--blind goes with --eval")
     return args
@@ -375,14 +564,15 @@ def world_view(cfg, args):
 
 def world_scene(cfg, args):
     """A Scene of the built-in world, batched, and its views for `draw`."""
-    seed = data.SEEDS["val"] + args.seed
+    seed = world.SEEDS[args.split] + args.seed
     if args.situation:
-        if args.situation not in world.SITUATIONS:
-            raise ValueError(f"--situation {args.situation!r}: unknown; expected one of {', '.join(world.SITUATIONS)}")
+        known = {"val": world.SITUATIONS, "tail": world.COMBINATIONS, "rare": world.RARE}[args.split]
+        if args.situation not in known:
+            raise ValueError(f"--situation {args.situation!r}: not in split {args.split}; expected one of {', '.join(known)}")
         while world.draw(seed).situation != args.situation:
             seed += 1
     scene = data.make_scenes([seed], **world_view(cfg, args))
-    scene["name"] = [f"{scene['name'][0]}, held-out scene {seed - data.SEEDS['val']} of the world"]
+    scene["name"] = [f"{scene['name'][0]}, held-out scene {seed - world.SEEDS[args.split]} of the world"]
     images = scene["images"][0, :, -1].permute(0, 2, 3, 1).numpy()  # (cameras, H, W, 3), the newest
     views = zip(images, scene["intrinsics"][0], scene["camera_to_ego"][0])
     return scene, dict(zip(scene["camera_ids"][0].tolist(), views))
@@ -424,17 +614,27 @@ def report(scene, out, args):
 
 def main():
     args = parse_flags()
-    for flag in ("n", "steps", "batch"):
-        if getattr(args, flag) < 1:
+    for flag in ("n", "steps", "batch", "eval", "drive"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}: expected 1 or more")
     model = load_model(args.checkpoint)
     args.reason = args.reason and model.cfg.reasoning == "on"  # after stage `action` a model cannot think yet
     if args.eval is not None:
         rows = evaluate(model, args)
         print(table(rows) + "\n\n" + NOTE.format(n=args.n))
-        print(json.dumps({"checkpoint": args.checkpoint, "samples": args.n, "seed": args.seed, "rows": rows}))
+        print(json.dumps({"checkpoint": args.checkpoint, "split": args.split, "samples": args.n, "seed": args.seed, "rows": rows}))
+        return
+    if args.drive is not None:
+        rows = drive(model, args)
+        print(drive_table(rows) + "\n\n" + DRIVE_NOTE.format(n=args.drive, seconds=args.seconds, replan=args.replan))
+        print(json.dumps({"checkpoint": args.checkpoint, "split": args.split, "seed": args.seed, "rows": rows}))
+        return
+    if args.gallery:
+        gallery(model, args)
         return
     scene, views = clip_scene(model.cfg, args) if args.clip else world_scene(model.cfg, args)
+    if not args.route:
+        scene.pop("route", None)
     out = model.sample(scene, args.n, args.temperature, args.top_p, args.steps, seed=args.seed, reason=args.reason)
     report(scene, out, args)
     draw(args.out, scene, out, views)

@@ -217,7 +217,8 @@ def split_of(seed):
 
 def draw(seed):
     """The scene of a seed. It depends on nothing else."""
-    rng, split = np.random.default_rng(seed), split_of(seed)
+    split = split_of(seed)
+    rng = np.random.default_rng(seed)
     situation = _pick(rng, {"tail": tuple(COMBINATIONS), "rare": tuple(RARE)}.get(split, SITUATIONS))
     names = COMBINATIONS.get(situation) or (_pick(rng, SITUATIONS) if situation == "dusk and rain" else situation,)
     only = {"parked car": RIGHT, "double-parked car": RIGHT, "oncoming car": RIGHT, "cut-in at a red light": LEFT}
@@ -593,7 +594,7 @@ def _draw_others(scene, does, rng):
 # ----------------------------------------------------------------------------------------------------------------------
 # The world that moves
 
-MAX_ACCEL, COMFORT, HEADWAY, JERK = 1.5, 3.0, 0.8, 6.0      # m/s^2, m/s^2, s, m/s^3: the expert's manners
+MAX_ACCEL, COMFORT, HEADWAY, JERK = 1.5, 3.0, 0.8, 4.0      # m/s^2, m/s^2, s, m/s^3: the expert's manners
 BUMP_SPEED, MARGIN, FORESIGHT = 4.5, 0.3, 4.0               # m/s over a bump; m and s: what counts as in its way
 LONG_STOP, NEAR = 1.0, 0.25                                 # s at a stop sign; m, a close encounter
 IMMATERIAL = (NOTHING, LIGHT, SIGN, BUMP)                   # kinds that nobody can run into

@@ -28,7 +28,7 @@ def test_a_scene_is_what_design_says(scene):
     assert scene["images"].dtype == torch.uint8 and scene["images"].float().std() > 20
     assert torch.allclose(scene["ego_history_xyz"][:, -1], torch.zeros(3), atol=1e-6)
     assert torch.allclose(scene["ego_history_rot"][:, -1], torch.eye(3).expand(24, 3, 3), atol=1e-6)
-    assert (scene["ego_history_xyz"][:, 0, 0] < -5).all() and scene["camera_ids"][0].tolist() == [0, 1, 2, 6]
+    assert (scene["ego_history_xyz"][:, 0, 0] < 1e-3).all() and scene["camera_ids"][0].tolist() == [0, 1, 2, 6]
 
 
 def test_a_seed_is_a_scene_wherever_it_stands(scene):
@@ -40,17 +40,17 @@ def test_a_seed_is_a_scene_wherever_it_stands(scene):
     assert not torch.equal(other["images"], alone["images"])
 
 
-def test_the_world_is_version_one():
+def test_the_world_is_version_two():
     """What these seeds are on every machine. If this fails on purpose, raise WORLD_VERSION and write the new values."""
-    scene = data.make_scenes(range(4), **SMALL)
-    assert (world.WORLD_VERSION, scene["name"]) == (1, VERSION_ONE["name"])
+    scene = data.make_scenes([10_000_000, 10_000_001, 20_000_002, 30_000_003], **SMALL)
+    assert (world.WORLD_VERSION, scene["name"]) == (2, VERSION_TWO["name"])
     end = scene["ego_future_xyz"][:, -1, :2].numpy()
-    np.testing.assert_allclose(end, VERSION_ONE["end"], atol=0.01)
+    np.testing.assert_allclose(end, VERSION_TWO["end"], atol=0.01)
     brightness = scene["images"].float().mean((1, 2, 3, 4, 5)).numpy()
-    np.testing.assert_allclose(brightness, VERSION_ONE["brightness"], atol=0.05)
+    np.testing.assert_allclose(brightness, VERSION_TWO["brightness"], atol=0.05)
 
 
-VERSION_ONE = {
+VERSION_TWO = {
     "name": ["parked car", "red light", "parked car", "cones"],
     "end": [[61.441, -0.502], [38.475, 0.16], [62.562, -0.456], [59.868, 0.545]],  # m
     "brightness": [141.787, 130.789, 137.556, 127.658],
@@ -58,12 +58,141 @@ VERSION_ONE = {
 
 
 def test_every_sentence_parses_back_to_its_decisions():
-    for situation, (longitudinal, lateral, _) in data.CAUSES.items():
+    for situation, (longitudinal, lateral, component, _) in data.CAUSES.items():
+        assert longitudinal in data.LONGITUDINAL and component in data.COMPONENTS
         for side in (world.LEFT, world.RIGHT):
             parsed = data.decisions(data.sentence(situation, side))
             assert parsed is not None and parsed[0] == longitudinal and parsed[1].split()[0] == lateral.split()[0]
+    assert set(data.CAUSES) == {*world.SITUATIONS, *world.RARE}
     assert data.decisions("Cones block the left side.") is None and data.decisions("") is None
     assert data.decisions("Fly and keep lane since the road ahead is free.") is None
+
+
+def test_where_causes_meet_the_urgent_one_decides_and_the_trace_is_minimal():
+    R = world.RIGHT
+    assert data.compose([("double-parked car", R), ("pedestrian", R)]) == (
+        "yield", "straddle left",
+        "Yield and straddle left since a parked car blocks the right side of the lane and a pedestrian crosses from the right.")
+    assert data.compose([("green light", R), ("pedestrian", R)])[2] == "Yield and keep lane since a pedestrian crosses from the right."
+    assert data.compose([("red light", R), ("cut-in", R)])[:2] == ("yield", "keep lane")
+    assert data.compose([("curve", R), ("cones", R)])[:2] == ("adapt speed", "straddle left")
+
+
+def combined(scene):
+    """Which held-out combinations and rare objects a Draw shows, judged by its things and road alone, not by its name."""
+    kinds = [thing.kind for thing in scene.things]
+    crosses = any(t.kind == world.PEDESTRIAN and t.drift for t in scene.things)
+    in_lane = [t for t in scene.things if t.kind == world.CAR and t.v == 0 and abs(t.d) < 2]
+    sharp = scene.road[2] > 0 and abs(scene.road[1]) > 1 / 100
+    on_path = any(t.kind == world.CONE and abs(t.d) < world.LANE / 2 for t in scene.things)
+    red = any(t.kind == world.LIGHT and world.RED in (t.signal,) and t.t_signal > 0 for t in scene.things)
+    found = {
+        "pedestrian behind a parked car": crosses and bool(in_lane), "pedestrian at a speed bump": crosses and world.BUMP in kinds,
+        "pedestrian at a green light": crosses and any(t.signal == world.GREEN for t in scene.things),
+        "cut-in at a red light": red and any(t.kind == world.CAR and t.drift for t in scene.things),
+        "cones in a curve": sharp and on_path, "braking lead in a curve": sharp and any(t.accel < 0 for t in scene.things),
+        "dusk and rain": scene.dusk > 0 and scene.rain > 0, "deer": world.DEER in kinds, "cyclist": world.CYCLIST in kinds,
+        "debris": world.DEBRIS in kinds}
+    return {name for name, true in found.items() if true}
+
+
+def test_the_long_tail_does_not_leak_into_training():
+    for split, seeds in (("train", 4000), ("val", 1000)):
+        for seed in range(world.SEEDS[split], world.SEEDS[split] + seeds):
+            assert not combined(world.draw(seed)), (split, seed)
+    for split in ("tail", "rare"):  # and the same rules do find it where it is
+        scenes = [world.draw(seed) for seed in range(world.SEEDS[split], world.SEEDS[split] + 300)]
+        assert all(scene.situation in combined(scene) for scene in scenes)
+        assert {scene.situation for scene in scenes} == set(world.COMBINATIONS if split == "tail" else world.RARE)
+    for seed in (-1, world.SEEDS["end"]):
+        with pytest.raises(ValueError, match="seed"):
+            world.draw(seed)
+
+
+def seeds_of(names, split, each, start=0):
+    """The first `each` seeds of every one of these situations, from the split's `start` on: {name: [seed]}."""
+    found = {name: [] for name in names}
+    for seed in range(world.SEEDS[split] + start, world.SEEDS["end"]):
+        name = world.draw(seed).situation
+        if name in found and len(found[name]) < each:
+            found[name].append(seed)
+            if all(len(seeds) == each for seeds in found.values()):
+                return found
+
+
+@pytest.mark.parametrize("split", ["val", "tail", "rare"])
+def test_every_cause_can_be_seen_in_the_history(split, monkeypatch):
+    """Render the same seeds with and without the things that are the cause: the images before t0 must differ. The curve,
+    the free road and the route have no thing; the road itself is the cause, or the text of the route is."""
+    names = {"val": [n for n in world.SITUATIONS if n not in ("free", "curve", "turn")], "tail": list(world.COMBINATIONS)[:-1],
+             "rare": list(world.RARE)}[split]
+    found, draw = seeds_of(names, split, 4), world.draw
+    seeds = [seed for some in found.values() for seed in some]
+    with_it = data.make_scenes(seeds, camera_ids=(1, 6), size=(64, 128))["images"].int()
+
+    def without(seed):
+        scene = draw(seed)
+        scene.things = [world.Thing() if thing.cause else thing for thing in scene.things]
+        return scene
+
+    monkeypatch.setattr(world, "draw", without)
+    without_it = data.make_scenes(seeds, camera_ids=(1, 6), size=(64, 128))["images"].int()
+    changed = ((with_it - without_it).abs().amax(3) > 20).flatten(3).sum(-1).amax((1, 2))  # pixels of the best image
+    assert (changed >= 8).all(), str([(name, changed[4 * i : 4 * i + 4].tolist()) for i, name in enumerate(names)])
+
+
+def test_labels_know_nothing_of_the_future(monkeypatch):
+    """Take out of every script what has not happened at t0: the label at t0 stays the same."""
+    seeds = [world.SEEDS[split] + i for split in ("val", "tail", "rare") for i in range(60)]
+    draw = world.draw
+
+    def labels():
+        traffic = world.World(seeds)
+        for _ in range(world.PAST):
+            traffic.step(*traffic.expert())
+        return data.labels_of(traffic)
+
+    def without_future(seed):
+        scene = draw(seed)
+        times = ("t_signal", "t_accel", "t_go", "t_drift")
+        scene.things = [t._replace(**{k: world.NEVER for k in times if getattr(t, k) > 0}) for t in scene.things]
+        return scene
+
+    before = labels()
+    monkeypatch.setattr(world, "draw", without_future)
+    assert labels() == before
+    assert all(set(part) >= {"component", "what"} and part["component"] in data.COMPONENTS
+               for label in before for part in label.components)
+
+
+def test_labels_move_on_with_the_scene():
+    """After the answer comes what comes then: a light turns green, a pedestrian has crossed, a car has cut in."""
+    found = seeds_of(["red light", "pedestrian", "cut-in", "stop sign"], "val", 5)
+    traffic = world.World([seed for some in found.values() for seed in some])
+    said = []
+    for step in range(180):
+        if step % 10 == 0:
+            said.append([label.trace.partition(" since ")[2] for label in data.labels_of(traffic)])
+        traffic.step(*traffic.expert())
+    seen = [list(dict.fromkeys(texts)) for texts in zip(*said)]  # of each scene, in order
+    free, green = "the road ahead is free.", ("the light ahead has turned green.", "the light ahead is green.")
+    for texts in seen[:5]:
+        assert texts[0] == "the light ahead is red." and texts[1] in green and texts[-1] == free
+    assert all(texts[-1] == free and "crosses" in texts[0] for texts in seen[5:10])
+    assert all("cuts in" in texts[0] and texts[1] == "the car ahead is slower." for texts in seen[10:15])
+    assert all(texts == ["a stop sign stands ahead.", free] for texts in seen[15:])
+
+
+def test_training_is_also_shown_what_comes_later():
+    late = [seed for seed in range(120) if world.draw(seed).late > 0]
+    assert 30 < len(late) < 70 and not any(world.draw(world.SEEDS["val"] + i).late for i in range(120))
+    scene = data.make_scenes(late, size=(2, 4), frames=1)
+    at_once = data.make_scenes(late[:1], size=(2, 4), frames=1)
+    assert torch.equal(scene["ego_future_xyz"][0], at_once["ego_future_xyz"][0])  # whatever it stands beside
+    moved_on = [text != data.compose([(c.name, c.side) for c in world.draw(seed).causes])[2]
+                for text, seed in zip(scene["reasoning"], late)]
+    assert sum(moved_on) > 10
+    assert scene["ego_kinematics"][..., 1].min() < -1  # some of them are braking already
 
 
 def corners(x, y, yaw, length, width):
@@ -80,31 +209,116 @@ def inside(points, x, y, yaw, length, width):
     return ((c * dx + s * dy).abs() < length[..., None] / 2) & ((c * dy - s * dx).abs() < width[..., None] / 2)
 
 
-def test_the_expert_hits_nothing_and_stays_on_the_road():
-    traffic = world.World(range(300))
-    size = torch.tensor([world.LENGTH, world.WIDTH])
-    for step in range(world.PAST + world.FUTURE):
+def hits(traffic):
+    """World.judge's collisions in another way: corners and edge midpoints of each rectangle in the other. (n,)"""
+    t, n = traffic.things, traffic.things.s.shape[1]
+    x, y, heading = traffic.poses()
+    ego_x = traffic.x + (world.FRONT - world.LENGTH / 2) * torch.cos(traffic.yaw)
+    ego_y = traffic.y + (world.FRONT - world.LENGTH / 2) * torch.sin(traffic.yaw)
+    size = torch.tensor([world.LENGTH, world.WIDTH]).expand(len(ego_x), 2)
+    ego = [v[:, None].expand(-1, n) for v in (ego_x, ego_y, traffic.yaw, *size.unbind(-1))]
+    thing = (x, y, heading, t.size[..., 0], t.size[..., 1])
+    touch = inside(corners(*thing), *ego).any(-1) | inside(corners(*ego), *thing).any(-1)
+    return (touch & traffic.solid(t.kind)).any(1)
+
+
+@pytest.mark.parametrize("split, count", [("val", 500), ("tail", 500), ("rare", 200)])
+def test_the_expert_hits_nothing_and_stays_on_the_road(split, count):
+    """20 s each: no collision, no close encounter, not off the road, and it gets somewhere."""
+    first = world.SEEDS[split]
+    met = data.drive(None, range(first, first + count))
+    for name in ("collision", "close", "at_fault", "off_road"):
+        assert not met[name].any(), (name, [(first + i, world.draw(first + i).situation) for i in met[name].nonzero()[:, 0].tolist()])
+    assert (met["seconds"] == 20).all() and torch.allclose(met["progress"], torch.ones(count))
+    assert met["km"].min() > 0.01 and met["comfort"].mean() > 0.9
+
+
+def test_who_looks_at_nothing_is_found_out():
+    """Constant velocity hits what the expert avoids, and two ways of finding collisions agree."""
+    traffic = world.World(range(world.SEEDS["tail"], world.SEEDS["tail"] + 100))
+    zero, judged, found = torch.zeros(100), torch.zeros(100, dtype=torch.bool), torch.zeros(100, dtype=torch.bool)
+    for step in range(world.PAST + 100):
+        traffic.step(*(traffic.expert() if traffic.time[0] < 0 else (zero, zero)))
+        now, hit = traffic.judge(), hits(traffic)
+        assert (hit <= now["collision"]).all() and (now["collision"] <= now["close"]).all()
+        judged, found = judged | now["collision"], found | hit
+    assert found.sum() >= judged.sum() - 1 > 30
+    met = data.drive(lambda scene: torch.zeros(40, 64, 2), range(world.SEEDS["val"], world.SEEDS["val"] + 40), seconds=8,
+                     size=(2, 4), frames=1)
+    assert 5 < met["close"].sum() < 35 and met["off_road"].any()
+    assert (met["km"] * 1000 <= met["seconds"] * 14.5).all() and (met["seconds"] < 8).sum() >= met["close"].sum()
+
+
+def test_a_policy_sees_what_a_scene_would_show_and_drives_what_it_says():
+    seeds = range(world.SEEDS["val"], world.SEEDS["val"] + 6)
+    made, shown = data.make_scenes(seeds, **SMALL), []
+
+    def policy(scene):
+        shown.append(scene)
+        plan = torch.zeros(6, 64, 2)
+        plan[:, :5, 0] = -0.5 * (len(shown) == 1)  # brakes for half a second
+        return plan
+
+    data.drive(policy, seeds, seconds=1.5, **SMALL)
+    for key, value in shown[0].items():
+        same = torch.equal(value, made[key]) if torch.is_tensor(value) else value == made[key]
+        assert same, key
+    assert "ego_future_xyz" not in shown[0] and len(shown) == 3
+    first, second = (scene["ego_kinematics"][:, -1, 0] for scene in shown[:2])
+    moving = first > 1
+    assert torch.allclose((first - second)[moving], torch.tensor(0.25), atol=1e-4)
+    assert not torch.equal(shown[0]["images"][:, :, -1], shown[1]["images"][:, :, -1])  # fresh images, and the old ones kept
+    assert torch.equal(shown[1]["images"][:, :, -2], shown[0]["images"][:, :, -1])
+
+
+def test_cars_keep_their_distance_from_an_ego_that_brakes():
+    """A car follows us; we stop hard: it stops behind us."""
+    seeds = [s for s in range(world.SEEDS["val"], world.SEEDS["val"] + 400) if any(
+        t.kind == world.CAR and t.d == 0 and t.s < -20 for t in world.draw(s).things)][:20]
+    traffic = world.World(seeds)
+    followers = (traffic.things.kind == world.CAR) & (traffic.things.d == 0) & (traffic.things.s < -20)
+    assert followers.any(1).all()
+    for _ in range(150):
+        steer = traffic.expert()[1]
+        traffic.step(torch.full((len(seeds),), -5.0), steer)
+        assert not traffic.judge()["collision"].any()
+    assert (traffic.things.v[followers] < 0.3).all() and (traffic.speed == 0).all()
+
+
+def test_nobody_passes_a_red_light_or_a_stop_sign_without_stopping():
+    found = seeds_of(["red light", "stop sign"], "val", 20)
+    traffic = world.World([seed for some in found.values() for seed in some])
+    slowest, red = torch.full((40,), 99.0), torch.zeros(40, dtype=torch.bool)
+    for _ in range(220):
         traffic.step(*traffic.expert())
-        ego_x = traffic.x + (world.FRONT - world.LENGTH / 2) * torch.cos(traffic.yaw)
-        ego_y = traffic.y + (world.FRONT - world.LENGTH / 2) * torch.sin(traffic.yaw)
-        t, n = traffic.things, traffic.things.s.shape[1]
-        x, y, heading = world.place(t.s, t.d, traffic.scene.road[:, None])
-        solid = (t.kind > 0) & (t.kind != world.LIGHT)
-        ego = [v[:, None].expand(-1, n) for v in (ego_x, ego_y, traffic.yaw, size[:1].expand(300), size[1:].expand(300))]
-        thing = (x, y, heading, t.size[..., 0], t.size[..., 1])
-        touch = inside(corners(*thing), *ego).any(-1) | inside(corners(*ego), *thing).any(-1)
-        hit = (touch & solid).any(1)
-        assert not hit.any(), [(step, traffic.situations[i]) for i in hit.nonzero()[:, 0].tolist()]
-        _, d, _ = world.locate(traffic.x, traffic.y, traffic.scene.route)
-        assert d.abs().max() < world.LANE / 2 + 0.2  # a nudge leaves the lane's middle by 1.3 m and no more
+        s = world.locate(traffic.x, traffic.y, traffic.scene.route)[0]
+        before = s + world.FRONT < traffic.scene.stop
+        slowest = torch.where(before, slowest.minimum(traffic.speed), slowest)
+        is_red = ((traffic.things.kind == world.LIGHT) & (traffic.signals() == world.RED)).any(1)
+        red |= ~before & is_red
+    assert not red.any() and not before.any() and slowest[20:].max() < 0.2
 
 
-def test_history_gives_no_answer_away(scene):
+def test_comfort_is_lost_by_what_is_rough():
+    speed, zero = torch.full((1, 50), 10.0), torch.zeros(1, 50)
+    calm = data.comfort_of(speed, zero, zero)
+    assert set(calm) == set(data.COMFORT_BOUNDS) and all(ok.all() for ok in calm.values())
+    jolt = data.comfort_of(speed, torch.where(torch.arange(50) == 25, -6.0, 0.0)[None], zero)
+    assert {name for name, ok in jolt.items() if not ok.all()} == {"accel", "jerk", "longitudinal jerk"}
+    sharp = data.comfort_of(speed, zero, torch.linspace(0, 0.06, 50)[None])
+    assert {name for name, ok in sharp.items() if not ok.all()} == {"lateral accel"}
+
+
+def test_history_gives_no_answer_away():
     """Before t0 nobody reacts: else a model without eyes could tell a red light from a free road."""
-    quiet = torch.tensor([name != "turn" for name in scene["name"]])
-    assert scene["ego_kinematics"][quiet, :, 1].abs().max() < 0.8  # m/s^2
-    assert (scene["ego_kinematics"][quiet, :, 3] == 0).all()
-    assert (scene["ego_kinematics"][~quiet, :, 3].abs() == 1).all()
+    scene = data.make_scenes(range(world.SEEDS["val"], world.SEEDS["val"] + 300), size=(2, 4), frames=1)
+    accel, signal = scene["ego_kinematics"][..., 1], scene["ego_kinematics"][..., 3].abs().amax(1)
+    turns = torch.tensor([name == "turn" for name in scene["name"]])
+    assert accel.abs().max() < 0.8  # m/s^2
+    assert (signal[~turns] == 0).all() and 0 < signal[turns].mean() < 1  # some forget to signal: the route tells them
+    assert [text != "go straight" for text in scene["route"]] == turns.tolist()
+    stands = scene["ego_kinematics"][:, -1, 0] == 0
+    assert {scene["name"][i] for i in stands.nonzero()[:, 0].tolist()} == {"red light", "resume"}  # who stands may have to stay
 
 
 def test_the_paths_are_what_a_unicycle_can_drive(scene):
@@ -114,9 +328,10 @@ def test_the_paths_are_what_a_unicycle_can_drive(scene):
 
 
 def test_the_red_lamp_is_where_project_says():
-    seeds = [s for s in range(60) if world.draw(s).situation == "red light"][:4]
+    plain = lambda one: not one.standing and one.dusk == one.rain == 0 and one.visibility == 150
+    seeds = [s for s in seeds_of(["red light"], "val", 30)["red light"] if plain(world.draw(s))][:4]
     traffic = world.World(seeds)
-    while traffic.time < 0:
+    while traffic.time[0] < 0:
         traffic.step(*traffic.expert())
     image = traffic.render((1, 6), (64, 128))  # (n, 2, 3, H, W)
     boxes = world._boxes(traffic)
