@@ -741,7 +741,8 @@ def _livery(part, signal, braking, dark, qx, qy, qz, end, side):
     put((part == 2 * BUMP) & (torch.remainder(qy * 1.25 + 0.25, 1) < 0.6), STRIPE)
     plate, warns, bicycle, rider = part == 2 * SIGN, signal == YELLOW, part == 2 * CYCLIST, part == 2 * CYCLIST + 1
     corner = qy.abs() + qz.abs() > 1.45                                                 # an octagon is a square without
-    mark = torch.where(warns, (qy.abs() < 0.25) & (qz.abs() < 0.65), (qz.abs() < 0.2) & (qy.abs() < 0.75) | corner)
+    mark = torch.where(warns, (qy.abs() < 0.25) & (qz.abs() < 0.65), corner |
+                       (qz.abs() < 0.3) & (qy.abs() < 0.75) & (torch.remainder(qy * 2.6 + 0.3, 1) < 0.6))
     put(plate & ~rear, WOOD)
     put(plate & rear, BOARD_RED)
     put(plate & rear & warns, STRIPE)
