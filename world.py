@@ -450,13 +450,14 @@ class World:
         images = torch.empty(len(self.x), len(ids), 3, H, W, dtype=torch.uint8, device=self.device)
         # A few scenes at a time. Most have no bend, no crossing, or neither, and are spared the mathematics of it.
         bends, crosses = self.scene.road[:, 2] > 0, torch.minimum(self.scene.crossing, self.scene.stop) < FAR
+        dusk = bool((self.scene.dusk > 0).any())
         chunk = max(1, CHUNK[images.is_cuda] // (len(ids) * H * W))
         parts = [(part, bend, cross) for bend in (False, True) for cross in (False, True)
                  for part in ((bends == bend) & (crosses == cross)).nonzero()[:, 0].split(chunk) if len(part)]
         for (part, bend, cross), pairs in zip(parts, _pairs(_boxes(self), [part for part, _, _ in parts], fine)):
             local = {name: value[part] for name, value in air.items()}
-            image = _paint_ground(self, local, part, bend, cross, view)
-            _paint_boxes(image, pairs, local, fine)
+            image = _paint_ground(self, local, part, bend, cross, dusk, view)
+            _paint_boxes(image, pairs, local, dusk, fine)
             _paint_rain(image, self.scene, self.time, part, view)
             images[part] = image.movedim(0, 2).to(torch.uint8)
         return images
@@ -557,11 +558,11 @@ def _air(scene):
         light=daylight * (1 - at * warm) * (1 - 0.15 * wet), visibility=scene.visibility[:, None], dusk=at)
 
 
-def _paint_ground(world, air, part, bend, cross, view):
+def _paint_ground(world, air, part, bend, cross, dusk, view):
     """
     Sky and ground of the scenes part (m,): (3, m, cameras, H, W) float in 0 .. 255. The ground is shaded, not traced:
-    a pixel's point on it is known, its road coordinates follow, and lines are where d and s say. bend and cross: do
-    these scenes have bends, side roads or stop lines.
+    a pixel's point on it is known, its road coordinates follow, and lines are where d and s say. bend, cross
+    and dusk: is there any bend, any side road or stop line, any dusk.
     """
     scene = SimpleNamespace(**{f: x[part].unflatten(0, (-1, 1, 1, 1)) for f, x in vars(world.scene).items()})
     air = {name: value.mT[..., None, None, None] for name, value in air.items()}        # (3 or 1, m, 1, 1, 1)
@@ -572,39 +573,42 @@ def _paint_ground(world, air, part, bend, cross, view):
     if bend:
         s, d, _ = locate(s, d, scene.road)
 
-    # What it is made of, and its lane lines: solid at the edges and between the directions.
+    # What it is made of, and its lane lines: solid at the edges and between the directions. What is true or false is
+    # 1 or 0 in float: torch compares, multiplies and takes the maximum of floats in place much faster than of bools.
     (right_line, left_line), centre = _lines(scene.lanes), LANE * (scene.lanes[..., 0] + 0.5)
-    out = torch.maximum(d - left_line, right_line - d) - scene.shoulder                 # m beyond the main road
+    out = torch.maximum(d - left_line, right_line - d).sub_(scene.shoulder)             # m beyond the main road
     corner = (FILLET - out).clamp_(0, FILLET).square_()
     line = ((d - LANE / 2) / LANE).round_().mul_(LANE).add_(LANE / 2)                   # d of the nearest lane line
-    yellow = (line - centre).abs_() < 0.1
-    ninths = s * (1 / 9)
-    lined = (ninths - ninths.floor() < 4 / 9) | yellow | (line < right_line + 0.1) | (line > left_line - 0.1)
-    lined &= out < 0.5 - scene.shoulder
+    yellow = (line - centre).abs_().lt_(0.1)
+    lined = s * (1 / 9)
+    lined = (lined - lined.floor()).lt_(4 / 9).maximum(yellow)
+    lined = lined.maximum((line - right_line).lt_(0.1)).maximum((line - left_line).gt_(-0.1))
+    lined *= (out + scene.shoulder).lt_(0.5)
+    beside = out
     if cross:       # Outside both roads, a corner is asphalt up to a quarter circle.
-        aside = (s - scene.crossing).abs_() - SIDE_ROAD                                 # m beyond the side road
+        aside = (s - scene.crossing).abs_().sub_(SIDE_ROAD)                             # m beyond the side road
         corner += (FILLET - aside).clamp_(0, FILLET).square_()
-        lined &= aside > FILLET
-    white = torch.where(lined, _cover(d - line, view.lane), 0)
-    pavement = ((torch.minimum(out, aside) if cross else out) < 2.5) & (scene.urban > 0)
+        beside = torch.minimum(out, aside)
+        lined *= aside.gt_(FILLET)
+    white = _cover(d - line, view.lane).mul_(lined)
     if cross:
         beyond = s - scene.stop
-        bar = (d < centre) & (d > right_line)
-        white = torch.where(bar, white.maximum(_cover(beyond, view.bar)), white)
-        zebra = (beyond > 1) & (beyond < 4) & (out < -scene.shoulder) & (torch.remainder(d, 1.2) < 0.6)
-        white.masked_fill_(zebra, 0.9)
-        yellow &= (beyond.abs_() > 1) & ~zebra
-    wet = 1 - 0.35 * scene.rain
-    grey = torch.where(corner >= FILLET ** 2 - 1e-3, 78 * wet, torch.where(pavement, 150 * wet, 0))     # 0: it is grass
+        ours = (centre - d).gt_(0).mul_((d - right_line).gt_(0))
+        white = white.maximum(_cover(beyond, view.bar).mul_(ours))
+        zebra = torch.remainder(d, 1.2).lt_(0.6).mul_((beyond - 2.5).abs_().lt_(1.5)).mul_((out + scene.shoulder).lt_(0))
+        white.lerp_(zebra.new_tensor(0.9), zebra)
+        yellow.mul_(beyond.abs_().gt_(1)).mul_(1 - zebra)
+    asphalt = corner.ge_(FILLET ** 2 - 1e-3)
+    pavement = (beside - 2.5).lt_(0).mul_(scene.urban).mul_(1 - asphalt)
 
-    # Shares of what the eye gets: of the paint, of what is bare, and the haze's.
+    # Shares of what the eye gets: of the paint, of what is bare, of that the grass, and the haze's.
     clear = (view.reach / -scene.visibility).exp_()
     white *= clear
     bare, haze = clear - white, 1 - clear
-    grass = torch.where(grey > 0, 0, bare)
-    yellow = torch.where(yellow, white, 0)
-    base = grey.mul_(bare).add_(white, alpha=235)
-    lamps = 0.45 * view.beam * scene.dusk if air["dusk"].any() else 0
+    grass = (1 - asphalt).sub_(pavement).mul_(bare)
+    base = asphalt.mul_(78).add_(pavement, alpha=150).mul_(1 - 0.35 * scene.rain).mul_(bare).add_(white, alpha=235)
+    yellow *= white
+    lamps = 0.45 * view.beam * scene.dusk if dusk else 0
     image = torch.empty(3, *s.shape[:2], *view.size, device=s.device)
     for i, (green, paint) in enumerate(((92, 235), (120, 215), (62, 120))):             # red, green, blue
         torch.add(base, grass, alpha=green, out=image[i, :, :, view.half:])
@@ -692,8 +696,8 @@ def _pairs(boxes, parts, view):
     return [SimpleNamespace(**dict(zip(own, values))) for values in zip(*(value.split(counts) for value in own.values()))]
 
 
-def _paint_boxes(image, pairs, air, view):
-    """Draw boxes over image (3, m, cameras, H, W), in place, by the rays of a view FINE times as fine."""
+def _paint_boxes(image, pairs, air, dusk, view):
+    """Draw boxes over image (3, m, cameras, H, W), in place, by the rays of a view FINE times as fine. dusk: any?"""
     device, W, count = image.device, view.size[1], view.direction.shape[1]
     ahead = lambda value: value.cumsum(0) - value                                       # the sum of all before
     # The tests: each pair, each row of its rectangle, each ray of the row.
@@ -717,7 +721,7 @@ def _paint_boxes(image, pairs, air, view):
     # Nearest wins. Positive floats sort as integers, so depth and test number fit one integer, whose minimum is both.
     pair, at, near = (value.index_select(0, test) for value in (pair, at, near))        # (hits,)
     key = near.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(test)
-    ray = pairs.scene[pair] * count + at
+    ray = (pairs.scene * count).index_select(0, pair).add_(at)
     best = torch.full((image.shape[1] * count,), torch.iinfo(torch.long).max, device=device)
     best.scatter_reduce_(0, ray, key, "amin")
     won = (best.index_select(0, ray) == key).nonzero()[:, 0]
@@ -726,30 +730,34 @@ def _paint_boxes(image, pairs, air, view):
     qx, qy, qz = (
         (d.index_select(0, test).mul_(depth).add_(o)).div_(h)
         for d, o, h in zip(direction, slab[2:5].index_select(1, pair), slab[5:].index_select(1, pair)))
-    wide = qy.abs()
-    end = qx.abs() > torch.maximum(wide, qz.abs())                                      # rear or front
-    side = ~end & (wide > qz.abs())
-    scene = pairs.scene[pair]
-    paint = torch.empty_like(pair)
-    sizes = torch.bincount(pairs.part[pair], minlength=2 * len(PARTS)).tolist()
+    wide, high = qy.abs(), qz.abs()
+    end = qx.abs() > torch.maximum(wide, high)                                          # rear or front
+    side = (wide > high).logical_and_(~end)
+    paint = pair + len(PAINTS)                                                          # a palette with each box's own
+    palette = torch.cat([PAINTS.to(device), torch.nn.functional.pad(pairs.colour, (0, 1))]).T.contiguous()
+    dark = air["dusk"].gt(0.3)[:, 0][pairs.scene] if dusk else None
+    sizes = torch.bincount(pair, minlength=len(pairs.part))
+    sizes = torch.zeros(2 * len(PARTS), dtype=torch.long, device=device).index_add_(0, pairs.part, sizes).tolist()
     for part, hits in enumerate(zip(*(value.split(sizes) for value in (paint, pair, qx, qy, qz, end, side)))):
         if len(hits[0]):
-            _livery(part, pairs, air["dusk"][:, 0] > 0.3, *hits)
-    # The palette, and after it each box's own colour.
-    palette = torch.cat([PAINTS.to(device), torch.nn.functional.pad(pairs.colour, (0, 1))]).T.contiguous()
-    *painted, glow = palette.index_select(1, torch.where(paint > 0, paint, pair + len(PAINTS)))     # (hits,) each
-    light, haze, visibility, dusk = (air[name].T.index_select(1, scene) for name in ("light", "haze", "visibility", "dusk"))
-    if air["dusk"].any():                                                               # what our head lamps light
-        light += 0.7 * dusk * view.direction[0, at].clamp(min=0) ** 16 * torch.exp(-depth / 60)
-    shade, glow = torch.where(end, 0.8, torch.where(side, 0.62, 1.05)), glow > 0
+            _livery(part, pairs, dark, *hits)
+    *painted, glow = palette.index_select(1, paint)                                     # (hits,) each
+    light, haze, visibility = (air[name][pairs.scene].T.contiguous().index_select(1, pair)
+                               for name in ("light", "haze", "visibility"))
+    if dusk:                                                                            # what our head lamps light
+        reach = view.direction[0].index_select(0, at).clamp_(min=0).pow_(16) * torch.exp(-depth / 60)
+        light += 0.7 * air["dusk"][pairs.scene, 0].index_select(0, pair) * reach
+    shade = 1.05 - 0.25 * end.float() - 0.43 * side.float()
     fade = torch.exp(depth / (visibility[0] * (-8 / 3)))
     # Each ray owns a share of a pixel; the ground keeps the rest. Sums of multiples of 1 / 1024 are exact in any order.
-    pixel = scene * image[0, 0].numel() + view.pixel_of.index_select(0, at)             # in image's (m, cameras, H, W)
-    image *= 1 - torch.bincount(pixel, minlength=image[0].numel()).view(image[0].shape) / FINE ** 2
+    size = image[0, 0].numel()
+    pixel = (pairs.scene * size).index_select(0, pair) + view.pixel_of.index_select(0, at)      # in (m, cameras, H, W)
+    share = torch.full_like(depth, FINE ** -2)
+    image *= 1 - torch.zeros_like(image[0]).view(-1).index_add_(0, pixel, share).view(image[0].shape)
     for i, channel in enumerate(image):
-        value = torch.where(glow, painted[i], painted[i] * shade * light[i]).clamp_(max=1).mul_(255)
+        value = torch.lerp(shade * light[i], glow.new_tensor(1), glow).mul_(painted[i]).clamp_(max=1).mul_(255)
         value = value.sub_(haze[i]).mul_(fade).add_(haze[i]).mul_(1024).round_().div_(1024 * FINE ** 2)
-        channel.view(-1).add_(torch.zeros_like(channel).view(-1).index_add_(0, pixel, value))
+        channel += torch.zeros_like(channel).view(-1).index_add_(0, pixel, value).view(channel.shape)
 
 
 def _paint_rain(image, scene, time, part, view):
@@ -774,19 +782,20 @@ PAINTS = torch.tensor([
 
 def _livery(part, pairs, dark, paint, pair, qx, qy, qz, end, side):
     """
-    Write the paint (hits,) of points q on boxes, each coordinate from -1 to 1; 0 is the thing's own colour. All are
-    of the same part, an index of PARTS' boxes. end and side say whether a point is on its box's rear or front, or on
-    its left or right; else it is on the top. pairs knows each box's signal, and dark (m,) where lamps are on.
+    Write the paint (hits,) of points q on boxes, each coordinate from -1 to 1, over the thing's own colour. All are of
+    the same part, an index of PARTS' boxes. end and side say whether a point is on its box's rear or front, or on its
+    left or right; else it is on the top. Each of pairs knows its signal; dark (pairs,) or None: where lamps are on.
     """
-    def put(where, colour):                     # later coats cover earlier ones
-        paint.masked_fill_(where, colour)
+    def put(where, colour, only=True):          # later coats cover earlier ones
+        if only is not None:
+            paint.masked_fill_(where & only, colour)
 
-    paint.zero_()
     kind, first = part // 2, part % 2 == 0
     rear, front = end & (qx < 0), end & (qx > 0)
-    signal, dark = pairs.signal[pair], dark[pairs.scene[pair]]
+    signal = pairs.signal.index_select(0, pair)
+    dark = None if dark is None else dark.index_select(0, pair)
     if kind in (CAR, TRUCK):
-        braking, lamp = pairs.braking[pair], qy.abs() > 0.45
+        braking, lamp = pairs.braking.index_select(0, pair), qy.abs() > 0.45
         if kind == CAR and not first:
             put((end | side) & (qz.abs() < 0.75), WINDOW)
             put(rear & (qz < -0.3) & braking, BRAKE_LAMP)
@@ -803,11 +812,11 @@ def _livery(part, pairs, dark, paint, pair, qx, qy, qz, end, side):
                 put((end | side) & (qz > 0), WINDOW)
         if kind == CAR or first:
             put(lamp & rear, DULL_LAMP)
-            put(lamp & rear & dark, TAIL_LAMP)
+            put(lamp & rear, TAIL_LAMP, dark)
             put(lamp & rear & braking, BRAKE_LAMP)
         if kind == CAR or not first:
             put(lamp & front, HEADLAMP)
-            put(lamp & front & dark, BRIGHT_LAMP)
+            put(lamp & front, BRIGHT_LAMP, dark)
         put(blinker & (torch.where(qy > 0, signal == BLINK_LEFT, signal == BLINK_RIGHT) | (signal == HAZARD)), AMBER)
     elif kind == PEDESTRIAN:
         put(qz < -0.15, TROUSERS) if first else paint.fill_(SKIN)
@@ -820,15 +829,17 @@ def _livery(part, pairs, dark, paint, pair, qx, qy, qz, end, side):
         put(qz < -0.2, WHITE)
     elif kind == BUILDING:
         storey = qz * 3
-        pane = (end | side) & (torch.remainder(storey, 1) < 0.45)
+        floor = storey.floor()
+        pane = (storey - floor < 0.45) & (end | side)
         put(pane, PANE)
-        along = torch.where(end, qy, qx) * 4                                            # every fifth one has a lamp on
-        put(pane & dark & (torch.remainder(along.floor() + 7 * storey.floor(), 5) == 0), LIT_PANE)
+        if dark is not None:                                                            # every fifth one has a lamp on
+            along = torch.where(end, qy, qx) * 4
+            put(pane & (torch.remainder(along.floor() + 7 * floor, 5) == 0), LIT_PANE, dark)
     elif kind in (LIGHT, TREE, SIGN, BARRIER) and not first:
         paint.fill_(WOOD)
     elif kind == BUMP:
+        paint.fill_(TYRE)
         put(torch.remainder(qy * 1.25 + 0.25, 1) < 0.6, STRIPE)
-        put(paint == 0, TYRE)
     elif kind == SIGN:                          # an octagon is a square without its corners
         warns, corner = signal == YELLOW, qy.abs() + qz.abs() > 1.45
         word = (qz.abs() < 0.3) & (qy.abs() < 0.75) & (torch.remainder(qy * 2.6 + 0.3, 1) < 0.6)
@@ -843,8 +854,8 @@ def _livery(part, pairs, dark, paint, pair, qx, qy, qz, end, side):
             put((qz < 0.3) | ~(end | side), TYRE)
             put(side & (qx.abs() < 0.25) & (qz < 0), BETWEEN)                           # as if one saw the road there
             put(side & (qx.abs() > 0.4) & (qz > 0.3), BETWEEN)
-            put(rear & (qz > 0.4) & dark, TAIL_LAMP)
-            put(front & (qz > 0.4) & dark, BRIGHT_LAMP)
+            put(rear & (qz > 0.4), TAIL_LAMP, dark)
+            put(front & (qz > 0.4), BRIGHT_LAMP, dark)
         else:
             put(qz > 0.45, SKIN)
     elif kind == DEER and first:
