@@ -454,10 +454,11 @@ class World:
         chunk = max(1, CHUNK[images.is_cuda] // (len(ids) * H * W))
         parts = [(part, bend, cross) for bend in (False, True) for cross in (False, True)
                  for part in ((bends == bend) & (crosses == cross)).nonzero()[:, 0].split(chunk) if len(part)]
+        best = torch.full((chunk * fine.direction.shape[1],), NOBODY, device=self.device)
         for (part, bend, cross), pairs in zip(parts, _pairs(_boxes(self), [part for part, _, _ in parts], fine)):
             local = {name: value[part] for name, value in air.items()}
             image = _paint_ground(self, local, part, bend, cross, dusk, view)
-            _paint_boxes(image, pairs, local, dusk, fine)
+            _paint_boxes(image, pairs, local, dusk, best, fine)
             _paint_rain(image, self.scene, self.time, part, view)
             images[part] = image.movedim(0, 2).to(torch.uint8)
         return images
@@ -468,6 +469,7 @@ class World:
 # A scene looks the same whatever is rendered beside it, and no sum depends on the order of its terms.
 
 CHUNK = 2 ** 16, 2 ** 23        # pixels at a time: on a CPU they should stay in its cache, on a GPU fill it
+NOBODY = 2 ** 63 - 1            # what a ray meets if it meets no box: it is as far as can be
 FINE = 2                        # rays a pixel for boxes, each way: what is far and thin fades and does not flicker
 # Red, green, blue of the sky above, and of the haze that everything fades into and that is the horizon's.
 SKY, DUSK_SKY, RAIN_SKY = (110, 160, 230), (38, 42, 88), (120, 126, 135)
@@ -696,8 +698,9 @@ def _pairs(boxes, parts, view):
     return [SimpleNamespace(**dict(zip(own, values))) for values in zip(*(value.split(counts) for value in own.values()))]
 
 
-def _paint_boxes(image, pairs, air, dusk, view):
-    """Draw boxes over image (3, m, cameras, H, W), in place, by the rays of a view FINE times as fine. dusk: any?"""
+def _paint_boxes(image, pairs, air, dusk, best, view):
+    """Draw boxes over image (3, m, cameras, H, W), in place, by the rays of a view FINE times as fine. dusk: any?
+    best (m * rays,) is NOBODY, and so it is left."""
     device, W, count = image.device, view.size[1], view.direction.shape[1]
     ahead = lambda value: value.cumsum(0) - value                                       # the sum of all before
     # The tests: each pair, each row of its rectangle, each ray of the row.
@@ -722,9 +725,9 @@ def _paint_boxes(image, pairs, air, dusk, view):
     pair, at, near = (value.index_select(0, test) for value in (pair, at, near))        # (hits,)
     key = near.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(test)
     ray = (pairs.scene * count).index_select(0, pair).add_(at)
-    best = torch.full((image.shape[1] * count,), torch.iinfo(torch.long).max, device=device)
     best.scatter_reduce_(0, ray, key, "amin")
     won = (best.index_select(0, ray) == key).nonzero()[:, 0]
+    best.index_fill_(0, ray, NOBODY)
     pair, at, depth, test = (value.index_select(0, won) for value in (pair, at, near, test))
     # Colour: by the face that was hit, then what is painted on it. q runs from -1 to 1 over the box.
     qx, qy, qz = (
