@@ -454,21 +454,23 @@ class World:
         chunk = max(1, CHUNK[images.is_cuda] // (len(ids) * H * W))
         parts = [(part, bend, cross) for bend in (False, True) for cross in (False, True)
                  for part in ((bends == bend) & (crosses == cross)).nonzero()[:, 0].split(chunk) if len(part)]
+        done = 0
         best = torch.full((chunk * fine.direction.shape[1],), NOBODY, device=self.device)
         for (part, bend, cross), pairs in zip(parts, _pairs(_boxes(self), [part for part, _, _ in parts], fine)):
             local = {name: value[part] for name, value in air.items()}
             image = _paint_ground(self, local, part, bend, cross, dusk, view)
             _paint_boxes(image, pairs, local, dusk, best, fine)
             _paint_rain(image, self.scene, self.time, part, view)
-            images[part] = image.movedim(0, 2).to(torch.uint8)
-        return images
+            images[done:done + len(part)] = image.movedim(0, 2)
+            done += len(part)
+        return images.index_select(0, torch.cat([part for part, _, _ in parts]).argsort())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The renderer: a ray a pixel. The ground's pixels are constants of a camera; boxes are tried only where they may be.
 # A scene looks the same whatever is rendered beside it, and no sum depends on the order of its terms.
 
-CHUNK = 2 ** 16, 2 ** 23        # pixels at a time: on a CPU they should stay in its cache, on a GPU fill it
+CHUNK = 2 ** 17, 2 ** 23        # pixels at a time: on a CPU they should stay in its cache, on a GPU fill it
 NOBODY = 2 ** 63 - 1            # what a ray meets if it meets no box: it is as far as can be
 FINE = 2                        # rays a pixel for boxes, each way: what is far and thin fades and does not flicker
 # Red, green, blue of the sky above, and of the haze that everything fades into and that is the horizon's.
@@ -507,7 +509,7 @@ def _view(camera_ids, H, W, device):
     camera, row, column = torch.meshgrid(*(torch.arange(n) for n in (len(pose), H // FINE, W // FINE)), indexing="ij")
     pixel_of = ((camera * (H // FINE) + row) * (W // FINE) + column).repeat_interleave(FINE, 1).repeat_interleave(FINE, 2)
     view = SimpleNamespace(
-        intrinsics=intrinsics, pose=pose, size=(H, W), half=half, pixel_of=pixel_of.flatten(),
+        intrinsics=intrinsics, pose=pose, size=(H, W), half=half, pixel_of=pixel_of.flatten().int(),
         direction=direction.permute(3, 0, 1, 2).flatten(1).contiguous(),                # (3, cameras * H * W)
         ground=torch.stack(ground), lane=_stripe(0.18, reach * pixel),
         bar=_stripe(0.6, reach ** 2 * pixel / pose[:, 2, 3, None, None]),
@@ -692,7 +694,8 @@ def _pairs(boxes, parts, view):
     x, y, z = (view.pose[camera, :3, 3] - own["centre"]).unbind(-1)
     cos, sin = own["cos"], own["sin"]
     own |= dict(
-        scene=among[scene], width=width, height=height, first=(camera * view.size[0] + top) * view.size[1] + left,
+        scene=among[scene].int(), width=width.int(), height=height.int(),
+        first=((camera * view.size[0] + top) * view.size[1] + left).int(),
         slab=torch.stack([cos, sin, cos * x + sin * y, cos * y - sin * x, z, *own["half"].unbind(-1)], -1))
     counts = torch.bincount(group // (2 * len(PARTS)), minlength=len(parts)).tolist()
     return [SimpleNamespace(**dict(zip(own, values))) for values in zip(*(value.split(counts) for value in own.values()))]
@@ -702,12 +705,13 @@ def _paint_boxes(image, pairs, air, dusk, best, view):
     """Draw boxes over image (3, m, cameras, H, W), in place, by the rays of a view FINE times as fine. dusk: any?
     best (m * rays,) is NOBODY, and so it is left."""
     device, W, count = image.device, view.size[1], view.direction.shape[1]
-    ahead = lambda value: value.cumsum(0) - value                                       # the sum of all before
+    ahead = lambda value: value.cumsum(0, dtype=torch.int32) - value                    # the sum of all before
+    arange = lambda value: torch.arange(len(value), dtype=torch.int32, device=device)
     # The tests: each pair, each row of its rectangle, each ray of the row.
     pair = torch.repeat_interleave(pairs.height)                                        # (rows,)
-    first = pairs.first[pair] + (torch.arange(len(pair), device=device) - ahead(pairs.height)[pair]) * W
+    first = pairs.first[pair] + (arange(pair) - ahead(pairs.height)[pair]) * W
     row = torch.repeat_interleave(pairs.width[pair])                                    # (tests,)
-    at = torch.arange(len(row), device=device) + (first - ahead(pairs.width[pair])).index_select(0, row)
+    at = arange(row) + (first - ahead(pairs.width[pair])).index_select(0, row)
     pair = pair.index_select(0, row)
     # Slab test, in the box's own axes. Where a ray meets a slab first, and where last; it hits where it meets all.
     slab = pairs.slab.T.contiguous()                                                    # (8, pairs)
@@ -724,7 +728,7 @@ def _paint_boxes(image, pairs, air, dusk, best, view):
     # Nearest wins. Positive floats sort as integers, so depth and test number fit one integer, whose minimum is both.
     pair, at, near = (value.index_select(0, test) for value in (pair, at, near))        # (hits,)
     key = near.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(test)
-    ray = (pairs.scene * count).index_select(0, pair).add_(at)
+    ray = (pairs.scene * count).index_select(0, pair).add_(at).long()
     best.scatter_reduce_(0, ray, key, "amin")
     won = (best.index_select(0, ray) == key).nonzero()[:, 0]
     best.index_fill_(0, ray, NOBODY)
