@@ -900,24 +900,34 @@ class World:
 
     def render(self, camera_ids, size):
         """What the cameras see now: images (n, cameras, 3, H, W) uint8; size is (H, W)."""
-        (H, W), ids, boxes, air = size, tuple(camera_ids), _boxes(self), _air(self.scene)
+        (H, W), ids, air = size, tuple(camera_ids), _air(self.scene)
         view, fine = _view(ids, H, W, self.device), _view(ids, FINE * H, FINE * W, self.device)
         images = torch.empty(len(self.x), len(ids), 3, H, W, dtype=torch.uint8, device=self.device)
-        chunk = max(1, CHUNK // (len(ids) * H * W * FINE ** 2))                 # scenes at a time: stay in the cache
-        for i in range(0, len(self.x), chunk):
-            part = slice(i, i + chunk)
-            painted = _paint_ground(self, air, part, view)
-            _paint_boxes(painted, {f: x[part] for f, x in boxes.items()}, {f: x[part] for f, x in air.items()}, fine)
-            _paint_rain(painted, self.scene, self.time, part, view)
-            images[part] = painted.movedim(0, 2)
-        return images
+        # A few scenes at a time. Most have no bend, no crossing, or neither, and are spared the mathematics of it.
+        bends, crosses = self.scene.road[:, 2] > 0, torch.minimum(self.scene.crossing, self.scene.stop) < FAR
+        dusk = bool((self.scene.dusk > 0).any())
+        chunk = max(1, CHUNK[images.is_cuda] // (len(ids) * H * W))
+        parts = [(part, bend, cross) for bend in (False, True) for cross in (False, True)
+                 for part in ((bends == bend) & (crosses == cross)).nonzero()[:, 0].split(chunk) if len(part)]
+        done = 0
+        best = torch.full((chunk * fine.direction.shape[1],), NOBODY, device=self.device)
+        for (part, bend, cross), pairs in zip(parts, _pairs(_boxes(self), [part for part, _, _ in parts], fine)):
+            local = {name: value[part] for name, value in air.items()}
+            image = _paint_ground(self, local, part, bend, cross, dusk, view)
+            _paint_boxes(image, pairs, local, dusk, best, fine)
+            _paint_rain(image, self.scene, self.time, part, view)
+            images[done:done + len(part)] = image.movedim(0, 2)
+            done += len(part)
+        return images.index_select(0, torch.cat([part for part, _, _ in parts]).argsort())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The renderer: a ray a pixel. The ground's pixels are constants of a camera; boxes are tried only where they may be.
+# A scene looks the same whatever is rendered beside it, and no sum depends on the order of its terms.
 
-CHUNK = 2 ** 18         # rays at a time
-FINE = 2                # rays a pixel for boxes, each way: what is far and thin fades and does not flicker
+CHUNK = 2 ** 17, 2 ** 23        # pixels at a time: on a CPU they should stay in its cache, on a GPU fill it
+NOBODY = 2 ** 63 - 1            # what a ray meets if it meets no box: it is as far as can be
+FINE = 2                        # rays a pixel for boxes, each way: what is far and thin fades and does not flicker
 # Red, green, blue of the sky above, and of the haze that everything fades into and that is the horizon's.
 SKY, DUSK_SKY, RAIN_SKY = (110, 160, 230), (38, 42, 88), (120, 126, 135)
 HAZE, DUSK_HAZE, RAIN_HAZE = (205, 205, 205), (165, 104, 70), (168, 172, 178)
@@ -951,16 +961,30 @@ def _view(camera_ids, H, W, device):
     reach = pose[:, 2, 3, None, None] / -down[..., 2]                                   # m along the ray to the ground
     ground = [pose[:, i, 3, None, None] + reach * down[..., i] for i in (0, 1)]
     pixel = 1 / intrinsics[:, 6, None, None]                                            # rad
+    camera, row, column = torch.meshgrid(*(torch.arange(n) for n in (len(pose), H // FINE, W // FINE)), indexing="ij")
+    pixel_of = ((camera * (H // FINE) + row) * (W // FINE) + column).repeat_interleave(FINE, 1).repeat_interleave(FINE, 2)
     view = SimpleNamespace(
-        intrinsics=intrinsics, pose=pose, size=(H, W), half=half,
+        intrinsics=intrinsics, pose=pose, size=(H, W), half=half, pixel_of=pixel_of.flatten().int(),
         direction=direction.permute(3, 0, 1, 2).flatten(1).contiguous(),                # (3, cameras * H * W)
-        ground=torch.stack(ground), across=reach * pixel, along=reach ** 2 * pixel / pose[:, 2, 3, None, None],
-        reach=reach, sky=torch.exp(-6 * direction[:, :half, :, 2].clamp(min=0)), beam=_beam(ground[0], ground[1]),
+        ground=torch.stack(ground), lane=_stripe(0.18, reach * pixel),
+        bar=_stripe(0.6, reach ** 2 * pixel / pose[:, 2, 3, None, None]),
+        reach=reach, sky=torch.exp(-6 * direction[:, :half, :, 2].clamp(min=0)), beam=_beam(*ground),
         streak=_streaks(len(camera_ids), H, W))
     for name, value in vars(view).items():
         if torch.is_tensor(value):
             setattr(view, name, value.to(device))
     return view
+
+
+def _stripe(width, footprint):
+    """For `_cover`: of a stripe of this width (m), seen by pixels that are footprint (m) wide."""
+    return torch.stack([(width + footprint) / 2 / footprint, 1 / footprint, footprint.clamp(max=width) / footprint])
+
+
+def _cover(distance, stripe):
+    """The stripe's share of a pixel at this distance (m) from its middle: thin ones fade, they do not flicker."""
+    edge, slope, most = stripe
+    return torch.addcmul(edge, distance.abs(), slope, value=-1).clamp_(min=0).minimum(most)
 
 
 def _beam(x, y):
@@ -993,44 +1017,64 @@ def _air(scene):
         light=daylight * (1 - at * warm) * (1 - 0.15 * wet), visibility=scene.visibility[:, None], dusk=at)
 
 
-def _paint_ground(world, air, part, view):
-    """Sky and ground of some scenes: (3, m, cameras, H, W) float in 0 .. 255. The ground is shaded, not traced:
-    a pixel's point on it is known, its road coordinates follow, and lines are where d and s say."""
+def _paint_ground(world, air, part, bend, cross, dusk, view):
+    """
+    Sky and ground of the scenes part (m,): (3, m, cameras, H, W) float in 0 .. 255. The ground is shaded, not traced:
+    a pixel's point on it is known, its road coordinates follow, and lines are where d and s say. bend, cross
+    and dusk: is there any bend, any side road or stop line, any dusk.
+    """
     scene = SimpleNamespace(**{f: x[part].unflatten(0, (-1, 1, 1, 1)) for f, x in vars(world.scene).items()})
+    air = {name: value.mT[..., None, None, None] for name, value in air.items()}        # (3 or 1, m, 1, 1, 1)
     x, y, yaw = (value[part, None, None, None] for value in (world.x, world.y, world.yaw))
     cos, sin = torch.cos(yaw), torch.sin(yaw)
     gx, gy = view.ground                                                                # (cameras, H/2, W) ego frame
-    s, d, _ = locate(x + cos * gx - sin * gy, y + sin * gx + cos * gy, scene.road)      # (m, cameras, H/2, W)
+    s, d = x + cos * gx - sin * gy, y + sin * gx + cos * gy                             # (m, cameras, H/2, W)
+    if bend:
+        s, d, _ = locate(s, d, scene.road)
 
-    def cover(distance, width, footprint):      # a stripe's share of a pixel: thin ones fade, they do not flicker
-        return ((width + footprint) / 2 - distance.abs()).clamp(min=0).minimum(footprint.clamp(max=width)) / footprint
-
-    # What it is made of. Outside both roads, a corner is asphalt up to a quarter circle.
+    # What it is made of, and its lane lines: solid at the edges and between the directions. What is true or false is
+    # 1 or 0 in float: torch compares, multiplies and takes the maximum of floats in place much faster than of bools.
     (right_line, left_line), centre = _lines(scene.lanes), LANE * (scene.lanes[..., 0] + 0.5)
-    out = torch.maximum(d - left_line, right_line - d) - scene.shoulder                 # m beyond the main road
-    aside = (s - scene.crossing).abs() - SIDE_ROAD                                      # m beyond the side road
-    asphalt = (FILLET - out).clamp(0, FILLET) ** 2 + (FILLET - aside).clamp(0, FILLET) ** 2 >= FILLET ** 2 - 1e-3
-    pavement = (torch.minimum(out, aside) < 2.5) & (scene.urban > 0)
-    wet = 1 - 0.35 * scene.rain
-    grey = torch.where(asphalt, 78 * wet, torch.where(pavement, 150 * wet, 0))          # 0 where it is grass
-    # What is painted on it: lane lines (solid at the edges and between the directions), stop line, zebra.
-    line = torch.round((d - LANE / 2) / LANE) * LANE + LANE / 2                         # d of the nearest lane line
-    middle = (line - centre).abs() < 0.1
-    solid = middle | ((line - left_line).abs() < 0.1) | ((line - right_line).abs() < 0.1)
-    lined = (solid | (torch.remainder(s, 9) < 4)) & (out < 0.5 - scene.shoulder) & (aside > FILLET)
-    white = cover(d - line, 0.18, view.across) * lined
-    beyond = s - scene.stop
-    white = torch.where((d < centre) & (d > right_line), white.maximum(cover(beyond, 0.6, view.along)), white)
-    zebra = (beyond > 1) & (beyond < 4) & (out < -scene.shoulder) & (torch.remainder(d, 1.2) < 0.6)
-    white, yellow = torch.where(zebra, 0.9, white), middle & (beyond.abs() > 1) & ~zebra
+    out = torch.maximum(d - left_line, right_line - d).sub_(scene.shoulder)             # m beyond the main road
+    corner = (FILLET - out).clamp_(0, FILLET).square_()
+    line = ((d - LANE / 2) / LANE).round_().mul_(LANE).add_(LANE / 2)                   # d of the nearest lane line
+    yellow = (line - centre).abs_().lt_(0.1)
+    lined = s * (1 / 9)
+    lined = (lined - lined.floor()).lt_(4 / 9).maximum(yellow)
+    lined = lined.maximum((line - right_line).lt_(0.1)).maximum((line - left_line).gt_(-0.1))
+    lined *= (out + scene.shoulder).lt_(0.5)
+    beside = out
+    if cross:       # Outside both roads, a corner is asphalt up to a quarter circle.
+        aside = (s - scene.crossing).abs_().sub_(SIDE_ROAD)                             # m beyond the side road
+        corner += (FILLET - aside).clamp_(0, FILLET).square_()
+        beside = torch.minimum(out, aside)
+        lined *= aside.gt_(FILLET)
+    white = _cover(d - line, view.lane).mul_(lined)
+    if cross:
+        beyond = s - scene.stop
+        ours = (centre - d).gt_(0).mul_((d - right_line).gt_(0))
+        white = white.maximum(_cover(beyond, view.bar).mul_(ours))
+        zebra = torch.remainder(d, 1.2).lt_(0.6).mul_((beyond - 2.5).abs_().lt_(1.5)).mul_((out + scene.shoulder).lt_(0))
+        white.lerp_(zebra.new_tensor(0.9), zebra)
+        yellow.mul_(beyond.abs_().gt_(1)).mul_(1 - zebra)
+    asphalt = corner.ge_(FILLET ** 2 - 1e-3)
+    pavement = (beside - 2.5).lt_(0).mul_(scene.urban).mul_(1 - asphalt)
+
+    # Shares of what the eye gets: of the paint, of what is bare, of that the grass, and the haze's.
+    clear = (view.reach / -scene.visibility).exp_()
+    white *= clear
+    bare, haze = clear - white, 1 - clear
+    grass = (1 - asphalt).sub_(pavement).mul_(bare)
+    base = asphalt.mul_(78).add_(pavement, alpha=150).mul_(1 - 0.35 * scene.rain).mul_(bare).add_(white, alpha=235)
+    yellow *= white
+    lamps = 0.45 * view.beam * scene.dusk if dusk else 0
     image = torch.empty(3, *s.shape[:2], *view.size, device=s.device)
-    haze, lamp = 1 - torch.exp(-view.reach / scene.visibility), 0.45 * view.beam * scene.dusk
-    air = {name: value[part].mT[..., None, None, None] for name, value in air.items()}  # (3 or 1, m, 1, 1, 1)
-    for i, (grass, paint) in enumerate(((92, 235), (120, 215), (62, 120))):             # red, green, blue
-        base = torch.where(grey > 0, grey, grass)
-        ground = (base + white * (torch.where(yellow, paint, 235) - base)) * (air["light"][i] + lamp)
-        image[i, :, :, view.half:] = ground + haze * (air["haze"][i] - ground)
-        image[i, :, :, :view.half] = air["sky"][i] + view.sky * (air["haze"][i] - air["sky"][i])
+    for i, (green, paint) in enumerate(((92, 235), (120, 215), (62, 120))):             # red, green, blue
+        torch.add(base, grass, alpha=green, out=image[i, :, :, view.half:])
+        if paint < 235:
+            image[i, :, :, view.half:].add_(yellow, alpha=paint - 235)
+        image[i, :, :, view.half:].mul_(air["light"][i] + lamps).addcmul_(haze, air["haze"][i])
+        torch.addcmul(air["sky"][i], view.sky, air["haze"][i] - air["sky"][i], out=image[i, :, :, :view.half])
     return image
 
 
@@ -1056,84 +1100,123 @@ def _boxes(world):
 
 def _rectangles(boxes, view):
     """
-    Where boxes (m, boxes) may be in the pictures: scene, camera, box, left, top, width, height, each (pairs,) long.
-    The corners' pixels say, and a margin, since straight edges are bows through such a lens.
+    Where boxes (n, boxes) may be in the pictures: scene, camera, box, left, top, width, height, each (pairs,) long.
+    The pixels of corners and edges' middles say, and a margin, since straight edges are bows through such a lens.
     """
     H, W = view.size
-    origin, to_camera = view.pose[:, :3, 3], view.pose[:, :3, :3].mT[:, None, None]     # (cameras, 3), (.., 3, 3)
-    sign = torch.tensor([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], device=origin.device)
-    x, y, z = (sign * boxes["half"][:, :, None]).unbind(-1)                             # (m, boxes, 8)
-    cos, sin = boxes["cos"][..., None], boxes["sin"][..., None]
-    corner = torch.stack([cos * x - sin * y, sin * x + cos * y, z], -1) + boxes["centre"][:, :, None]
-    corner = corner[:, None] - origin[:, None, None]                                    # (m, cameras, boxes, 8, 3)
-    pixel, _ = project((to_camera @ corner[..., None])[..., 0], view.intrinsics[:, None, None])
-    low, high = pixel.amin(-2), pixel.amax(-2)                                          # (m, cameras, boxes, 2)
-    margin, edge = 1 + 0.1 * (high - low), torch.tensor([W, H], device=origin.device)
+    origin, focal = view.pose[:, :3, 3], view.intrinsics[:, 6, None, None]              # (cameras, 3), pixels per rad
+    scene, box = (boxes["half"].amin(-1) > 0).nonzero(as_tuple=True)                    # (k,)
+    centre, half, cos, sin = (boxes[name][scene, box] for name in ("centre", "half", "cos", "sin"))
+    sign = torch.cartesian_prod(*[torch.tensor([-1., 0, 1], device=origin.device)] * 3)
+    x, y, z = (sign[sign.abs().sum(-1) > 1] * half[:, None]).unbind(-1)                 # (k, 20)
+    cos, sin = cos[:, None], sin[:, None]
+    point = torch.stack([cos * x - sin * y, sin * x + cos * y, z], -1) + centre[:, None]
+    point = (point - origin[:, None, None]) @ view.pose[:, None, :3, :3]                # (cameras, k, 20, 3)
+    pixel, _ = project(point, view.intrinsics[:, None, None])
+    low, high = pixel.amin(-2), pixel.amax(-2)                                          # (cameras, k, 2)
+    # An arc of a rad, up to 1.2 rad off the axis, bows by less than 0.08 a^2 rad; half an edge by a quarter of it.
+    margin = 1 + 0.04 * (high - low).square().sum(-1, keepdim=True) / focal
+    edge = torch.tensor([W, H], device=origin.device)
     low = (low - margin).floor().clamp(min=0).minimum(edge).long()
     high = (high + margin).ceil().clamp(min=0).minimum(edge).long()
     # Drop what lies outside the cone of 1.2 rad that holds all the pictures, whole: pixels mean little behind a lens.
-    offset = boxes["centre"][:, None] - origin[:, None]
-    distance, radius = offset.norm(dim=-1), boxes["half"].norm(dim=-1)[:, None]
+    offset = centre - origin[:, None]                                                   # (cameras, k, 3)
+    distance, radius = offset.norm(dim=-1), half.norm(dim=-1)
     angle = torch.acos(((offset @ view.pose[:, :3, 2, None])[..., 0] / distance).clamp(-1, 1))
-    seen = (angle - torch.asin((radius / distance).clamp(max=1)) < 1.2) & (radius > 0)
+    seen = angle - torch.asin((radius / distance).clamp(max=1)) < 1.2
     size = (high - low) * seen[..., None]
-    index = size.prod(-1).nonzero(as_tuple=True)                                        # scene, camera, box
-    return *index, *low[index].unbind(-1), *size[index].unbind(-1)
+    camera, k = size.prod(-1).nonzero(as_tuple=True)
+    return scene[k], camera, box[k], *low[camera, k].unbind(-1), *size[camera, k].unbind(-1)
 
 
-def _paint_boxes(image, boxes, air, view):
-    """Draw boxes (m, boxes) over image (3, m, cameras, H, W), in place, by the rays of a view FINE times as fine."""
-    (H, W), (_, scenes, cameras, _, _) = view.size, image.shape
-    origin = view.pose[:, :3, 3]                                                        # (cameras, 3)
-    # The tests: each box with each pixel of its rectangle.
+def _pairs(boxes, parts, view):
+    """
+    Boxes and the cameras that may see them, for each of parts, lists of scenes (m,). They come sorted by what they are
+    parts of, with all that a ray wants to know about its box: see `_paint_boxes`.
+    """
     scene, camera, box, left, top, width, height = _rectangles(boxes, view)             # (pairs,)
-    area = width * height
-    pair = torch.repeat_interleave(area)                                                # (tests,)
-    nth = torch.arange(len(pair), device=image.device) - (area.cumsum(0) - area)[pair]
-    row = nth // width[pair]
-    at = ((camera * H + top) * W + left)[pair] + row * W + nth - row * width[pair]      # in view.direction
-    # Slab test, in the box's own axes.
-    cos, sin, half = boxes["cos"][scene, box], boxes["sin"][scene, box], boxes["half"][scene, box]
-    x, y, z = (origin[camera] - boxes["centre"][scene, box]).unbind(-1)
-    constant = torch.stack([cos, sin, cos * x + sin * y, cos * y - sin * x, z, *half.unbind(-1)])       # (8, pairs)
-    cos, sin, ox, oy, oz, hx, hy, hz = constant.index_select(1, pair)                   # (tests,)
-    dx, dy, dz = view.direction.index_select(1, at)
-    dx, dy = cos * dx + sin * dy, cos * dy - sin * dx
-    near, far = torch.zeros_like(dx), torch.full_like(dx, 1e9)
-    for o, d, h in ((ox, dx, hx), (oy, dy, hy), (oz, dz, hz)):
-        inverse = 1 / d
-        middle, reach = -o * inverse, h * inverse.abs()
-        near, far = torch.maximum(near, middle - reach), torch.minimum(far, middle + reach)
-    hit = ((near < far) & (near > 0)).nonzero()[:, 0]
+    place, among = torch.empty(2, len(boxes["half"]), dtype=torch.long, device=box.device)
+    for i, part in enumerate(parts):
+        place[part], among[part] = i, torch.arange(len(part), device=part.device)
+    group = place[scene] * 2 * len(PARTS) + boxes["part"][scene, box]
+    group, order = group.sort(stable=True)
+    scene, camera, box, left, top, width, height = (
+        value[order] for value in (scene, camera, box, left, top, width, height))
+    own = {name: value[scene, box] for name, value in boxes.items()}
+    x, y, z = (view.pose[camera, :3, 3] - own["centre"]).unbind(-1)
+    cos, sin = own["cos"], own["sin"]
+    own |= dict(
+        scene=among[scene].int(), width=width.int(), height=height.int(),
+        first=((camera * view.size[0] + top) * view.size[1] + left).int(),
+        slab=torch.stack([cos, sin, cos * x + sin * y, cos * y - sin * x, z, *own["half"].unbind(-1)], -1))
+    counts = torch.bincount(group // (2 * len(PARTS)), minlength=len(parts)).tolist()
+    return [SimpleNamespace(**dict(zip(own, values))) for values in zip(*(value.split(counts) for value in own.values()))]
+
+
+def _paint_boxes(image, pairs, air, dusk, best, view):
+    """Draw boxes over image (3, m, cameras, H, W), in place, by the rays of a view FINE times as fine. dusk: any?
+    best (m * rays,) is NOBODY, and so it is left."""
+    device, W, count = image.device, view.size[1], view.direction.shape[1]
+    ahead = lambda value: value.cumsum(0, dtype=torch.int32) - value                    # the sum of all before
+    arange = lambda value: torch.arange(len(value), dtype=torch.int32, device=device)
+    # The tests: each pair, each row of its rectangle, each ray of the row.
+    pair = torch.repeat_interleave(pairs.height)                                        # (rows,)
+    first = pairs.first[pair] + (arange(pair) - ahead(pairs.height)[pair]) * W
+    row = torch.repeat_interleave(pairs.width[pair])                                    # (tests,)
+    at = arange(row) + (first - ahead(pairs.width[pair])).index_select(0, row)
+    pair = pair.index_select(0, row)
+    # Slab test, in the box's own axes. Where a ray meets a slab first, and where last; it hits where it meets all.
+    slab = pairs.slab.T.contiguous()                                                    # (8, pairs)
+    cos, sin, *origin = slab[:5].index_select(1, pair)                                  # (tests,)
+    x, y, z = view.direction.index_select(1, at)
+    direction = cos * x + sin * y, cos * y - sin * x, z
+    near = far = None
+    for o, d, h in zip(origin, direction, slab[5:].index_select(1, pair)):
+        inverse = d.reciprocal()
+        middle, reach = o.mul_(inverse).neg_(), inverse.abs_().mul_(h)
+        enter, leave = middle - reach, middle.add_(reach)
+        near, far = (enter, leave) if near is None else (near.maximum(enter), far.minimum(leave))
+    test = ((near < far) & (near > 0)).nonzero()[:, 0]
     # Nearest wins. Positive floats sort as integers, so depth and test number fit one integer, whose minimum is both.
-    key = near[hit].view(torch.int32).long() << 32 | hit
-    target = scene[pair[hit]] * (cameras * H * W) + at[hit]                             # pixel of (m, cameras, H, W)
-    nobody = torch.iinfo(torch.long).max
-    best = torch.full((scenes * cameras * H * W,), nobody, device=image.device)
-    best.scatter_reduce_(0, target, key, "amin")
-    target = (best < nobody).nonzero()[:, 0]
-    test = best[target] & 0xFFFFFFFF
-    # Colour: by the face that was hit, then what is painted on it. qx, qy, qz run from -1 to 1 over the box.
-    owner, depth = pair[test], near[test]
-    qx, qy, qz = ((o[test] + depth * d[test]) / h[test] for o, d, h in ((ox, dx, hx), (oy, dy, hy), (oz, dz, hz)))
-    end = qx.abs() > torch.maximum(qy.abs(), qz.abs())                                  # rear or front
-    side = ~end & (qy.abs() > qz.abs())
-    part, signal, braking, colour = (boxes[name][scene, box][owner] for name in ("part", "signal", "braking", "colour"))
-    light, haze, visibility, dusk = (air[name][scene[owner]].T for name in ("light", "haze", "visibility", "dusk"))
-    paint = _livery(part, signal, braking, dusk[0] > 0.3, qx, qy, qz, end, side)
-    *painted, glow = PAINTS.to(image.device).T[:, paint]                                # (hits,) each
-    ahead = view.direction[0, at[test]].clamp(min=0) ** 16 * torch.exp(-depth / 60)     # what our head lamps light
-    light = light + 0.7 * ahead * dusk
-    shade = torch.where(end, 0.8, torch.where(side, 0.62, 1.05))
-    fade = torch.exp(-depth / (visibility[0] * 8 / 3)) * 255
-    # Each ray owns a share of a pixel; the ground keeps the rest.
-    row, column = target // W, target % W
-    pixel = row // FINE * (W // FINE) + column // FINE                                  # in image's (m, cameras, H, W)
-    covered = torch.bincount(pixel, minlength=image[0].numel()).view(image[0].shape) / FINE ** 2
-    image *= 1 - covered
+    pair, at, near = (value.index_select(0, test) for value in (pair, at, near))        # (hits,)
+    key = near.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(test)
+    ray = (pairs.scene * count).index_select(0, pair).add_(at).long()
+    best.scatter_reduce_(0, ray, key, "amin")
+    won = (best.index_select(0, ray) == key).nonzero()[:, 0]
+    best.index_fill_(0, ray, NOBODY)
+    pair, at, depth, test = (value.index_select(0, won) for value in (pair, at, near, test))
+    # Colour: by the face that was hit, then what is painted on it. q runs from -1 to 1 over the box.
+    qx, qy, qz = (
+        (d.index_select(0, test).mul_(depth).add_(o)).div_(h)
+        for d, o, h in zip(direction, slab[2:5].index_select(1, pair), slab[5:].index_select(1, pair)))
+    wide, high = qy.abs(), qz.abs()
+    end = qx.abs() > torch.maximum(wide, high)                                          # rear or front
+    side = (wide > high).logical_and_(~end)
+    paint = pair + len(PAINTS)                                                          # a palette with each box's own
+    palette = torch.cat([PAINTS.to(device), torch.nn.functional.pad(pairs.colour, (0, 1))]).T.contiguous()
+    dark = air["dusk"].gt(0.3)[:, 0][pairs.scene] if dusk else None
+    sizes = torch.bincount(pair, minlength=len(pairs.part))
+    sizes = torch.zeros(2 * len(PARTS), dtype=torch.long, device=device).index_add_(0, pairs.part, sizes).tolist()
+    for part, hits in enumerate(zip(*(value.split(sizes) for value in (paint, pair, qx, qy, qz, end, side)))):
+        if len(hits[0]):
+            _livery(part, pairs, dark, *hits)
+    *painted, glow = palette.index_select(1, paint)                                     # (hits,) each
+    light, haze, visibility = (air[name][pairs.scene].T.contiguous().index_select(1, pair)
+                               for name in ("light", "haze", "visibility"))
+    if dusk:                                                                            # what our head lamps light
+        reach = view.direction[0].index_select(0, at).clamp_(min=0).pow_(16) * torch.exp(-depth / 60)
+        light += 0.7 * air["dusk"][pairs.scene, 0].index_select(0, pair) * reach
+    shade = 1.05 - 0.25 * end.float() - 0.43 * side.float()
+    fade = torch.exp(depth / (visibility[0] * (-8 / 3)))
+    # Each ray owns a share of a pixel; the ground keeps the rest. Sums of multiples of 1 / 1024 are exact in any order.
+    size = image[0, 0].numel()
+    pixel = (pairs.scene * size).index_select(0, pair) + view.pixel_of.index_select(0, at)      # in (m, cameras, H, W)
+    share = torch.full_like(depth, FINE ** -2)
+    image *= 1 - torch.zeros_like(image[0]).view(-1).index_add_(0, pixel, share).view(image[0].shape)
     for i, channel in enumerate(image):
-        value = torch.where(paint > 0, painted[i], colour[:, i]) * torch.where(glow > 0, 1, shade * light[i])
-        channel.view(-1).index_add_(0, pixel, value.clamp(max=1) * fade + haze[i] * (1 - fade / 255), alpha=FINE ** -2)
+        value = torch.lerp(shade * light[i], glow.new_tensor(1), glow).mul_(painted[i]).clamp_(max=1).mul_(255)
+        value = value.sub_(haze[i]).mul_(fade).add_(haze[i]).mul_(1024).round_().div_(1024 * FINE ** 2)
+        channel += torch.zeros_like(channel).view(-1).index_add_(0, pixel, value).view(channel.shape)
 
 
 def _paint_rain(image, scene, time, part, view):
@@ -1157,58 +1240,88 @@ PAINTS = torch.tensor([
     [0.85, 0.05, 0.05, 0]])
 
 
-def _livery(part, signal, braking, dark, qx, qy, qz, end, side):
-    """The paint (hits,) of points q on boxes, each coordinate from -1 to 1; 0 is the thing's own colour. end and side
-    say whether a point is on its box's rear or front, or on its left or right; else it is on the top."""
-    paint = torch.zeros_like(part)
+def _livery(part, pairs, dark, paint, pair, qx, qy, qz, end, side):
+    """
+    Write the paint (hits,) of points q on boxes, each coordinate from -1 to 1, over the thing's own colour. All are of
+    the same part, an index of PARTS' boxes. end and side say whether a point is on its box's rear or front, or on its
+    left or right; else it is on the top. Each of pairs knows its signal; dark (pairs,) or None: where lamps are on.
+    """
+    def put(where, colour, only=True):          # later coats cover earlier ones
+        if only is not None:
+            paint.masked_fill_(where & only, colour)
 
-    def put(where, colour):                     # later coats cover earlier ones
-        paint.masked_fill_(where, colour)
-
-    rear, front, wide, low = end & (qx < 0), end & (qx > 0), qy.abs() > 0.45, qz < -0.4
-    body, cabin, housing = part == 2 * CAR, part == 2 * CAR + 1, (part == 2 * LIGHT) & rear & (qy.abs() < 0.85)
-    load, cab = part == 2 * TRUCK, part == 2 * TRUCK + 1
-    put(cabin & (end | side) & (qz.abs() < 0.75), WINDOW)
-    put((body & low) | ((load | cab) & (qz < -0.65)), TYRE)
-    put(cab & (end | side) & (qz > 0), WINDOW)
-    lamp = (body & wide & ~low) | ((load | cab) & wide & (qz > -0.65) & (qz < -0.3))
-    put(lamp & rear & ~cab, DULL_LAMP)
-    put(lamp & front & ~load, HEADLAMP)
-    put(lamp & rear & ~cab & dark, TAIL_LAMP)
-    put(lamp & front & ~load & dark, BRIGHT_LAMP)
-    put(((lamp & rear & ~cab) | (cabin & rear & (qz < -0.3))) & braking, BRAKE_LAMP)
-    blinks = torch.where(qy > 0, signal == BLINK_LEFT, signal == BLINK_RIGHT) | (signal == HAZARD)
-    put(((lamp & end) | (body & ~low & side & (qx.abs() > 0.8))) & blinks, AMBER)
-    put(housing & (signal == RED) & (qz > 0) & (qz < 0.9), RED_LAMP)
-    put(housing & (signal == GREEN) & (qz < 0) & (qz > -0.9), GREEN_LAMP)
-    put(housing & (signal == YELLOW) & (qz.abs() < 0.45), YELLOW_LAMP)
-    put((part == 2 * LIGHT + 1) | (part == 2 * TREE + 1) | (part == 2 * SIGN + 1) | (part == 2 * BARRIER + 1), WOOD)
-    put((part == 2 * PEDESTRIAN) & (qz < -0.15), TROUSERS)
-    put(part == 2 * PEDESTRIAN + 1, SKIN)
-    put((part == 2 * CONE + 1) & (qz < -0.2), WHITE)
-    pane = (part == 2 * BUILDING) & (end | side) & (torch.remainder(qz * 3, 1) < 0.45)
-    put(pane, PANE)
-    along = torch.where(end, qy, qx) * 4                                                # every fifth one has a lamp on
-    put(pane & dark & (torch.remainder(along.floor() + 7 * (qz * 3).floor(), 5) == 0), LIT_PANE)
-    put(part == 2 * BUMP, TYRE)
-    put((part == 2 * BUMP) & (torch.remainder(qy * 1.25 + 0.25, 1) < 0.6), STRIPE)
-    plate, warns, bicycle, rider = part == 2 * SIGN, signal == YELLOW, part == 2 * CYCLIST, part == 2 * CYCLIST + 1
-    corner = qy.abs() + qz.abs() > 1.45                                                 # an octagon is a square without
-    mark = torch.where(warns, (qy.abs() < 0.25) & (qz.abs() < 0.65), (qz.abs() < 0.2) & (qy.abs() < 0.75) | corner)
-    put(plate & ~rear, WOOD)
-    put(plate & rear, BOARD_RED)
-    put(plate & rear & warns, STRIPE)
-    put(plate & rear & mark, WHITE)
-    put(plate & rear & mark & warns, TYRE)
-    put(bicycle, TROUSERS)
-    put(bicycle & (qz < 0.3), TYRE)
-    put(bicycle & side & (qx.abs() < 0.25) & (qz < 0), BETWEEN)
-    put(bicycle & side & (qx.abs() > 0.4) & (qz > 0.3), BETWEEN)
-    put(bicycle & rear & (qz > 0.4) & dark, TAIL_LAMP)
-    put(bicycle & front & (qz > 0.4) & dark, BRIGHT_LAMP)
-    put(rider & (qz > 0.45), SKIN)
-    put((part == 2 * DEER) & (qz < -0.1) & (qx.abs() < 0.65) & side, BETWEEN)
-    put(part == 2 * DEBRIS, TYRE)
-    put(part == 2 * BARRIER, WHITE)
-    put((part == 2 * BARRIER) & (torch.remainder(qy * 2 + qz * 0.5, 1) < 0.5), BOARD_RED)
-    return paint
+    kind, first = part // 2, part % 2 == 0
+    rear, front = end & (qx < 0), end & (qx > 0)
+    signal = pairs.signal.index_select(0, pair)
+    dark = None if dark is None else dark.index_select(0, pair)
+    if kind in (CAR, TRUCK):
+        braking, lamp = pairs.braking.index_select(0, pair), qy.abs() > 0.45
+        if kind == CAR and not first:
+            put((end | side) & (qz.abs() < 0.75), WINDOW)
+            put(rear & (qz < -0.3) & braking, BRAKE_LAMP)
+            return
+        if kind == CAR:
+            put(qz < -0.4, TYRE)
+            lamp &= qz >= -0.4
+            blinker = (lamp & end) | ((qz >= -0.4) & side & (qx.abs() > 0.8))
+        else:
+            put(qz < -0.65, TYRE)
+            lamp &= (qz > -0.65) & (qz < -0.3)
+            blinker = lamp & (rear if first else front)
+            if not first:
+                put((end | side) & (qz > 0), WINDOW)
+        if kind == CAR or first:
+            put(lamp & rear, DULL_LAMP)
+            put(lamp & rear, TAIL_LAMP, dark)
+            put(lamp & rear & braking, BRAKE_LAMP)
+        if kind == CAR or not first:
+            put(lamp & front, HEADLAMP)
+            put(lamp & front, BRIGHT_LAMP, dark)
+        put(blinker & (torch.where(qy > 0, signal == BLINK_LEFT, signal == BLINK_RIGHT) | (signal == HAZARD)), AMBER)
+    elif kind == PEDESTRIAN:
+        put(qz < -0.15, TROUSERS) if first else paint.fill_(SKIN)
+    elif kind == LIGHT and first:
+        housing = rear & (qy.abs() < 0.85)
+        put(housing & (signal == RED) & (qz > 0) & (qz < 0.9), RED_LAMP)
+        put(housing & (signal == YELLOW) & (qz.abs() < 0.45), YELLOW_LAMP)
+        put(housing & (signal == GREEN) & (qz < 0) & (qz > -0.9), GREEN_LAMP)
+    elif kind == CONE and not first:
+        put(qz < -0.2, WHITE)
+    elif kind == BUILDING:
+        storey = qz * 3
+        floor = storey.floor()
+        pane = (storey - floor < 0.45) & (end | side)
+        put(pane, PANE)
+        if dark is not None:                                                            # every fifth one has a lamp on
+            along = torch.where(end, qy, qx) * 4
+            put(pane & (torch.remainder(along.floor() + 7 * floor, 5) == 0), LIT_PANE, dark)
+    elif kind in (LIGHT, TREE, SIGN, BARRIER) and not first:
+        paint.fill_(WOOD)
+    elif kind == BUMP:
+        paint.fill_(TYRE)
+        put(torch.remainder(qy * 1.25 + 0.25, 1) < 0.6, STRIPE)
+    elif kind == SIGN:                          # an octagon is a square without its corners
+        warns, corner = signal == YELLOW, qy.abs() + qz.abs() > 1.45
+        word = (qz.abs() < 0.3) & (qy.abs() < 0.75) & (torch.remainder(qy * 2.6 + 0.3, 1) < 0.6)
+        paint.fill_(BOARD_RED)
+        put(corner | word, WHITE)
+        put(warns, STRIPE)
+        put(warns & (qy.abs() < 0.25) & (qz.abs() < 0.65), TYRE)
+        put(~rear, WOOD)
+    elif kind == CYCLIST:
+        if first:
+            paint.fill_(TROUSERS)
+            put((qz < 0.3) | ~(end | side), TYRE)
+            put(side & (qx.abs() < 0.25) & (qz < 0), BETWEEN)                           # as if one saw the road there
+            put(side & (qx.abs() > 0.4) & (qz > 0.3), BETWEEN)
+            put(rear & (qz > 0.4), TAIL_LAMP, dark)
+            put(front & (qz > 0.4), BRIGHT_LAMP, dark)
+        else:
+            put(qz > 0.45, SKIN)
+    elif kind == DEER and first:
+        put((qz < -0.1) & (qx.abs() < 0.65) & side, BETWEEN)
+    elif kind == DEBRIS and first:
+        paint.fill_(TYRE)
+    elif kind == BARRIER:
+        paint.fill_(WHITE)
+        put(torch.remainder(qy * 2 + qz * 0.5, 1) < 0.5, BOARD_RED)
