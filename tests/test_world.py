@@ -333,7 +333,7 @@ def test_the_red_lamp_is_where_project_says():
     traffic = world.World(seeds)
     while traffic.time[0] < 0:
         traffic.step(*traffic.expert())
-    image = traffic.render((1, 6), (64, 128))  # (n, 2, 3, H, W)
+    image = traffic.render((1, 6), (192, 384))  # (n, 2, 3, H, W)
     boxes = world._boxes(traffic)
     lamp = boxes["part"] == 2 * world.LIGHT
     found = 0
@@ -343,7 +343,7 @@ def test_the_red_lamp_is_where_project_says():
                 continue
             point = boxes["centre"][i, j] + torch.tensor([-boxes["half"][i, j, 0], 0, 0.45 * boxes["half"][i, j, 2]])
             for camera, pixels in zip((1, 6), image[i]):
-                intrinsics, pose = world.rig_camera(camera, 64, 128)
+                intrinsics, pose = world.rig_camera(camera, 192, 384)
                 uv, visible = alpamayo.project((point - pose[:3, 3]) @ pose[:3, :3], intrinsics)
                 if visible:
                     r, g, b = pixels[:, int(uv[1]), int(uv[0])].tolist()
