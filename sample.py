@@ -409,33 +409,38 @@ def gallery(model, args):
     print(f"film       {os.path.join(args.gallery, 'drive.gif')}")
 
 
-def draw_sheet(file, size=(128, 256), columns=4):
-    """One scene of every situation, combination and rare object: the front camera at t0, the label, the expert's path."""
+def draw_sheet(file, size=(128, 256), columns=3):
+    """One scene of every situation, combination and rare object: what the front wide and the front tele camera see at t0,
+    the label, and the path that the expert will drive."""
     import matplotlib.pyplot as plt
 
-    seeds = {}
+    known, seeds = (*world.SITUATIONS, *world.COMBINATIONS, *world.RARE), {}
     for split in ("val", "tail", "rare"):
-        for seed in range(world.SEEDS[split], world.SEEDS[split] + 400):
-            seeds.setdefault(world.draw(seed).situation, seed)
-    seeds = {name: seeds[name] for name in (*world.SITUATIONS, *world.COMBINATIONS, *world.RARE)}
-    scene = data.make_scenes(seeds.values(), camera_ids=(1, 6), size=size, frames=1)
-    path = (dict(), ((0.5, "white", 0.9), (0.25, MODEL, 1)))
-    rows = -(-len(seeds) // columns)
+        for seed in range(world.SEEDS[split], world.SEEDS[split] + 1000):
+            one = world.draw(seed)
+            plain = one.dusk == one.rain == 0 and one.visibility == 150
+            if plain == (known.index(one.situation) % 4 != 3 and one.situation != "dusk and rain"):  # three of four by day
+                seeds.setdefault(one.situation, seed)
+    scene = data.make_scenes([seeds[name] for name in known], camera_ids=(1, 6), size=size, frames=1)
+    rows, band = -(-len(known) // columns), ((0.5, "white", 0.9), (0.25, MODEL, 1))
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.75 * rows), layout="constrained")
-        for ax in axes.flat:
-            ax.axis("off")
-        for i, (name, ax) in enumerate(zip(seeds, axes.flat)):
-            drive = Drive("", scene["ego_future_xyz"][i], scene["ego_future_rot"][i], None, *path)
-            images = scene["images"][i, :, -1].permute(0, 2, 3, 1).numpy()
-            draw_view(ax, 1, (images[0], scene["intrinsics"][i, 0], scene["camera_to_ego"][i, 0]), [drive])
-            tele = ax.inset_axes([0.66, 0.66, 0.34, 0.34])
-            tele.imshow(images[1], interpolation="nearest", aspect="auto")
-            tele.set(xticks=[], yticks=[])
-            held_out = "" if name in world.SITUATIONS else "  (never in training)"
-            ax.set_title(name + held_out, size=12, color=MODEL if held_out else TRUTH, weight="bold", pad=22)
-            ax.text(0, 1.03, textwrap.shorten(scene["reasoning"][i], 92), transform=ax.transAxes, size=7.5, color=PAST)
-        figure.savefig(file, dpi=80)
+        figure = plt.figure(figsize=(5.4 * columns, 1.83 * rows), dpi=75)
+        grid = figure.add_gridspec(rows, columns, left=0.005, right=0.995, top=0.978, bottom=0.004, wspace=0.03, hspace=0.38)
+        for i, name in enumerate(known):
+            drive = Drive("", scene["ego_future_xyz"][i], scene["ego_future_rot"][i], None, {}, band)
+            pair = grid[i // columns, i % columns].subgridspec(1, 2, wspace=0.01)
+            for camera, place in enumerate(pair):
+                ax = figure.add_subplot(place)
+                view = (scene[key][i, camera] for key in ("images", "intrinsics", "camera_to_ego"))
+                image, *geometry = view
+                draw_view(ax, (1, 6)[camera], (image[-1].permute(1, 2, 0).numpy(), *geometry), [drive])
+                if camera == 0:
+                    new = name not in world.SITUATIONS
+                    text = name + "   (never in training)" * new
+                    ax.text(0, 1.17, text, transform=ax.transAxes, size=11, weight="bold", color=MODEL if new else TRUTH)
+                    said = textwrap.shorten(scene["reasoning"][i], 82, placeholder=" ...")
+                    ax.text(0, 1.045, said, transform=ax.transAxes, size=8.5, color=PAST)
+        figure.savefig(file)
         plt.close(figure)
 
 
@@ -491,7 +496,7 @@ def draw_above(ax, traffic, plan):
     for lane in range(int(-right), int(left + oncoming) + 2):  # lane lines
         lx, ly, _ = world.place(s, torch.full_like(s, (lane - 0.5) * world.LANE), traffic.scene.road)
         lx, ly = lx - traffic.x, ly - traffic.y
-        ax.plot(-(cos * ly - sin * lx), cos * lx + sin * ly, color="white", linewidth=1.5)
+        ax.plot(-(cos * ly - sin * lx), cos * lx + sin * ly, color="white", linewidth=1.5, zorder=0)
 
     def rectangle(cx, cy, heading, size, colour):
         a, b = torch.tensor([1.0, 1, -1, -1]) * size[0] / 2, torch.tensor([1.0, -1, -1, 1]) * size[1] / 2
@@ -504,7 +509,7 @@ def draw_above(ax, traffic, plan):
     zero = torch.zeros(())
     rectangle(zero + world.FRONT - world.LENGTH / 2, zero, zero, (world.LENGTH, world.WIDTH), MODEL)
     ax.plot(-plan[:, 1], plan[:, 0], color=MODEL, linewidth=2, alpha=0.7)
-    ax.set(xlim=(-14, 14), ylim=(-12, 60), xticks=[], yticks=[], aspect="equal")
+    ax.set(xlim=(-17, 17), ylim=(-12, 60), xticks=[], yticks=[], aspect="equal")
     ax.spines[:].set_visible(False)
 
 
