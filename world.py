@@ -514,7 +514,7 @@ def _view(camera_ids, H, W, device):
         ground=torch.stack(ground), lane=_stripe(0.18, reach * pixel),
         bar=_stripe(0.6, reach ** 2 * pixel / pose[:, 2, 3, None, None]),
         reach=reach, sky=torch.exp(-6 * direction[:, :half, :, 2].clamp(min=0)), beam=_beam(*ground),
-        streak=_streaks(len(camera_ids), H, W))
+        streak=_streaks(camera_ids, H, W))
     for name, value in vars(view).items():
         if torch.is_tensor(value):
             setattr(view, name, value.to(device))
@@ -538,12 +538,12 @@ def _beam(x, y):
     return torch.exp(-ahead / 35) * torch.exp(-(y / (1.5 + 0.12 * ahead)) ** 2) * (ahead > 0)
 
 
-def _streaks(cameras, H, W):
+def _streaks(camera_ids, H, W):
     """
     Where rain falls: a number (cameras, H, W) that grows by one with each 1 / 64 of the height, from a start that is
     its column's own, modulo 256. `_paint_rain` adds how far the rain has fallen and draws where the sum is small.
     """
-    column = torch.arange(cameras)[:, None] * 96 + torch.arange(W) * 96 // W            # (cameras, W)
+    column = torch.tensor(camera_ids)[:, None] * 96 + torch.arange(W) * 96 // W            # (cameras, W)
     start = (column * 40503 + 977) * (column + 71) // 8
     return (start[:, None] - torch.arange(H)[:, None] * 64 // H) & 255
 
@@ -665,13 +665,16 @@ def _rectangles(boxes, view):
     # An arc of a rad, up to 1.2 rad off the axis, bows by less than 0.08 a^2 rad; half an edge by a quarter of it.
     margin = 1 + 0.04 * (high - low).square().sum(-1, keepdim=True) / focal
     edge = torch.tensor([W, H], device=origin.device)
-    low = (low - margin).floor().clamp(min=0).minimum(edge).long()
-    high = (high + margin).ceil().clamp(min=0).minimum(edge).long()
     # Drop what lies outside the cone of 1.2 rad that holds all the pictures, whole: pixels mean little behind a lens.
+    # A box that is near enough to surround the camera may be anywhere.
     offset = centre - origin[:, None]                                                   # (cameras, k, 3)
     distance, radius = offset.norm(dim=-1), half.norm(dim=-1)
     angle = torch.acos(((offset @ view.pose[:, :3, 2, None])[..., 0] / distance).clamp(-1, 1))
-    seen = angle - torch.asin((radius / distance).clamp(max=1)) < 1.2
+    around = distance <= radius
+    seen = around | (angle - torch.asin((radius / distance).clamp(max=1)) < 1.2)
+    edge = torch.tensor([W, H], device=origin.device)
+    low = (low - margin).floor().clamp(min=0).minimum(edge).long().masked_fill(around[..., None], 0)
+    high = torch.where(around[..., None], edge, (high + margin).ceil().clamp(min=0).minimum(edge).long())
     size = (high - low) * seen[..., None]
     camera, k = size.prod(-1).nonzero(as_tuple=True)
     return scene[k], camera, box[k], *low[camera, k].unbind(-1), *size[camera, k].unbind(-1)
