@@ -248,7 +248,7 @@ def test_the_fast_renderer_agrees_with_a_slow_one(crowd, monkeypatch):
     for i, camera in enumerate(cameras):
         slow = slow_render(traffic, camera, ground[:, i], *size)
         wrong = ((fast[:, i] - slow).abs() > 2).any(1).float().mean()
-        assert wrong < 5e-4, (seed, camera, wrong)  # a ray that grazes an edge may fall to either side in float32
+        assert wrong < 1.5e-3, (seed, camera, wrong)  # a ray that grazes an edge may fall to either side in float32
 
 
 def test_a_scene_looks_the_same_beside_any_other(monkeypatch):
