@@ -22,7 +22,8 @@ The world is our own traffic: it needs no download, and because we made the caus
 The page reads: the words, scenes of the world, their cache on disk; then real clips, of NVIDIA, of KITTI and of one's
 own (see `read_folder`).
 
-    python data.py --scenes 16000 --size 64 128             # make a training set, print scenes/s by part
+    python data.py --scenes 16000 --size 64 128             # make a training set
+    python data.py --cost                                   # what a scene costs, by part
     python data.py --look sheet.png --seeds 0 12            # look at twelve scenes
 """
 
@@ -1008,19 +1009,45 @@ def splits(scenes):
     return "\n".join(line if isinstance(line, str) else "| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def measure(size, scenes=32):
-    """Scenes per second of each part of the making, in this process with one thread."""
-    torch.set_num_threads(1)
-    clock = [time.perf_counter()]
+def measure(camera_ids, size, pool, workers, scenes=32, frames=4):
+    """What a scene of this many frames costs: ms of one core by part, and scenes/s of workers that do nothing else."""
+    clock = [time.process_time()]
     world = World(range(scenes))
-    clock.append(time.perf_counter())
     for _ in range(PAST + FUTURE):
         world.step(*world.expert())
-    clock.append(time.perf_counter())
-    for _ in range(4):
-        world.render((0, 1, 2, 6), size)
-    clock.append(time.perf_counter())
-    return {part: scenes / (b - a) for part, a, b in zip(("draw", "drive", "render 16 images"), clock, clock[1:])}
+    clock.append(time.process_time())
+    world = World(range(scenes))
+    for things in (True, False):                # then with nothing that stands on the ground
+        world.things.kind *= things
+        world.render(camera_ids, size)          # to warm up
+        clock.append(time.process_time())
+        for _ in range(frames):
+            world.render(camera_ids, size)
+        clock.append(time.process_time())
+    drive, full, ground = (1000 * (clock[i + 1] - clock[i]) / scenes for i in (0, 2, 4))
+    jobs = [dict(seeds=range(i * BATCH, (i + 1) * BATCH), camera_ids=camera_ids, size=size) for i in range(2 * workers)]
+    begin = time.perf_counter()
+    pool.map(_make_and_forget, jobs, chunksize=2)
+    rate = len(jobs) * BATCH / (time.perf_counter() - begin)
+    return {"cameras": len(camera_ids), "image": f"{size[0]} x {size[1]}", "drive, ms": round(drive, 2),
+            "ground, ms": round(ground, 2), "boxes, ms": round(full - ground, 2), "together, ms": round(drive + full, 2),
+            f"scenes/s, {workers} processes": round(rate, 1)}
+
+
+def _make_and_forget(options):
+    make_scenes(**options)
+
+
+def cost(workers):
+    """A table of `measure` in Markdown, and the same as a line of JSON."""
+    torch.set_num_threads(1)
+    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        pool.map(_make_and_forget, [dict(seeds=range(2), size=(32, 64))] * workers, chunksize=1)
+        rows = [measure(camera_ids, size, pool, workers)
+                for camera_ids in ((1, 6), (0, 1, 2, 6)) for size in ((32, 64), (64, 128), (128, 256))]
+    for line in (rows[0], ["---:"] * len(rows[0]), *(row.values() for row in rows)):
+        print("|", " | ".join(map(str, line)), "|")
+    print(json.dumps(rows))
 
 
 def main():
@@ -1034,6 +1061,7 @@ def main():
     parser.add_argument("--frame-dt", type=float, default=0.5, help="seconds between frames")
     parser.add_argument("--folder", default="data", help="where sets are kept")
     parser.add_argument("--workers", type=int, default=2, help="processes that make scenes, 0 for none but this one")
+    parser.add_argument("--cost", action="store_true", help="print what a scene costs instead of making a set")
     parser.add_argument("--look", metavar="PNG", help="draw a contact sheet of the seeds instead of making a set")
     parser.add_argument("--splits", type=int, nargs="?", const=2000, metavar="N",
                         help="print of what the first N scenes of each split are made")
@@ -1045,8 +1073,9 @@ def main():
     if args.splits:
         print(splits(args.splits))
         return
-    measure(args.size, scenes=4)                                                        # warm up
-    print("one thread, scenes/s:", ", ".join(f"{part} {rate:.0f}" for part, rate in measure(args.size).items()))
+    if args.cost:
+        cost(max(1, args.workers))
+        return
     begin = time.perf_counter()
     made = load("world", split=args.split, scenes=args.scenes, camera_ids=args.camera_ids, size=args.size,
                 frames=args.frames, frame_dt=args.frame_dt, folder=args.folder, start=args.start, workers=args.workers)

@@ -962,14 +962,15 @@ def _view(camera_ids, H, W, device):
     ground = [pose[:, i, 3, None, None] + reach * down[..., i] for i in (0, 1)]
     pixel = 1 / intrinsics[:, 6, None, None]                                            # rad
     camera, row, column = torch.meshgrid(*(torch.arange(n) for n in (len(pose), H // FINE, W // FINE)), indexing="ij")
-    pixel_of = ((camera * (H // FINE) + row) * (W // FINE) + column).repeat_interleave(FINE, 1).repeat_interleave(FINE, 2)
+    pixel_of = (camera * (H // FINE) + row) * (W // FINE) + column                     # of the coarser view
+    pixel_of = pixel_of.repeat_interleave(FINE, 1).repeat_interleave(FINE, 2)
     view = SimpleNamespace(
         intrinsics=intrinsics, pose=pose, size=(H, W), half=half, pixel_of=pixel_of.flatten().int(),
         direction=direction.permute(3, 0, 1, 2).flatten(1).contiguous(),                # (3, cameras * H * W)
         ground=torch.stack(ground), lane=_stripe(0.18, reach * pixel),
         bar=_stripe(0.6, reach ** 2 * pixel / pose[:, 2, 3, None, None]),
         reach=reach, sky=torch.exp(-6 * direction[:, :half, :, 2].clamp(min=0)), beam=_beam(*ground),
-        streak=_streaks(len(camera_ids), H, W))
+        streak=_streaks(camera_ids, H, W))
     for name, value in vars(view).items():
         if torch.is_tensor(value):
             setattr(view, name, value.to(device))
@@ -993,12 +994,12 @@ def _beam(x, y):
     return torch.exp(-ahead / 35) * torch.exp(-(y / (1.5 + 0.12 * ahead)) ** 2) * (ahead > 0)
 
 
-def _streaks(cameras, H, W):
+def _streaks(camera_ids, H, W):
     """
     Where rain falls: a number (cameras, H, W) that grows by one with each 1 / 64 of the height, from a start that is
     its column's own, modulo 256. `_paint_rain` adds how far the rain has fallen and draws where the sum is small.
     """
-    column = torch.arange(cameras)[:, None] * 96 + torch.arange(W) * 96 // W            # (cameras, W)
+    column = torch.tensor(camera_ids)[:, None] * 96 + torch.arange(W) * 96 // W            # (cameras, W)
     start = (column * 40503 + 977) * (column + 71) // 8
     return (start[:, None] - torch.arange(H)[:, None] * 64 // H) & 255
 
@@ -1054,7 +1055,8 @@ def _paint_ground(world, air, part, bend, cross, dusk, view):
         beyond = s - scene.stop
         ours = (centre - d).gt_(0).mul_((d - right_line).gt_(0))
         white = white.maximum(_cover(beyond, view.bar).mul_(ours))
-        zebra = torch.remainder(d, 1.2).lt_(0.6).mul_((beyond - 2.5).abs_().lt_(1.5)).mul_((out + scene.shoulder).lt_(0))
+        zebra = torch.remainder(d, 1.2).lt_(0.6).mul_((beyond - 2.5).abs_().lt_(1.5))
+        zebra *= (out + scene.shoulder).lt_(0)
         white.lerp_(zebra.new_tensor(0.9), zebra)
         yellow.mul_(beyond.abs_().gt_(1)).mul_(1 - zebra)
     asphalt = corner.ge_(FILLET ** 2 - 1e-3)
@@ -1117,13 +1119,16 @@ def _rectangles(boxes, view):
     # An arc of a rad, up to 1.2 rad off the axis, bows by less than 0.08 a^2 rad; half an edge by a quarter of it.
     margin = 1 + 0.04 * (high - low).square().sum(-1, keepdim=True) / focal
     edge = torch.tensor([W, H], device=origin.device)
-    low = (low - margin).floor().clamp(min=0).minimum(edge).long()
-    high = (high + margin).ceil().clamp(min=0).minimum(edge).long()
     # Drop what lies outside the cone of 1.2 rad that holds all the pictures, whole: pixels mean little behind a lens.
+    # A box that is near enough to surround the camera may be anywhere.
     offset = centre - origin[:, None]                                                   # (cameras, k, 3)
     distance, radius = offset.norm(dim=-1), half.norm(dim=-1)
     angle = torch.acos(((offset @ view.pose[:, :3, 2, None])[..., 0] / distance).clamp(-1, 1))
-    seen = angle - torch.asin((radius / distance).clamp(max=1)) < 1.2
+    around = distance <= radius
+    seen = around | (angle - torch.asin((radius / distance).clamp(max=1)) < 1.2)
+    edge = torch.tensor([W, H], device=origin.device)
+    low = (low - margin).floor().clamp(min=0).minimum(edge).long().masked_fill(around[..., None], 0)
+    high = torch.where(around[..., None], edge, (high + margin).ceil().clamp(min=0).minimum(edge).long())
     size = (high - low) * seen[..., None]
     camera, k = size.prod(-1).nonzero(as_tuple=True)
     return scene[k], camera, box[k], *low[camera, k].unbind(-1), *size[camera, k].unbind(-1)
@@ -1150,12 +1155,15 @@ def _pairs(boxes, parts, view):
         first=((camera * view.size[0] + top) * view.size[1] + left).int(),
         slab=torch.stack([cos, sin, cos * x + sin * y, cos * y - sin * x, z, *own["half"].unbind(-1)], -1))
     counts = torch.bincount(group // (2 * len(PARTS)), minlength=len(parts)).tolist()
-    return [SimpleNamespace(**dict(zip(own, values))) for values in zip(*(value.split(counts) for value in own.values()))]
+    chunks = zip(*(value.split(counts) for value in own.values()))
+    return [SimpleNamespace(**dict(zip(own, chunk))) for chunk in chunks]
 
 
 def _paint_boxes(image, pairs, air, dusk, best, view):
-    """Draw boxes over image (3, m, cameras, H, W), in place, by the rays of a view FINE times as fine. dusk: any?
-    best (m * rays,) is NOBODY, and so it is left."""
+    """
+    Draw boxes over image (3, m, cameras, H, W), in place, by the rays of a view FINE times as fine. dusk: is there any.
+    best is a buffer (m * rays or more,) full of NOBODY, and is left so.
+    """
     device, W, count = image.device, view.size[1], view.direction.shape[1]
     ahead = lambda value: value.cumsum(0, dtype=torch.int32) - value                    # the sum of all before
     arange = lambda value: torch.arange(len(value), dtype=torch.int32, device=device)
@@ -1208,7 +1216,7 @@ def _paint_boxes(image, pairs, air, dusk, best, view):
         light += 0.7 * air["dusk"][pairs.scene, 0].index_select(0, pair) * reach
     shade = 1.05 - 0.25 * end.float() - 0.43 * side.float()
     fade = torch.exp(depth / (visibility[0] * (-8 / 3)))
-    # Each ray owns a share of a pixel; the ground keeps the rest. Sums of multiples of 1 / 1024 are exact in any order.
+    # Each ray owns a share of a pixel; the ground keeps the rest. Multiples of 2^-12 add up exactly in any order.
     size = image[0, 0].numel()
     pixel = (pairs.scene * size).index_select(0, pair) + view.pixel_of.index_select(0, at)      # in (m, cameras, H, W)
     share = torch.full_like(depth, FINE ** -2)

@@ -388,3 +388,163 @@ def test_bad_options_are_one_line():
             call()
         assert "\n" not in str(error.value)
     assert math.isclose(world.RIG[1][2], math.radians(120))
+
+
+# The renderer
+
+
+def at_t0(seeds, **air):
+    """A world at t0, with this dusk, rain or visibility in all its scenes."""
+    traffic = world.World(seeds)
+    while traffic.time < 0:
+        traffic.step(*traffic.expert())
+    for name, value in air.items():
+        getattr(traffic.scene, name)[:] = torch.as_tensor(value)
+    return traffic
+
+
+def alone(kind, s=18.0, d=0.0, **fields):
+    """A world at t0 with one thing on an empty straight road."""
+    seed = next(i for i in range(100) if world.draw(i).situation == "free" and world.draw(i).road == world.STRAIGHT)
+    traffic = at_t0([seed])
+    for name, value in (world.Thing(kind, s, d)._asdict() | fields).items():
+        getattr(traffic.things, name)[0, 0] = torch.as_tensor(value)
+    traffic.things.kind[0, 1:] = world.NOTHING
+    traffic.scene.crossing[:] = traffic.scene.stop[:] = world.FAR
+    return traffic
+
+
+def slow_render(traffic, camera, ground, H, W):
+    """
+    `World.render` as one would write it down: every ray with every box, in float64. ground (n, 3, H, W) is what is
+    behind the boxes. Each thing has its own colour all over, the day is clear.
+    """
+    boxes = {name: value.double() for name, value in world._boxes(traffic).items()}
+    intrinsics, pose = world.rig_camera(camera, 2 * H, 2 * W)
+    ray, origin = (world.rays(intrinsics, 2 * H, 2 * W) @ pose[:3, :3].T).double(), pose[:3, 3].double()
+    images = []
+    for i in range(len(ground)):
+        depth, colour = torch.full((2 * H, 2 * W), math.inf, dtype=torch.double), torch.zeros(2 * H, 2 * W, 3).double()
+        for centre, half, cos, sin, own in zip(*(boxes[f][i] for f in ("centre", "half", "cos", "sin", "colour"))):
+            turn = torch.stack([torch.stack([cos, sin, cos * 0]), torch.stack([-sin, cos, cos * 0]), torch.eye(3).double()[2]])
+            o, d = turn @ (origin - centre), ray @ turn.T
+            enter, leave = torch.stack([(-half - o) / d, (half - o) / d]).sort(0).values
+            near = enter.amax(-1)
+            hit = (near < leave.amin(-1)) & (near > 0) & (near < depth) & (half > 0).all()
+            face = ((o + near[..., None] * d) / half).abs().argmax(-1)
+            shade = torch.tensor([0.8, 0.62, 1.05]).double()[face] * traffic.scene.daylight[i].double()
+            fade = torch.exp(-near / 400)[..., None]
+            seen = 255 * (own * shade[..., None]).clamp(max=1) * fade + 205 * (1 - fade)
+            depth, colour = torch.where(hit, near, depth), torch.where(hit[..., None], seen, colour)
+        behind = ground[i].permute(1, 2, 0).double().repeat_interleave(2, 0).repeat_interleave(2, 1)
+        image = torch.where(depth.isfinite()[..., None], colour, behind)
+        images.append(image.view(H, 2, W, 2, 3).mean((1, 3)).permute(2, 0, 1))
+    return torch.stack(images)
+
+
+@pytest.mark.parametrize("crowd", ["as drawn", "anywhere"])
+def test_the_fast_renderer_agrees_with_a_slow_one(crowd, monkeypatch):
+    monkeypatch.setattr(world, "_livery", lambda *_: None)  # things in their own colour
+    seed = int(torch.randint(10**6, ()))
+    traffic = at_t0(range(seed, seed + 4))
+    t = traffic.things
+    t.colour = torch.rand_like(t.colour)
+    if crowd == "anywhere":  # also what is huge, near, or reaches behind the cameras
+        t.kind = torch.randint_like(t.kind, world.CAR, len(world.PARTS))
+        t.s, t.d = torch.empty_like(t.s).uniform_(-15, 60), torch.empty_like(t.d).uniform_(-12, 12)
+        t.size = torch.rand_like(t.size) * torch.tensor([12, 4, 6]) + 0.1
+        t.drift, t.d_end = torch.randn_like(t.drift), torch.full_like(t.d_end, 99.0)
+    cameras, size = (0, 1, 6), (24, 48)
+    fast = traffic.render(cameras, size)
+    kinds, t.kind = t.kind, torch.zeros_like(t.kind)
+    ground = traffic.render(cameras, size)
+    t.kind = kinds
+    assert (fast != ground).any(2).float().mean() > 0.01
+    for i, camera in enumerate(cameras):
+        slow = slow_render(traffic, camera, ground[:, i], *size)
+        wrong = ((fast[:, i] - slow).abs() > 2).any(1).float().mean()
+        assert wrong < 1.5e-3, (seed, camera, wrong)  # a ray that grazes an edge may fall to either side in float32
+
+
+def test_a_scene_looks_the_same_beside_any_other(monkeypatch):
+    seeds = [3, 8, 21, 34, 55, 89, 144]
+    air = dict(dusk=[0, 1, 0, 0.4, 0, 0, 0.8], rain=[0, 0, 1, 0.5, 0, 0, 0], visibility=[150.0, 150, 90, 80, 50, 150, 150])
+    together = at_t0(seeds, **air).render((1, 6), (32, 64))
+    backwards = at_t0(seeds[::-1], **{k: v[::-1] for k, v in air.items()}).render((1, 6), (32, 64))
+    assert torch.equal(together, backwards.flip(0))
+    for i, seed in enumerate(seeds):
+        one = at_t0([seed], **{k: v[i] for k, v in air.items()})
+        assert torch.equal(one.render((1, 6), (32, 64))[0], together[i]), seed
+        assert torch.equal(one.render((6,), (32, 64))[0, 0], together[i, 1]), seed
+    monkeypatch.setattr(world, "CHUNK", (1, 1))  # one scene at a time
+    assert torch.equal(at_t0(seeds, **air).render((1, 6), (32, 64)), together)
+
+
+def pixel(traffic, part, q, camera=6, size=(64, 128)):
+    """What the camera shows of the point q of the first thing's box (0 or 1), each coordinate from -1 to 1: r, g, b."""
+    boxes = {name: value[0, part] for name, value in world._boxes(traffic).items()}
+    x, y, z = torch.tensor(q) * boxes["half"]
+    cos, sin = boxes["cos"], boxes["sin"]
+    point = torch.stack([cos * x - sin * y, sin * x + cos * y, z]) + boxes["centre"]
+    intrinsics, pose = world.rig_camera(camera, *size)
+    uv, visible = alpamayo.project((point - pose[:3, 3]) @ pose[:3, :3], intrinsics)
+    assert visible
+    return traffic.render((camera,), size)[0, 0, :, int(uv[1]), int(uv[0])].int().tolist()
+
+
+RED, YELLOW, BROWN = (lambda r, g, b: r > 2 * g and r > 2 * b), (lambda r, g, b: min(r, g) > 1.5 * b), (lambda r, g, b: r > 1.2 * g > 1.2 * b)
+WHITE, DARK, PINK = (lambda r, g, b: min(r, g, b) > 150), (lambda r, g, b: max(r, g, b) < 80), (lambda r, g, b: r > 1.4 * b > 2 * g)
+
+
+@pytest.mark.parametrize("kind, size, box, q, colour, fields", [
+    ("BUMP", world.BUMP_SIZE, 0, (-1, 0, 0), YELLOW, {}),
+    ("SIGN", world.SIGN_SIZE, 0, (-1, 0.55, 0.65), RED, {}),
+    ("SIGN", world.SIGN_SIZE, 0, (-1, 0.55, 0.65), YELLOW, dict(signal=world.YELLOW)),
+    ("LIGHT", world.LIGHT_SIZE, 0, (-1, 0, 0), YELLOW, dict(signal=world.YELLOW, s=35.0)),
+    ("CAR", world.TRUCK_SIZE, 0, (-1, 0.75, -0.48), RED, dict(accel=-2.0, t_accel=-1.0, s=24.0)),
+    ("CAR", world.TRUCK_SIZE, 0, (-1, 0, 0.3), WHITE, dict(colour=(0.95, 0.95, 0.95), s=24.0)),
+    ("CYCLIST", world.CYCLIST_SIZE, 1, (-1, 0, 0), PINK, dict(colour=(0.95, 0.1, 0.6))),
+    ("CYCLIST", world.CYCLIST_SIZE, 0, (-1, 0, -0.2), DARK, {}),
+    ("DEER", world.DEER_SIZE, 0, (-1, 0, 0.5), BROWN, dict(colour=world.DEER_COLOUR)),
+    ("DEER", world.DEER_SIZE, 0, (0, 1, 0.5), BROWN, dict(colour=world.DEER_COLOUR, drift=-1.0)),
+    ("DEBRIS", world.DEBRIS_SIZE, 0, (-1, 0.2, 0), DARK, {}),
+    ("BARRIER", world.BARRIER_SIZE, 0, (-1, 0.12, 0), RED, {}),
+    ("BARRIER", world.BARRIER_SIZE, 0, (-1, 0.37, 0), WHITE, {}),
+])  # fmt: skip
+def test_a_kind_of_thing_is_where_project_says(kind, size, box, q, colour, fields):
+    traffic = alone(getattr(world, kind), size=size, **fields)
+    assert colour(*pixel(traffic, box, q)), pixel(traffic, box, q)
+
+
+def test_lamps_glow_at_dusk():
+    def tail(**air):
+        traffic = alone(world.CAR, size=world.CAR_SIZE, colour=(0.5, 0.5, 0.5), **{k: air.pop(k) for k in ("accel", "t_accel") if k in air})
+        for name, value in air.items():
+            getattr(traffic.scene, name)[:] = value
+        return pixel(traffic, 0, (-1, 0.7, 0.2))[0], traffic.render((1,), (32, 64)).float().mean()
+
+    (day, bright), (dusk, dim), (braking, _) = tail(), tail(dusk=1.0), tail(dusk=1.0, accel=-2.0, t_accel=-1.0)
+    assert dim < 0.75 * bright and day + 20 < dusk < braking - 60
+
+
+def test_a_pedestrian_at_60_m_is_seen_in_any_air():
+    for air in ({}, dict(dusk=1.0), dict(rain=1.0, visibility=80.0), dict(visibility=50.0), dict(dusk=1.0, rain=1.0, visibility=80.0)):
+        images = []
+        for colour in ((1.0, 0.9, 0.1), (0.6, 0.1, 0.9)):
+            traffic = alone(world.PEDESTRIAN, s=60.0, size=world.PERSON_SIZE, colour=colour)
+            for kind in (world.PEDESTRIAN, world.NOTHING):
+                traffic.things.kind[0, 0] = kind
+                for name, value in air.items():
+                    getattr(traffic.scene, name)[:] = value
+                images.append(traffic.render((6,), (64, 128)).int())
+            assert (images[-2] - images[-1]).abs().max() > 25, (air, colour)
+
+
+def test_rain_falls():
+    first, same = (at_t0([5, 6], rain=1.0) for _ in range(2))
+    image = first.render((1,), (64, 128))
+    assert torch.equal(image, same.render((1,), (64, 128)))
+    sky = image[:, 0, :, :16].int()  # of two scenes: their streaks are not in the same places
+    assert (sky[0] != sky[1]).any() and (sky.amax((2, 3)) - sky.amin((2, 3))).min() > 10
+    first.time += world.DT
+    assert not torch.equal(first.render((1,), (64, 128))[..., :16, :], image[..., :16, :])
