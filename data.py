@@ -231,7 +231,7 @@ SHORTEST = 0.5              # s, a meta-action that ends sooner is not one
 
 def line_fit(y, sigma=SMOOTHING):
     """
-    Values and slopes (per s), each (..., T), of lines fitted to y (..., T) at 10 Hz in a Gaussian window about each step.
+    Values and slopes (per s), (..., T) each, of lines fitted to y (..., T) at 10 Hz, in a Gaussian window at each step.
 
     A window that reaches beyond an end has only what there is in it. The line keeps that from bending the ends.
     """
@@ -249,8 +249,8 @@ def line_fit(y, sigma=SMOOTHING):
 
 def smooth_motion(xyz, rot):
     """
-    Poses (..., T, 3), (..., T, 3, 3) at 10 Hz in any fixed frame -> speed m/s (negative in reverse), acceleration m/s^2,
-    heading rad (without jumps) and turn rate rad/s, each (..., T) float64.
+    Poses (..., T, 3), (..., T, 3, 3) at 10 Hz in any fixed frame -> speed m/s (negative in reverse), acceleration
+    m/s^2, heading rad (without jumps), turn rate rad/s (left is positive), (..., T) float64 each.
     """
     if xyz.shape[-1:] != (3,) or rot.shape != (*xyz.shape, 3) or xyz.shape[-2] < 3:
         raise ValueError(f"poses: expected xyz (..., T, 3) and rot (..., T, 3, 3), T at least 3, "
@@ -263,7 +263,7 @@ def smooth_motion(xyz, rot):
 
 
 def stretches(x, edge, peak):
-    """Where x (..., T) is at least `edge`, if in that stretch it anywhere reaches `peak`: hysteresis both ways in time."""
+    """Where x (..., T) is at least `edge`, in stretches that somewhere reach `peak`: hysteresis both ways in time."""
     def since(on, off):                                                     # from an on to the next off
         last = torch.where(on | off, torch.arange(x.shape[-1], device=x.device), -1).cummax(-1).values
         return (last >= 0) & on.gather(-1, last.clamp(min=0))
@@ -296,7 +296,8 @@ def meta_actions(xyz, rot):
     decelerate. "Reverse left" is the wheel turned left: the tail swings left, the nose right.
     """
     speed, acceleration, _, turn_rate = smooth_motion(xyz, rot)
-    name, longitudinal = LONGITUDINAL_META.index, torch.full_like(speed, LONGITUDINAL_META.index("maintain speed")).long()
+    name = LONGITUDINAL_META.index
+    longitudinal = torch.full_like(speed, name("maintain speed"), dtype=torch.long)
     for word, sign in (("accelerate", 1), ("decelerate", -1)):
         longitudinal[stretches(sign * acceleration, *GENTLE)] = name("gentle " + word)
         longitudinal[stretches(sign * acceleration, *STRONG)] = name("strong " + word)
@@ -304,7 +305,8 @@ def meta_actions(xyz, rot):
     longitudinal[stretches(-speed, *REVERSING)] = name("reverse")
     longitudinal = without_short(longitudinal, round(SHORTEST / DT))
 
-    name, lateral = LATERAL_META.index, torch.full_like(longitudinal, LATERAL_META.index("go straight"))
+    name = LATERAL_META.index
+    lateral = torch.full_like(longitudinal, name("go straight"))
     moving = longitudinal != LONGITUDINAL_META.index("stop")
     reverse = longitudinal == LONGITUDINAL_META.index("reverse")
     wheel = torch.where(reverse, -turn_rate, turn_rate) * moving            # sign: where the wheel is turned to
@@ -1004,9 +1006,9 @@ def read_oxts(file):
 # ----------------------------------------------------------------------------------------------------------------------
 # Labels of one's own clips: a file to fill in for each key frame, read back into reasoning.json
 #
-# In two stages, as the paper's annotators work (Sec. 4.3). In the first one sees the two seconds up to the key frame and
-# names what matters there; only in the second what happened then, decides what had been decided, and says why, with
-# what the first stage named and nothing else. So no reason rests on what could not be seen in time.
+# In two stages, as the paper's annotators work (Sec. 4.3). In the first one sees the two seconds up to the key frame
+# and names what matters there. Only in the second one sees what happened then, tells what had been decided, and says
+# why, with what the first stage named and nothing else: so no reason rests on what could not be seen in time.
 
 COMPONENTS = ("critical object", "traffic light", "yield or stop control", "road event", "lane or lane lines",
               "routing intent", "ODD constraint")                           # Table 2
@@ -1016,9 +1018,9 @@ SEEN, AFTER, LOOK_EVERY = 2.0, 6.0, 0.5         # s: history and future of a lab
 # A reason may name only what stage 1 did. These words a rule can look for; they are ours, a row has one meaning.
 THINGS = ("lights?", "signs?", "pedestrians?|persons?|people|child|children", "cyclists?|bicycles?|bikes?",
           "cars?|vehicles?|vans?|trucks?|lorry|lorries|bus|buses|taxis?|queue|traffic", "trams?|trains?|rails?",
-          "motorcycles?|motorbikes?", "ambulances?|police|firefighters?", "animals?|dogs?", "cones?|barriers?|construction|"
-          "roadworks?", "crosswalks?", "bumps?", "curves?|bends?", "junctions?|intersections?|roundabouts?", "ramps?",
-          "rain|snow|fog|ice", "obstacles?|debris", "schools?")
+          "motorcycles?|motorbikes?", "ambulances?|police|firefighters?", "animals?|dogs?",
+          "cones?|barriers?|construction|roadworks?", "crosswalks?", "bumps?", "curves?|bends?",
+          "junctions?|intersections?|roundabouts?", "ramps?", "rain|snow|fog|ice", "obstacles?|debris", "schools?")
 
 STAGE_1 = (
     "You see the two seconds up to a moment at which the driver decides something, and not what follows: `history` and "
@@ -1032,7 +1034,7 @@ STAGE_2 = (
     "Fill in ../stage_1 first. You see the six seconds after: `future`, `meta_actions` and the images in this folder.",
     'exclude: one of allowed.exclude. "unsafe" is driving that nobody should learn, "no decision" a key frame at which '
     "nothing was decided; leave the other fields of these null.",
-    "longitudinal, lateral: the first decision of each kind after the key frame, one of allowed; none if there is none.",
+    "longitudinal, lateral: the first decision of each kind after the key frame, one of allowed; none if no new one.",
     'reasoning: one sentence "<longitudinal> and <lateral> since <reasons>." with the decisions above; in place of a '
     'none it says "keep speed" or "keep lane". The reasons are components of stage 1, in the words used there, and '
     "nothing that was only seen later.")
@@ -1073,7 +1075,8 @@ def write_labels(path, folder):
                 write_stages(clip, t0, [channel[future] for channel in smooth_motion(xyz, rot)],
                              [channel[future] for channel in meta], home / frame["label"])
             frames.append(frame)
-        write_json(f"{home}/keyframes.json", {"clip": str(Path(path).resolve()), "name": clip.name, "key_frames": frames})
+        listed = {"clip": str(Path(path).resolve()), "name": clip.name, "key_frames": frames}
+        write_json(f"{home}/keyframes.json", listed)
         draw_motion(home / "motion.png", clip.name, times, xyz, rot)
         written.append((home, frames))
     return written
@@ -1095,12 +1098,13 @@ def write_stages(clip, t0, motion, meta, folder):
               for step, (v, a, _, w) in enumerate(zip(*(channel.tolist() for channel in motion)))][::5]
     told = [[f"{DT * a:.1f} to {DT * b:.1f} s: {names[label]}" for label, a, b in segments(labels)]
             for names, labels in zip((LONGITUDINAL_META, LATERAL_META), meta)]
+    told = dict(zip(("longitudinal", "lateral"), told))
     stages = {
         "stage_1": dict(instructions=STAGE_1, allowed=dict(component=COMPONENTS, uncertainty=UNCERTAINTY),
                         clip=clip.name, time=t0, history=history, critical_components=[]),
         "stage_2": dict(instructions=STAGE_2,
                         allowed=dict(longitudinal=(*LONGITUDINAL, "none"), lateral=(*LATERAL, "none"), exclude=EXCLUDE),
-                        clip=clip.name, time=t0, future=future, meta_actions=dict(longitudinal=told[0], lateral=told[1]),
+                        clip=clip.name, time=t0, future=future, meta_actions=told,
                         exclude=None, longitudinal=None, lateral=None, reasoning=None)}
     first, last = clip.motion.times[[0, -1]]
     for stage, begin, end in (("stage_1", -SEEN, 0), ("stage_2", LOOK_EVERY, AFTER)):
@@ -1155,7 +1159,7 @@ def read_labels(folder):
     reasoning.json is then written beside keyframes.json. Returns a line for each clip on what was done. Raises
     ValueError, a line for each label that is wrong, before anything is written.
     """
-    homes = sorted(file.parent for file in (*Path(folder).glob("keyframes.json"), *Path(folder).glob("*/keyframes.json")))
+    homes = [home for home in (Path(folder), *sorted(Path(folder).glob("*"))) if (home / "keyframes.json").exists()]
     if not homes:
         raise FileNotFoundError(f"{folder}: no keyframes.json in it or in its folders, make it with --keyframes CLIP")
     wrong, jobs, lines = [], [], []
@@ -1177,10 +1181,10 @@ def read_labels(folder):
         raise ValueError("\n".join(wrong))
     for home, clip, texts, waiting in jobs:
         file = (home if (clip / "features.csv").exists() else clip) / "reasoning.json"
-        kept = {time: text for time, text in read_reasoning(file).items() if all(abs(time - t0) > DT / 2 for t0 in texts)}
-        entries = sorted((kept | {time: text for time, text in texts.items() if text}).items())
+        kept = {t: text for t, text in read_reasoning(file).items() if all(abs(t - t0) > DT / 2 for t0 in texts)}
+        entries = sorted((kept | {t: text for t, text in texts.items() if text}).items())
         if texts:
-            write_json(str(file), [{"time": time, "text": text} for time, text in entries])
+            write_json(str(file), [{"time": t, "text": text} for t, text in entries])
         told = sum(map(bool, texts.values()))
         lines.append(f"{home}: {told} labels, {len(texts) - told} excluded, {waiting} to be filled in"
                      + (f"; {len(entries)} in {file}" if texts else ""))
@@ -1229,10 +1233,10 @@ def read_label(folder):
     require(components, files[0], "critical_components", "one or more, as stage_2 is filled in", components)
     pair = longitudinal.replace("none", "keep speed"), lateral.replace("none", "keep lane")
     begin = "{} and {} since ".format(*pair).capitalize()
-    require(isinstance(reasoning, str) and "\n" not in reasoning and decisions(reasoning) == pair and
-            reasoning.partition(" since ")[2].strip(" ."), files[1], "reasoning", f'a line "{begin}<reasons>."', reasoning)
+    reasons = reasoning.partition(" since ")[2].lower() if isinstance(reasoning, str) else ""
+    require(reasons.strip(" .") and decisions(reasoning) == pair and "\n" not in reasoning, files[1], "reasoning",
+            f'a line "{begin}<reasons>."', reasoning)
     named = " ".join(f"{entry['component']} {entry['description']}" for entry in components).lower()
-    reasons = reasoning.partition(" since ")[2].lower()
     for thing in THINGS:
         found = re.search(rf"\b({thing})\b", reasons)
         require(not found or re.search(rf"\b({thing})\b", named), files[1], "reasoning",
@@ -1308,14 +1312,14 @@ def main():
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 12), metavar=("FROM", "TO"), help="seeds to look at")
     parser.add_argument("--keyframes", metavar="CLIP", help="find the key frames of clips and prepare their labelling")
     parser.add_argument("--out", default="labels", metavar="FOLDER", help="where --keyframes puts it")
-    parser.add_argument("--read-labels", metavar="FOLDER", help="check the labels in it, make the clips' reasoning.json")
+    parser.add_argument("--read-labels", metavar="FOLDER", help="check its labels, make the clips' reasoning.json")
     args = parser.parse_args()
     if args.keyframes or args.read_labels:
         try:
             if args.keyframes:
                 for home, frames in write_labels(args.keyframes, args.out):
-                    for frame in frames:
-                        print(f"{frame['time']:7.1f} s  {', '.join(frame['kinds']):24}  {frame['label'] or frame['why']}")
+                    for f in frames:
+                        print(f"{f['time']:7.1f} s  {', '.join(f['kinds']):24}  {f['label'] or f['why']}")
                     print(f"{home}: {len(frames)} key frames, {sum(bool(f['label']) for f in frames)} to be labelled")
             if args.read_labels:
                 print(*read_labels(args.read_labels), sep="\n")

@@ -18,8 +18,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from alpamayo import fit_actions, roll_out, rot_of
-from data import COMPONENTS, LATERAL_META, LONGITUDINAL_META, key_frames, load, meta_actions, segments
+from alpamayo import fit_actions, initial_speed, roll_out, rot_of
+from data import (
+    COMPONENTS, LATERAL_META, LONGITUDINAL_META, key_frames, load, meta_actions, read_labels, segments, write_labels)
 
 NOISE = (0.008, 0.001)      # m, rad
 
@@ -30,7 +31,8 @@ def drive(phases, speed=10.0, noise=NOISE, seed=0):
     for seconds, faster, heading in phases:
         u = np.arange(1, round(100 * seconds) + 1) / round(100 * seconds)               # steps of 0.01 s
         ease = u * u * (3 - 2 * u)
-        v, yaw = [*v, *(v[-1] + (faster - v[-1]) * ease)], [*yaw, *(yaw[-1] + (math.radians(heading) - yaw[-1]) * ease)]
+        v += (v[-1] + (faster - v[-1]) * ease).tolist()
+        yaw += (yaw[-1] + (math.radians(heading) - yaw[-1]) * ease).tolist()
     v, yaw = np.array(v), np.array(yaw)
     step = 0.01 * np.stack([v * np.cos(yaw), v * np.sin(yaw), 0 * v], -1)
     xyz, yaw = torch.from_numpy(step.cumsum(0) - step[0])[::10], torch.from_numpy(yaw)[::10]
@@ -66,7 +68,7 @@ def test_stop_and_go():
     for _ in range(10):
         xyz, rot = drive(STOP_AND_GO, seed=seed())
         raw = (xyz.diff(n=2, dim=0)[:, 0] / 0.01).abs()
-        assert 3 < raw.quantile(0.99) < 8                                   # the noise is KITTI's, and the words are calm:
+        assert 3 < raw.quantile(0.99) < 8                                   # noise as KITTI's, and the words are calm:
         kinds = found(xyz, rot)
         assert set(kinds) == {"stop", "start", "slow down", "speed up"}, kinds
         for kind, begins in (("stop", 6), ("start", 17), ("slow down", 31), ("speed up", 38)):
@@ -109,10 +111,10 @@ def test_braking_and_turning_at_once_is_one_key_frame():
     assert len(frames) == 1 and frames[0][1] == ("slow down", "turn left")
 
 
-@pytest.mark.parametrize("speed", [0.0, 0.0, 3.0, 12.0, 30.0])
+@pytest.mark.parametrize("speed", [0.0, 3.0, 12.0, 30.0])
 def test_noise_makes_no_storm(speed):
-    """Two minutes, standing or steady, with poses four times as noisy as KITTI's."""
-    for noise in (NOISE, (0.03, 0.004)):
+    """Two minutes, standing or steady, with poses as noisy as KITTI's and 2.5 times as noisy."""
+    for noise in (NOISE, (0.02, 0.0025)):
         xyz, rot = drive([(120, speed, 0)], speed, noise, seed())
         assert key_frames(xyz, rot) == []
         assert words(xyz, rot) == [["maintain speed" if speed else "stop"], ["go straight"]]
@@ -199,19 +201,17 @@ def test_poses_of_a_wrong_shape():
 
 
 def test_fit_survives_noise():
-    """The least-squares fit, in windows of 6.4 s over a noisy stop and go with a turn: within bounds, and back on the path."""
+    """The least-squares fit in windows of 6.4 s, over a noisy stop and go with a turn: within bounds, on the path."""
     xyz, rot = drive([*STOP_AND_GO, (5, 5, 90), (5, 10, 90)], seed=seed())
     start = torch.arange(15, len(xyz) - 65, 5)
     steps = start[:, None] + torch.arange(-15, 65)                          # (B, 80)
-    facing = rot[start]
-    local = (xyz[steps] - xyz[start, None]) @ facing
-    turned = facing.mT[:, None] @ rot[steps]
+    local = (xyz[steps] - xyz[start, None]) @ rot[start]                    # in the ego frame at t0, itself noisy
+    turned = rot[start].mT[:, None] @ rot[steps]
     history, future = (local[:, :16], turned[:, :16]), (local[:, 16:], turned[:, 16:])
     actions = fit_actions(*history, *future)
     assert (actions[..., 0].abs() <= 9.8).all() and (actions[..., 1].abs() <= 0.33).all()
-    speed = (local[:, 15] - local[:, 11])[:, 0] / 0.4                       # not the fit's own
-    error = (roll_out(actions, speed)[0] - future[0])[..., :2].norm(dim=-1)
-    assert error.median() < 0.5
+    error = (roll_out(actions, initial_speed(*history))[0] - future[0])[..., :2].norm(dim=-1)
+    assert error.median() < 0.2 and error.max() < 1.5, (error.median(), error.max())
 
 
 # Labels, from outside.
@@ -223,8 +223,9 @@ def write_clip(clip, xyz, rot):
     for i in range(len(xyz)):
         Image.new("RGB", (32, 16), (i % 256,) * 3).save(images / f"{i:06d}.png")
     yaw = torch.atan2(rot[:, 1, 0], rot[:, 0, 0])
+    motion = [times, *xyz[:, :2].T.tolist(), yaw.tolist()]
     for file, header, columns in ((images / "times.csv", "time", [times]),
-                                  (clip / "egomotion.csv", "time,x,y,yaw", [times, *xyz[:, :2].T.tolist(), yaw.tolist()])):
+                                  (clip / "egomotion.csv", "time,x,y,yaw", motion)):
         with open(file, "w", newline="") as lines:
             csv.writer(lines).writerows([header.split(","), *zip(*columns)])
 
@@ -264,9 +265,11 @@ def test_labels_go_round(prepared):
     now = round(10 * frames[0]["time"])
     for stage, ages in (("stage_1", range(-20, 1, 5)), ("stage_2", range(5, 61, 5))):
         pictures = sorted((stop / stage).glob("*.jpg"))
-        assert [np.array(Image.open(p))[8, 16, 0] for p in pictures] == pytest.approx([now + age for age in ages], abs=2)
+        greys = [np.array(Image.open(picture))[8, 16, 0] for picture in pictures]       # image i has the grey i
+        assert greys == pytest.approx([now + age for age in ages], abs=2)
     first, second = [json.loads((stop / stage / "label.json").read_text()) for stage in ("stage_1", "stage_2")]
-    assert first["allowed"]["component"] == list(COMPONENTS) and "future" not in first and "none" in second["allowed"]["lateral"]
+    assert first["allowed"]["component"] == list(COMPONENTS) and "none" in second["allowed"]["lateral"]
+    assert "future" not in first and "meta_actions" not in first
     assert len(first["history"]) == 4 and re.match(r"\+0.0 s: speed (9.[89]|10.[0-2]) m/s, ", first["history"][-1])
     assert any("stop" in line for line in second["meta_actions"]["longitudinal"])
 
@@ -289,35 +292,36 @@ def test_labels_go_round(prepared):
     assert json.loads((stop / "stage_2" / "label.json").read_text())["reasoning"] == text
 
 
+def light(**fields):
+    return {"critical_components": [LIGHT[0] | fields]}
+
+
 @pytest.mark.parametrize("first, second, message", [
-    ({}, {}, "stage_1/label.json: critical_components is [], expected one or more"),
-    ({"critical_components": LIGHT}, {"exclude": "yes"}, 'exclude is "yes", expected one of no, unsafe, no decision'),
-    ({"critical_components": LIGHT}, {"exclude": None}, "stage_2/label.json: exclude is null, expected one of no, unsafe"),
-    ({"critical_components": LIGHT}, {"longitudinal": "brake"}, 'longitudinal is "brake", expected one of keep speed, follow'),
-    ({"critical_components": LIGHT}, {"lateral": None}, "lateral is null, expected one of keep lane"),
-    ({"critical_components": LIGHT}, {"longitudinal": "none", "lateral": "none"}, 'longitudinal, as lateral, is "none"'),
-    ({"critical_components": LIGHT}, {"longitudinal": "yield"}, 'expected a line "Yield and keep lane since <reasons>."'),
-    ({"critical_components": LIGHT}, {"reasoning": None}, 'reasoning is null, expected a line "Stop and keep lane since'),
-    ({"critical_components": LIGHT}, {"reasoning": "The light is red."}, 'expected a line "Stop and keep lane since <rea'),
-    ({"critical_components": LIGHT}, {"reasoning": "Stop and keep lane since ."}, 'expected a line "Stop and keep lane'),
-    ({"critical_components": LIGHT}, {"reasoning": "Stop and keep lane since a pedestrian crosses at the light."},
-     "which 'pedestrian' is not"),
-    ({"critical_components": LIGHT}, {"reasoning": "Stop and keep lane since one must."}, "expected reasons in words of"),
-    ({"critical_components": [LIGHT[0] | {"component": "lamp"}]}, {},
-     'critical_components[0].component is "lamp", expected one of critical object, traffic light'),
-    ({"critical_components": [LIGHT[0], LIGHT[0] | {"uncertainty": 0.5}]}, {},
-     "critical_components[1].uncertainty is 0.5, expected one of low, high"),
-    ({"critical_components": [LIGHT[0] | {"description": " "}]}, {}, 'critical_components[0].description is " "'),
-    ({"critical_components": ["a light"]}, {}, "critical_components[0] is \"a light\", expected an object"),
-    ({"critical_components": "a light"}, {}, "critical_components is \"a light\", expected a list"),
+    ({"critical_components": []}, {}, "stage_1/label.json: critical_components is [], expected one or more"),
+    ({}, {"exclude": "yes"}, 'stage_2/label.json: exclude is "yes", expected one of no, unsafe, no decision'),
+    ({}, {"exclude": None}, "stage_2/label.json: exclude is null, expected one of no, unsafe, no decision"),
+    ({}, {"longitudinal": "brake"}, 'longitudinal is "brake", expected one of keep speed, follow, adapt speed'),
+    ({}, {"lateral": None}, "lateral is null, expected one of keep lane"),
+    ({}, {"longitudinal": "none", "lateral": "none"}, 'longitudinal, as lateral, is "none", expected one decision'),
+    ({}, {"longitudinal": "yield"}, 'expected a line "Yield and keep lane since <reasons>."'),
+    ({}, {"longitudinal": ["stop"]}, 'longitudinal is ["stop"], expected one of'),
+    ({}, {"reasoning": None}, 'reasoning is null, expected a line "Stop and keep lane since <reasons>."'),
+    ({}, {"reasoning": "The light is red."}, 'expected a line "Stop and keep lane since <reasons>."'),
+    ({}, {"reasoning": "Stop and keep lane since ."}, 'expected a line "Stop and keep lane since <reasons>."'),
+    ({}, {"reasoning": "Stop and keep lane since a pedestrian crosses at the light."}, "which 'pedestrian' is not"),
+    ({}, {"reasoning": "Stop and keep lane since one must."}, "expected reasons in words of the critical_components"),
+    (light(component="lamp"), {}, 'critical_components[0].component is "lamp", expected one of critical object, tr'),
+    (light(uncertainty=0.5), {}, "critical_components[0].uncertainty is 0.5, expected one of low, high"),
+    (light(description=" "), {}, 'critical_components[0].description is " ", expected a few words'),
+    ({"critical_components": ["a light"]}, {}, 'critical_components[0] is "a light", expected an object'),
+    ({"critical_components": "a light"}, {}, 'critical_components is "a light", expected a list'),
 ])
 def test_a_wrong_label_is_told_in_a_line(prepared, tmp_path, first, second, message):
-    from data import read_labels
     frames = json.loads((prepared / "labels" / "keyframes.json").read_text())
     label = frames["key_frames"][3]["label"]
     good = {"exclude": "no", "longitudinal": "stop", "lateral": "keep lane",
             "reasoning": "Stop and keep lane since the light ahead turns red."}
-    for stage, fields in (("stage_1", first), ("stage_2", good | second)):
+    for stage, fields in (("stage_1", light() | first), ("stage_2", good | second)):
         folder = tmp_path / label / stage
         folder.mkdir(parents=True)
         (folder / "label.json").write_text((prepared / "labels" / label / stage / "label.json").read_text())
@@ -348,16 +352,15 @@ def test_broken_label_files_are_all_told(prepared, tmp_path):
     assert "stage_1/label.json: not JSON" in lines[0] and "stage_2/label.json: it is []" in lines[1]
     assert "stage_2/label.json: longitudinal is null, expected to be there" in lines[2]
     (labels[0] / "stage_1" / "label.json").unlink()
-    assert "stage_1/label.json" in run("--read-labels", tmp_path)[2]
-    code, _, err = run("--read-labels", tmp_path / "nothing")
-    assert code == 1 and "no keyframes.json" in err
-    code, _, err = run("--keyframes", tmp_path / "nothing")
-    assert code == 1 and "no ego motion in it" in err
+    with pytest.raises(ValueError, match="stage_1/label.json: it is null, expected an object"):
+        read_labels(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nothing: no keyframes.json in it"):
+        read_labels(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="nothing: no ego motion in it"):
+        write_labels(tmp_path / "nothing", tmp_path)
 
 
 def test_a_clip_too_short_to_learn_from(tmp_path):
     write_clip(tmp_path / "mine", *drive([(4, 10, 0), (6, 4, 0)]))
-    code, out, _ = run("--keyframes", tmp_path / "mine", "--out", tmp_path / "labels")
-    assert code == 0 and "1 key frames, 0 to be labelled" in out
-    (frame,) = json.loads((tmp_path / "labels" / "keyframes.json").read_text())["key_frames"]
+    (_, [frame]), = write_labels(tmp_path / "mine", tmp_path / "labels")
     assert frame["label"] is None and "too short for t0" in frame["why"]
