@@ -239,12 +239,11 @@ def line_fit(y, sigma=SMOOTHING):
     k = torch.arange(-reach, reach + 1, dtype=y.dtype, device=y.device)
     w = torch.exp(-0.5 * (k * DT / sigma) ** 2)
     kernels = torch.stack([w, w * k, w * k * k])[:, None]                   # (3, 1, 2 reach + 1)
-    base = y[..., :1]                                                       # far from 0, numbers have few digits left
-    rows = torch.stack([torch.ones_like(y), y - base]).view(2, -1, 1, y.shape[-1])
+    rows = torch.stack([torch.ones_like(y), y]).view(2, -1, 1, y.shape[-1])
     sums = torch.nn.functional.conv1d(rows.flatten(0, 1), kernels, padding=reach).view(2, *y.shape[:-1], 3, -1)
     (s0, s1, s2), (b0, b1, _) = [moments.unbind(-2) for moments in sums]
     spread = s0 * s2 - s1 * s1
-    return base + (s2 * b0 - s1 * b1) / spread, (s0 * b1 - s1 * b0) / spread / DT
+    return (s2 * b0 - s1 * b1) / spread, (s0 * b1 - s1 * b0) / spread / DT
 
 
 def smooth_motion(xyz, rot):
@@ -407,10 +406,11 @@ def lateral_events(xyz, yaw, lateral):
         back = (sign * (yaw[after] - yaw[first]) <= 0).nonzero().flatten()
         if len(back):
             back = end + int(back[0])
-            swing = any(label != sign and end <= begin < back and abs(angle) >= TURN_ANGLE
-                        for (label, begin, _), angle in zip(runs, turned))  # aside to take a turn in a wider arc
+            swing = any(begin < back and -sign * angle >= TURN_ANGLE        # aside, to take a turn in a wider arc
+                        for (_, begin, _), angle in zip(runs[i + 1:], turned[i + 1:]))
             move = xyz[back] - xyz[first]
-            if sign * float(yaw[first].cos() * move[1] - yaw[first].sin() * move[0]) >= OFFSET and not swing:
+            aside = sign * float(yaw[first].cos() * move[1] - yaw[first].sin() * move[0])
+            if aside >= OFFSET and not swing:
                 events.append((first, "leave lane " + word))
             busy = back
         elif sign * turned[i] >= BEND_ANGLE:

@@ -98,7 +98,9 @@ def test_turns_bends_and_ways_out_of_the_lane(side, word, other):
     xyz, rot = drive([(6, 15, 0), (8, 15, 25 * side), (6, 15, 25 * side)], speed=15.0, seed=seed())
     assert found(xyz, rot) == {f"bend {word}": [pytest.approx(5.8, abs=0.6)]}
     assert words(xyz, rot)[1] == ["go straight", f"steer {word}", "go straight"]
-    # one lane aside at 25 m/s, and at 8 m/s around something and back
+    # a turn that begins with a swing to the other side; one lane aside at 25 m/s; around something at 8 m/s
+    xyz, rot = drive([(6, 6, 0), (2, 6, -12 * side), (5, 6, 90 * side), (6, 6, 90 * side)], speed=6.0, seed=seed())
+    assert found(xyz, rot) == {f"turn {word}": [pytest.approx(7.7, abs=0.5)]}
     xyz, rot = drive([(6, 25, 0), (2.5, 25, 3.5 * side), (2.5, 25, 0), (6, 25, 0)], speed=25.0, seed=seed())
     assert found(xyz, rot) == {f"leave lane {word}": [pytest.approx(5.7, abs=0.5)]}
     xyz, rot = drive([(6, 8, 0), (1.5, 8, 9 * side), (3, 8, -9 * side), (1.5, 8, 0), (6, 8, 0)], speed=8.0, seed=seed())
