@@ -323,7 +323,7 @@ KEY_KINDS = ("slow down", "stop", "start", "speed up", "reverse", "leave lane le
 # Table 3 puts a key frame half a second before the change; the rest again is ours.
 LEAD = 0.5                  # s
 PAUSE = 1.5                 # s, a change that goes on after less than this is one change
-SPEED_CHANGE = 1.5          # m/s, a smaller one is no event
+SPEED_CHANGE = 1.0          # m/s, a smaller one is no event
 TURN_ANGLE = math.radians(45)   # a bigger change of heading is a turn,
 BEND_ANGLE = math.radians(15)   # a smaller one a bend of the road, and one smaller than this nothing
 OFFSET, RETURN = 0.6, 4.0   # m, s: out of the lane is who heads aside, and as before within this time, so far beside it
@@ -1128,25 +1128,27 @@ def draw_motion(file, title, times, xyz, rot):
     meta, marks = meta_actions(xyz, rot), key_frames(xyz, rot)
     colours = (dict(zip(LONGITUDINAL_META, ("#c3e6c0", "#5fb35a", "#f8cdb0", "#e0703f", "none", "#9a9a9a", "#cda6e0"))),
                dict(zip(LATERAL_META, ("#bcd6f2", "#f3e3a4", "#5f9bdc", "#dcb53f", "#d6b6e6", "#e6b6d6", "none"))))
-    figure, axes = plt.subplots(2, figsize=(min(48, max(12, len(times) / 80)), 7), sharex=True, layout="constrained")
-    for ax, name, values, labels, colour in zip(axes, ("speed, m/s", "turn rate, rad/s (left +)"), (speed, turn_rate),
-                                                meta, colours):
-        for label, a, b in segments(labels):
-            ax.axvspan(times[a], times[min(b, len(times) - 1)], color=list(colour.values())[label], lw=0)
-        for word, fill in colour.items():
-            ax.fill_between([], [], color=fill, label=word)
-        ax.plot(times, values, "k", lw=1)
-        ax.legend(ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8, frameon=False)
-        ax.set_ylabel(name)
-        ax.margins(x=0)
-    low, high = axes[1].get_ylim()
-    axes[1].set_ylim(min(low, -0.1), max(high, 0.1))                        # a straight road looks straight
-    for step, kinds in marks:
-        for ax in axes:
-            ax.axvline(times[step], color="C3", lw=0.8)
-        axes[1].annotate(f"{times[step]:.1f} {', '.join(kinds)}", (times[step], 0.98), rotation=90,
-                         xycoords=("data", "axes fraction"), ha="right", va="top", fontsize=7)
-    axes[1].set_xlabel(f"{title}: s")
+    rows = math.ceil(len(times) * DT / 60)                                  # a minute in each
+    figure, grid = plt.subplots(2 * rows, figsize=(14, 5 * rows), squeeze=False, layout="constrained")
+    for row, axes in enumerate(grid.reshape(rows, 2)):
+        begin = times[0] + 60 * row
+        for ax, values, labels, colour in zip(axes, (speed, turn_rate), meta, colours):
+            for label, a, b in segments(labels):
+                ax.axvspan(times[a], times[min(b, len(times) - 1)], color=list(colour.values())[label], lw=0)
+            for word, fill in colour.items():
+                ax.fill_between([], [], color=fill, label=word)
+            ax.plot(times, values, "k", lw=1)
+            ax.legend(ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8, frameon=False)
+            ax.set_xlim(begin, min(begin + 60, times[-1]) if rows == 1 else begin + 60)
+        axes[0].set_ylabel("speed, m/s")
+        axes[1].set(ylabel="turn rate, rad/s (left +)", xlabel=f"{title}: s")
+        low, high = axes[1].get_ylim()
+        axes[1].set_ylim(min(low, -0.1), max(high, 0.1))                    # a straight road looks straight
+        for step, kinds in marks:
+            for ax in axes:
+                ax.axvline(times[step], color="C3", lw=0.8)
+            axes[1].annotate(f"{times[step]:.1f} {', '.join(kinds)}", (times[step], 0.98), rotation=90, ha="right",
+                             va="top", xycoords=("data", "axes fraction"), fontsize=7, annotation_clip=True)
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
