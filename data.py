@@ -24,6 +24,8 @@ own (see `read_folder`).
 
     python data.py --scenes 16000 --size 64 128             # make a training set, print scenes/s by part
     python data.py --look sheet.png --seeds 0 12            # look at twelve scenes
+    python data.py --keyframes CLIP --out labels            # find the key frames of a clip, prepare their labels
+    python data.py --read-labels labels                     # check what was filled in, make CLIP/reasoning.json
 """
 
 import argparse
@@ -1054,6 +1056,8 @@ def write_labels(path, folder):
     A label.json that is there already is kept.
     """
     clips, written = read_clips(path), []
+    if Path(path).resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
+        raise ValueError(f"{folder}: labels do not go into the clip's own folder {path}, choose another --out")
     for clip in clips:
         home = Path(folder) / clip.name if len(clips) > 1 else Path(folder)
         home.mkdir(parents=True, exist_ok=True)
@@ -1071,9 +1075,9 @@ def write_labels(path, folder):
             except ValueError as error:
                 frame.update(label=None, why=str(error))
             else:
-                future = slice(step, step + round(AFTER / DT) + 1)
-                write_stages(clip, t0, [channel[future] for channel in smooth_motion(xyz, rot)],
-                             [channel[future] for channel in meta], home / frame["label"])
+                end = step + round(AFTER / DT)
+                write_stages(clip, t0, [channel[step:end + 1] for channel in smooth_motion(xyz, rot)],
+                             [channel[step:end] for channel in meta], home / frame["label"])
             frames.append(frame)
         listed = {"clip": str(Path(path).resolve()), "name": clip.name, "key_frames": frames}
         write_json(f"{home}/keyframes.json", listed)
@@ -1111,9 +1115,9 @@ def write_stages(clip, t0, motion, meta, folder):
         ages = np.arange(begin, end + DT, LOOK_EVERY)
         (folder / stage).mkdir(parents=True, exist_ok=True)
         for name, camera in ((name, clip.cameras[i]) for name, i in CAMERAS.items() if i in clip.cameras):
-            # NVIDIA's cameras do not say when they begin and end, but do within a tenth of a second of the poses.
+            # NVIDIA's cameras do not say when they begin and end: where there are poses, less a tenth of a second.
             there = (t0 + ages >= max(camera.first, first + DT)) & (t0 + ages <= min(camera.last, last - DT))
-            for i, image in zip(np.flatnonzero(there), camera.read(t0 + ages[there])):
+            for i, image in zip(np.flatnonzero(there), camera.read(t0 + ages[there]) if there.any() else []):
                 Image.fromarray(image).save(folder / stage / f"{name}_{i:02d}_{ages[i]:+.1f}s.jpg", quality=92)
         if not (folder / stage / "label.json").exists():
             write_json(f"{folder}/{stage}/label.json", stages[stage])
@@ -1167,6 +1171,10 @@ def read_labels(folder):
     wrong, jobs, lines = [], [], []
     for home in homes:
         listed, texts, waiting = read_json(home / "keyframes.json"), {}, 0
+        if not isinstance(listed, dict) or not {"clip", "key_frames"} <= listed.keys():
+            raise ValueError(f"{home / 'keyframes.json'}: expected clip and key_frames, as --keyframes writes them")
+        if not Path(listed["clip"]).is_dir():
+            raise FileNotFoundError(f"{home / 'keyframes.json'}: clip is {listed['clip']}, where nothing is any more")
         for frame in listed["key_frames"]:
             if frame["label"]:
                 try:

@@ -360,6 +360,14 @@ def test_broken_label_files_are_all_told(prepared, tmp_path):
         read_labels(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="nothing: no ego motion in it"):
         write_labels(tmp_path / "nothing", tmp_path)
+    with pytest.raises(ValueError, match="labels do not go into the clip's own folder"):
+        write_labels(prepared / "mine", prepared / "mine" / "labels")
+    (tmp_path / "keyframes.json").write_text(json.dumps(frames | {"clip": str(tmp_path / "gone")}))
+    with pytest.raises(FileNotFoundError, match="keyframes.json: clip is .*gone, where nothing is any more"):
+        read_labels(tmp_path)
+    (tmp_path / "keyframes.json").write_text("[]")
+    with pytest.raises(ValueError, match="keyframes.json: expected clip and key_frames"):
+        read_labels(tmp_path)
 
 
 def test_a_clip_too_short_to_learn_from(tmp_path):
