@@ -25,6 +25,8 @@ own (see `read_folder`).
     python data.py --scenes 16000 --size 64 128             # make a training set
     python data.py --cost                                   # what a scene costs, by part
     python data.py --look sheet.png --seeds 0 12            # look at twelve scenes
+    python data.py --keyframes CLIP --out labels            # find the key frames of a clip, prepare their labels
+    python data.py --read-labels labels                     # check what was filled in, make CLIP/reasoning.json
 """
 
 import argparse
@@ -33,6 +35,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -44,7 +47,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from alpamayo import project
+from alpamayo import LOW_SPEED, project, unwrap, write_json, yaw_of
 from world import (
     COMBINATIONS, DT, FUTURE, HISTORY, LEFT, PAST, RARE, RIG, RIGHT, SEEDS, SITUATIONS, WHEELBASE, WORLD_VERSION, World, draw,
     rays, rig_camera)
@@ -384,7 +387,222 @@ def _make_set(done, first_seed, scenes, options, workers):
         shutil.rmtree(making, ignore_errors=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------# Real clips: NVIDIA's PhysicalAI-AV, KITTI raw, a folder of one's own
+# ----------------------------------------------------------------------------------------------------------------------
+# Motion in words: meta-actions and key frames (Tables 3 and 5)
+#
+# What a car did, told from its poses alone: one longitudinal and one lateral meta-action for each tenth of a second,
+# and the moments before a change, at which a driver decides. Poses do not know lanes, lights or other cars: which of
+# Table 3's scenarios a key frame belongs to, and who caused it, is left to whoever labels it.
+
+LONGITUDINAL_META = ("gentle accelerate", "strong accelerate", "gentle decelerate", "strong decelerate",
+                     "maintain speed", "stop", "reverse")
+LATERAL_META = ("steer left", "steer right", "sharp steer left", "sharp steer right", "reverse left", "reverse right",
+                "go straight")
+
+# The paper states no thresholds: all of these are ours, chosen on KITTI, comma2k19 and Argoverse drives. Of a pair, the
+# first number begins and ends a stretch, and the second must be reached somewhere in it.
+SMOOTHING = 0.3             # s, standard deviation of the Gaussian window in which a line is fitted
+GENTLE = (0.4, 0.6)         # m/s^2, either way
+STRONG = (1.5, 2.0)         # m/s^2
+STANDING = (0.3, 0.15)      # m/s, slower than this
+REVERSING = (0.15, 0.4)     # m/s backwards
+STEER = (0.04, 0.06)        # rad/s of turning; from CALM on it takes less, the same lateral acceleration
+SHARP = (0.04, 0.06)        # 1/m: an arc of less than 25 m, and of less than 17 m somewhere
+CALM = 8.0                  # m/s
+SHORTEST = 0.5              # s, a meta-action that ends sooner is not one
+
+
+def line_fit(y, sigma=SMOOTHING):
+    """
+    Values and slopes (per s), (..., T) each, of lines fitted to y (..., T) at 10 Hz, in a Gaussian window at each step.
+
+    A window that reaches beyond an end has only what there is in it. The line keeps that from bending the ends.
+    """
+    reach = math.ceil(3 * sigma / DT)
+    k = torch.arange(-reach, reach + 1, dtype=y.dtype, device=y.device)
+    w = torch.exp(-0.5 * (k * DT / sigma) ** 2)
+    kernels = torch.stack([w, w * k, w * k * k])[:, None]                   # (3, 1, 2 reach + 1)
+    rows = torch.stack([torch.ones_like(y), y]).view(2, -1, 1, y.shape[-1])
+    sums = torch.nn.functional.conv1d(rows.flatten(0, 1), kernels, padding=reach).view(2, *y.shape[:-1], 3, -1)
+    (s0, s1, s2), (b0, b1, _) = [moments.unbind(-2) for moments in sums]
+    spread = s0 * s2 - s1 * s1
+    return (s2 * b0 - s1 * b1) / spread, (s0 * b1 - s1 * b0) / spread / DT
+
+
+def smooth_motion(xyz, rot):
+    """
+    Poses (..., T, 3), (..., T, 3, 3) at 10 Hz in any fixed frame -> speed m/s (negative in reverse), acceleration
+    m/s^2, heading rad (without jumps), turn rate rad/s (left is positive), (..., T) float64 each.
+    """
+    if xyz.shape[-1:] != (3,) or rot.shape != (*xyz.shape, 3) or xyz.shape[-2] < 3:
+        raise ValueError(f"poses: expected xyz (..., T, 3) and rot (..., T, 3, 3), T at least 3, "
+                         f"not {tuple(xyz.shape)} and {tuple(rot.shape)}")
+    xyz, rot = xyz.double(), rot.double()
+    velocity = line_fit(xyz.mT, SMOOTHING / 2)[1].mT                        # (..., T, 3), smoothed once more below
+    speed, acceleration = line_fit((velocity * rot[..., 0]).sum(-1))        # along the x axis of the car
+    yaw, turn_rate = line_fit(unwrap(yaw_of(rot)))
+    return speed, acceleration, yaw, turn_rate
+
+
+def stretches(x, edge, peak):
+    """Where x (..., T) is at least `edge`, in stretches that somewhere reach `peak`: hysteresis both ways in time."""
+    def since(on, off):                                                     # from an on to the next off
+        last = torch.where(on | off, torch.arange(x.shape[-1], device=x.device), -1).cummax(-1).values
+        return (last >= 0) & on.gather(-1, last.clamp(min=0))
+    on, off = x >= peak, x < edge
+    return since(on, off) | since(on.flip(-1), off.flip(-1)).flip(-1)
+
+
+def without_short(labels, shortest):
+    """Labels (..., T), of which those that last less than `shortest` steps become what follows, or else what was."""
+    T = labels.shape[-1]
+    step = torch.arange(T, device=labels.device).expand(labels.shape)
+    new = torch.ones_like(labels, dtype=torch.bool)
+    new[..., 1:] = labels[..., 1:] != labels[..., :-1]
+    begin = torch.where(new, step, 0).cummax(-1).values
+    later = torch.where(new, step, T).flip(-1).cummin(-1).values.flip(-1)   # the first new label at or after a step
+    end = torch.cat([later[..., 1:], torch.full_like(later[..., :1], T)], -1)
+    long = end - begin >= shortest
+    follows = torch.where(long, step, T).flip(-1).cummin(-1).values.flip(-1)
+    before = torch.where(long, step, 0).cummax(-1).values
+    return labels.gather(-1, torch.where(follows < T, follows, before))
+
+
+def meta_actions(xyz, rot):
+    """
+    What a car did at each step: poses (..., T, 3), (..., T, 3, 3) at 10 Hz in any fixed frame -> longitudinal, lateral
+    (..., T) long, indices into LONGITUDINAL_META and LATERAL_META (Table 5).
+
+    Offline: a step's meta-action depends on some steps after it too, so a path of a model should have its history in
+    front, and its last half second is the least certain. "Stop" is standing still; braking towards it is to
+    decelerate. "Reverse left" is the wheel turned left: the tail swings left, the nose right.
+    """
+    speed, acceleration, _, turn_rate = smooth_motion(xyz, rot)
+    name = LONGITUDINAL_META.index
+    longitudinal = torch.full_like(speed, name("maintain speed"), dtype=torch.long)
+    for word, sign in (("accelerate", 1), ("decelerate", -1)):
+        longitudinal[stretches(sign * acceleration, *GENTLE)] = name("gentle " + word)
+        longitudinal[stretches(sign * acceleration, *STRONG)] = name("strong " + word)
+    longitudinal[stretches(-speed.abs(), *(-v for v in STANDING))] = name("stop")
+    longitudinal[stretches(-speed, *REVERSING)] = name("reverse")
+    longitudinal = without_short(longitudinal, round(SHORTEST / DT))
+
+    name = LATERAL_META.index
+    lateral = torch.full_like(longitudinal, name("go straight"))
+    moving = longitudinal != LONGITUDINAL_META.index("stop")
+    reverse = longitudinal == LONGITUDINAL_META.index("reverse")
+    wheel = torch.where(reverse, -turn_rate, turn_rate) * moving            # sign: where the wheel is turned to
+    curvature = wheel / speed.abs().clamp(min=LOW_SPEED)
+    for side, sign in (("left", 1), ("right", -1)):
+        steer = stretches(sign * wheel * (speed.abs() / CALM).clamp(min=1), *STEER)
+        lateral[steer] = name("steer " + side)
+        lateral[steer & stretches(sign * curvature, *SHARP)] = name("sharp steer " + side)
+        lateral[steer & reverse] = name("reverse " + side)
+    return longitudinal, without_short(lateral, round(SHORTEST / DT))
+
+
+KEY_KINDS = ("slow down", "stop", "start", "speed up", "reverse", "leave lane left", "leave lane right", "turn left",
+             "turn right", "bend left", "bend right")
+# Table 3 puts a key frame half a second before the change; the rest again is ours.
+LEAD = 0.5                  # s
+PAUSE = 1.5                 # s, a change that goes on after less than this is one change
+SPEED_CHANGE = 1.0          # m/s, a smaller one is no event
+TURN_ANGLE = math.radians(45)   # a bigger change of heading is a turn,
+BEND_ANGLE = math.radians(15)   # a smaller one a bend of the road, and one smaller than this nothing
+OFFSET, RETURN = 0.6, 4.0   # m, s: out of the lane is who heads aside, and as before within this time, so far beside it
+SAME = 1.0                  # s, key frames closer than this are one
+
+
+def segments(labels):
+    """Labels (T,) -> [(label, first step, step after the last)]."""
+    cuts = [0, *(labels.diff().nonzero().flatten() + 1).tolist(), len(labels)]
+    return [(int(labels[a]), a, b) for a, b in zip(cuts, cuts[1:])]
+
+
+def key_frames(xyz, rot):
+    """
+    When something begins in a drive: poses (T, 3), (T, 3, 3) at 10 Hz -> [(step, kinds)], half a second before the
+    change (Table 3), kinds of KEY_KINDS. Pairs of kinds such as ("slow down", "turn left") began within a second.
+
+    A stop is named where its braking begins. Leaving the lane is what poses can know of a nudge, a lane change or a
+    swerve: heading aside, then as before, but OFFSET metres beside the old line; the way back is part of it if it comes
+    at once, else of its own. A change that began before the first pose is left out, for its beginning is not known.
+    """
+    speed, _, yaw, _ = smooth_motion(xyz, rot)
+    longitudinal, lateral = meta_actions(xyz, rot)
+    events = speed_events(speed, longitudinal) + lateral_events(xyz.double(), yaw, lateral)
+    frames = []                                                             # (step, kinds), in order
+    for first, kind in sorted(event for event in events if event[0] > 0):
+        step = max(0, first - round(LEAD / DT))
+        if not frames or step - frames[-1][0] >= round(SAME / DT):
+            frames.append((step, set()))
+        frames[-1][1].add(kind)
+    return [(step, tuple(kind for kind in KEY_KINDS if kind in kinds)) for step, kinds in frames]
+
+
+def joined(runs):
+    """Changes [(label, first, end)] in order; those of one label with less than PAUSE between them become one."""
+    out = []
+    for label, first, end in runs:
+        if out and out[-1][0] == label and first - out[-1][2] < round(PAUSE / DT):
+            out[-1] = (label, out[-1][1], end)
+        else:
+            out.append((label, first, end))
+    return out
+
+
+def speed_events(speed, longitudinal):
+    """[(first step, kind)] of a drive's changes of speed: speed (T,), longitudinal (T,)."""
+    coarse = torch.tensor([1, 1, -1, -1, 0, 5, 6])[longitudinal.cpu()]      # of LONGITUDINAL_META
+    runs, pause = segments(coarse), round(PAUSE / DT)
+    stops = [run for run in runs if run[0] == 5]
+    events = [(first, "reverse") for label, first, _ in runs if label == 6]
+    braked = set()
+    for sign, first, end in joined([run for run in runs if run[0] in (1, -1)]):
+        change = sign * float(speed[end - 1] - speed[first])
+        into = [stop for stop in stops if sign < 0 and -1 <= stop[1] - end < pause]
+        out = [stop for stop in stops if sign > 0 and -1 <= first - stop[2] < pause]
+        braked.update(into)
+        if into:
+            events.append((first, "stop"))
+        elif out:
+            events.append((out[0][2], "start"))
+        elif change >= SPEED_CHANGE:
+            events.append((first, "speed up" if sign > 0 else "slow down"))
+    return events + [(stop[1], "stop") for stop in stops if stop not in braked]     # rolled to a halt
+
+
+def lateral_events(xyz, yaw, lateral):
+    """[(first step, kind)] of a drive's turns, bends and ways out of the lane: xyz (T, 3), yaw (T,), lateral (T,)."""
+    side = torch.tensor([1, -1, 1, -1, 0, 0, 0])[lateral.cpu()]             # of LATERAL_META; no reversing
+    runs = joined([run for run in segments(side) if run[0]])
+    turned = [float(yaw[end - 1] - yaw[first]) for _, first, end in runs]
+    events, busy = [], 0
+    for i, (sign, first, end) in enumerate(runs):
+        word = "left" if sign > 0 else "right"
+        if sign * turned[i] >= TURN_ANGLE:
+            events.append((first, "turn " + word))
+            continue
+        if first < busy:                                                    # on the way back
+            continue
+        after = slice(end, end + round(RETURN / DT))
+        back = (sign * (yaw[after] - yaw[first]) <= 0).nonzero().flatten()
+        if len(back):
+            back = end + int(back[0])
+            swing = any(begin < back and -sign * angle >= TURN_ANGLE        # aside, to take a turn in a wider arc
+                        for (_, begin, _), angle in zip(runs[i + 1:], turned[i + 1:]))
+            move = xyz[back] - xyz[first]
+            aside = sign * float(yaw[first].cos() * move[1] - yaw[first].sin() * move[0])
+            if aside >= OFFSET and not swing:
+                events.append((first, "leave lane " + word))
+            busy = back
+        elif sign * turned[i] >= BEND_ANGLE:
+            events.append((first, "bend " + word))
+    return events
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real clips: NVIDIA's PhysicalAI-AV, KITTI raw, a folder of one's own
 #
 # A reader turns what lies on the disk into Clips: a Motion (poses at their own times), Cameras (images at their own
 # times) and texts. From there on all clips are alike, and ClipScenes cuts Scenes out of them.
@@ -430,14 +648,19 @@ def load_clips(path, t0=None, camera_ids=None, frames=4, frame_dt=0.1, size=None
     A Scene has camera_to_ego and intrinsics where all its cameras are calibrated.
     Raises ValueError or FileNotFoundError: one line that names the file and what was expected of it.
     """
+    if (rig is None) != (size is None):
+        raise ValueError("rig and size go together: without a rig, images keep their own size")
+    return ClipScenes(read_clips(path), t0, camera_ids, frames, frame_dt, size, rig, future)
+
+
+def read_clips(path):
+    """The Clips in a folder of one of the three layouts, see load_clips."""
     path = Path(path)
     readers = {"features.csv": read_nvidia, "oxts": read_kitti, "egomotion.csv": read_folder}
     found = [reader for entry, reader in readers.items() if (path / entry).exists()]
     if not found:
         raise FileNotFoundError(f"{path}: no ego motion in it, expected one of {', '.join(readers)}")
-    if (rig is None) != (size is None):
-        raise ValueError("rig and size go together: without a rig, images keep their own size")
-    return ClipScenes(found[0](path), t0, camera_ids, frames, frame_dt, size, rig, future)
+    return found[0](path)
 
 
 class ClipScenes:
@@ -725,11 +948,16 @@ def read_folder(path):
         images = [folder / name for name in columns["file"]] if "file" in columns else images
         known = camera_of_json(path / "cameras.json", calibrations, folder.name) if calibrations else (None, None)
         cameras[CAMERAS[folder.name]] = image_camera(folder / "times.csv", images, columns["time"], *known)
-    reasoning = read_json(path / "reasoning.json") or []
-    if not all(isinstance(entry, dict) and {"time", "text"} <= entry.keys() for entry in reasoning):
-        raise ValueError(f'{path / "reasoning.json"}: expected a list of {{"time": s, "text": str}}')
-    reasoning = {entry["time"]: entry["text"] for entry in reasoning}
+    reasoning = read_reasoning(path / "reasoning.json")
     return [Clip(path.name, motion, cameras, reasoning, list(reasoning))]
+
+
+def read_reasoning(file):
+    """{time in s: text} of a reasoning.json, see read_folder; empty where there is no file."""
+    reasoning = read_json(file) or []
+    if not all(isinstance(entry, dict) and {"time", "text"} <= entry.keys() for entry in reasoning):
+        raise ValueError(f'{file}: expected a list of {{"time": s, "text": str}}')
+    return {entry["time"]: entry["text"] for entry in reasoning}
 
 
 def camera_of_json(file, calibrations, name):
@@ -756,7 +984,7 @@ def read_kitti(path):
     The ego frame has the axes of the inertial unit. From the unit the camera is 1.08 m ahead, 0.25 m to the right and
     0.73 m up; the ego's origin is 1.60 m behind the camera, 0.06 m to its right (the centre line) and 1.65 m below.
     The calibration is calib_cam_to_cam.txt in the folder or its parent, else that of 2011_09_26. Time 0 is the first
-    pose.
+    pose. A reasoning.json may be beside oxts, as in a folder of one's own.
     """
     clock = read_timestamps(path / "oxts" / "timestamps.txt")
     rows = np.array([read_oxts(file) for file in sorted((path / "oxts" / "data").glob("*.txt"))])   # (N, 30)
@@ -776,7 +1004,8 @@ def read_kitti(path):
     pose[:3, 3] = torch.tensor([1.6, 0.06, 1.65])
     camera = image_camera(file, images, times, None, pose)
     camera = camera._replace(intrinsics=kitti_intrinsics(path, *read_image(images[0]).shape[:2]))
-    return [Clip(path.name, motion, {CAMERAS["front_wide_120fov"]: camera}, {}, [])]
+    reasoning = read_reasoning(path / "reasoning.json")
+    return [Clip(path.name, motion, {CAMERAS["front_wide_120fov"]: camera}, reasoning, list(reasoning))]
 
 
 def kitti_intrinsics(path, height, width):
@@ -956,6 +1185,258 @@ def read_oxts(file):
     except ValueError:
         raise ValueError(f"{file}: expected 30 numbers") from None
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labels of one's own clips: a file to fill in for each key frame, read back into reasoning.json
+#
+# In two stages, as the paper's annotators work (Sec. 4.3). In the first one sees the two seconds up to the key frame
+# and names what matters there. Only in the second one sees what happened then, tells what had been decided, and says
+# why, with what the first stage named and nothing else: so no reason rests on what could not be seen in time.
+
+COMPONENTS = ("critical object", "traffic light", "yield or stop control", "road event", "lane or lane lines",
+              "routing intent", "ODD constraint")                           # Table 2
+UNCERTAINTY = ("low", "high")
+EXCLUDE = ("no", "unsafe", "no decision")       # ours, after the paper's safety exclusion
+SEEN, AFTER, LOOK_EVERY = 2.0, 6.0, 0.5         # s: history and future of a labeller (Table 3), images at 2 Hz
+# A reason may name only what stage 1 did. These words a rule can look for; they are ours, a row has one meaning.
+THINGS = ("lights?", "signs?", "pedestrians?|persons?|people|child|children", "cyclists?|bicycles?|bikes?",
+          "cars?|vehicles?|vans?|trucks?|lorry|lorries|bus|buses|taxis?|queue|traffic", "trams?|trains?|rails?",
+          "motorcycles?|motorbikes?", "ambulances?|police|firefighters?", "animals?|dogs?",
+          "cones?|barriers?|construction|roadworks?", "crosswalks?", "bumps?", "curves?|bends?",
+          "junctions?|intersections?|roundabouts?", "ramps?", "rain|snow|fog|ice", "obstacles?|debris", "schools?")
+
+STAGE_1 = (
+    "You see the two seconds up to a moment at which the driver decides something, and not what follows: `history` and "
+    "the images in this folder, named by camera, number and seconds.",
+    "Fill in critical_components: what could directly cause the decision, the most important first, each as "
+    '{"component": one of allowed.component, "description": what it is, where and how it moves in a few plain words, '
+    '"uncertainty": one of allowed.uncertainty}.',
+    "If there is nothing, name the lane or the route that the driver keeps to. Do all this before you look at stage_2, "
+    "motion.png or keyframes.json.")
+STAGE_2 = (
+    "Fill in ../stage_1 first. You see the six seconds after: `future`, `meta_actions` and the images in this folder.",
+    'exclude: one of allowed.exclude. "unsafe" is driving that nobody should learn, "no decision" a key frame at which '
+    "nothing was decided; leave the other fields of these null.",
+    "longitudinal, lateral: the first decision of each kind after the key frame, one of allowed; none if no new one.",
+    'reasoning: one sentence "<longitudinal> and <lateral> since <reasons>." with the decisions above; in place of a '
+    'none it says "keep speed" or "keep lane". The reasons are components of stage 1, in the words used there, and '
+    "nothing that was only seen later.")
+
+
+def write_labels(path, folder):
+    """
+    Prepare the labelling of the clips at `path`, any that load_clips reads, in `folder` (with a folder for each clip
+    in it, if they are several). Returns [(folder, key frames)] with keyframes.json's list.
+
+        keyframes.json      {"clip", "name", "key_frames": [{"time": s, "kinds", "before", "after": [longitudinal,
+                            lateral meta-action], "label": its folder, null where no Scene can be cut, "why" not}]}
+        motion.png          speed and turn rate over time, meta-actions as bands, key frames as lines
+        0012.3/stage_1/     of the key frame at 12.3 s: label.json to fill in, and images of every camera
+        0012.3/stage_2/     the same of what came after
+
+    A label.json that is there already is kept.
+    """
+    clips, written = read_clips(path), []
+    if Path(path).resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
+        raise ValueError(f"{folder}: labels do not go into the clip's own folder {path}, choose another --out")
+    for clip in clips:
+        home = Path(folder) / clip.name if len(clips) > 1 else Path(folder)
+        home.mkdir(parents=True, exist_ok=True)
+        first, last = clip.motion.times[[0, -1]] / DT
+        times = DT * np.arange(math.ceil(first - 1e-6), math.floor(last + 1e-6) + 1)    # (T,), whole tenths of a second
+        xyz, rot, _ = (torch.from_numpy(values) for values in clip.motion.pose(times))
+        meta, frames = meta_actions(xyz, rot), []
+        for step, kinds in key_frames(xyz, rot):
+            t0 = round(float(times[step]), 1)
+            after = min(step + round(2 * LEAD / DT), len(times) - 1)
+            frame = {"time": t0, "kinds": kinds, "before": meta_words(meta, step), "after": meta_words(meta, after),
+                     "label": f"{t0:06.1f}"}
+            try:
+                ClipScenes([clip], t0, None, 4, DT, None, None, True)
+            except ValueError as error:
+                frame.update(label=None, why=str(error))
+            else:
+                end = step + round(AFTER / DT)
+                write_stages(clip, t0, [channel[step:end + 1] for channel in smooth_motion(xyz, rot)],
+                             [channel[step:end] for channel in meta], home / frame["label"])
+            frames.append(frame)
+        listed = {"clip": str(Path(path).resolve()), "name": clip.name, "key_frames": frames}
+        write_json(f"{home}/keyframes.json", listed)
+        draw_motion(home / "motion.png", clip.name, times, xyz, rot)
+        written.append((home, frames))
+    return written
+
+
+def meta_words(meta, step):
+    """The names of both meta-actions, each (T,), at a step."""
+    return [names[int(labels[step])] for names, labels in zip((LONGITUDINAL_META, LATERAL_META), meta)]
+
+
+def write_stages(clip, t0, motion, meta, folder):
+    """Both stages of the key frame at t0; motion, of smooth_motion, and meta go on from there."""
+    from PIL import Image                                                   # matplotlib, which draws too, brings it
+    past = list(enumerate(clip.motion.kinematics(t0), start=1 - PAST))[::-5][::-1]          # knows nothing after t0
+    history = [f"{DT * step:+.1f} s: speed {v:.1f} m/s, acceleration {a:+.1f} m/s^2, steering {s:+.3f} rad (left +)"
+               + f", signal {('off', 'left', 'right')[int(signal)]}" * ("turn_signal" in clip.motion.measured)
+               for step, (v, a, s, signal) in past]
+    future = [f"{DT * step:+.1f} s: speed {v:.1f} m/s, acceleration {a:+.1f} m/s^2, turn rate {w:+.2f} rad/s (left +)"
+              for step, (v, a, _, w) in enumerate(zip(*(channel.tolist() for channel in motion)))][::5]
+    told = [[f"{DT * a:.1f} to {DT * b:.1f} s: {names[label]}" for label, a, b in segments(labels)]
+            for names, labels in zip((LONGITUDINAL_META, LATERAL_META), meta)]
+    told = dict(zip(("longitudinal", "lateral"), told))
+    stages = {
+        "stage_1": dict(instructions=STAGE_1, allowed=dict(component=COMPONENTS, uncertainty=UNCERTAINTY),
+                        clip=clip.name, time=t0, history=history, critical_components=[]),
+        "stage_2": dict(instructions=STAGE_2,
+                        allowed=dict(longitudinal=(*LONGITUDINAL, "none"), lateral=(*LATERAL, "none"), exclude=EXCLUDE),
+                        clip=clip.name, time=t0, future=future, meta_actions=told,
+                        exclude=None, longitudinal=None, lateral=None, reasoning=None)}
+    first, last = clip.motion.times[[0, -1]]
+    for stage, begin, end in (("stage_1", -SEEN, 0), ("stage_2", LOOK_EVERY, AFTER)):
+        ages = np.arange(begin, end + DT, LOOK_EVERY)
+        (folder / stage).mkdir(parents=True, exist_ok=True)
+        for name, camera in ((name, clip.cameras[i]) for name, i in CAMERAS.items() if i in clip.cameras):
+            # NVIDIA's cameras do not say when they begin and end: where there are poses, less a tenth of a second.
+            there = (t0 + ages >= max(camera.first, first + DT)) & (t0 + ages <= min(camera.last, last - DT))
+            for i, image in zip(np.flatnonzero(there), camera.read(t0 + ages[there]) if there.any() else []):
+                Image.fromarray(image).save(folder / stage / f"{name}_{i:02d}_{ages[i]:+.1f}s.jpg", quality=92)
+        if not (folder / stage / "label.json").exists():
+            write_json(f"{folder}/{stage}/label.json", stages[stage])
+
+
+def draw_motion(file, title, times, xyz, rot):
+    """Speed and turn rate over times (T,) of a drive, meta-actions as bands, key frames as lines."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    speed, _, _, turn_rate = smooth_motion(xyz, rot)
+    meta, marks = meta_actions(xyz, rot), key_frames(xyz, rot)
+    colours = (dict(zip(LONGITUDINAL_META, ("#c3e6c0", "#5fb35a", "#f8cdb0", "#e0703f", "none", "#9a9a9a", "#cda6e0"))),
+               dict(zip(LATERAL_META, ("#bcd6f2", "#f3e3a4", "#5f9bdc", "#dcb53f", "#d6b6e6", "#e6b6d6", "none"))))
+    rows = math.ceil(len(times) * DT / 60)                                  # a minute in each
+    figure, grid = plt.subplots(2 * rows, figsize=(14, 5 * rows), squeeze=False, layout="constrained")
+    for row, axes in enumerate(grid.reshape(rows, 2)):
+        begin = times[0] + 60 * row
+        for ax, values, labels, colour in zip(axes, (speed, turn_rate), meta, colours):
+            for label, a, b in segments(labels):
+                ax.axvspan(times[a], times[min(b, len(times) - 1)], color=list(colour.values())[label], lw=0)
+            for word, fill in colour.items():
+                ax.fill_between([], [], color=fill, label=word)
+            ax.plot(times, values, "k", lw=1)
+            ax.legend(ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8, frameon=False)
+            ax.set_xlim(begin, min(begin + 60, times[-1]) if rows == 1 else begin + 60)
+        axes[0].set_ylabel("speed, m/s")
+        axes[1].set(ylabel="turn rate, rad/s (left +)", xlabel=f"{title}: s")
+        low, high = axes[1].get_ylim()
+        axes[1].set_ylim(min(low, -0.1), max(high, 0.1))                    # a straight road looks straight
+        for step, kinds in marks:
+            for ax in axes:
+                ax.axvline(times[step], color="C3", lw=0.8)
+            axes[1].annotate(f"{times[step]:.1f} {', '.join(kinds)}", (times[step], 0.98), rotation=90, ha="right",
+                             va="top", xycoords=("data", "axes fraction"), fontsize=7, annotation_clip=True)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def read_labels(folder):
+    """
+    Check the labels in `folder`, filled in since write_labels, and put their texts into their clips' reasoning.json.
+
+    An entry there of the same time is replaced, others stay. The clip of NVIDIA's layout has no place for it: its
+    reasoning.json is then written beside keyframes.json. Returns a line for each clip on what was done. Raises
+    ValueError, a line for each label that is wrong, before anything is written.
+    """
+    homes = [home for home in (Path(folder), *sorted(Path(folder).glob("*"))) if (home / "keyframes.json").exists()]
+    if not homes:
+        raise FileNotFoundError(f"{folder}: no keyframes.json in it or in its folders, make it with --keyframes CLIP")
+    wrong, jobs, lines = [], [], []
+    for home in homes:
+        listed, texts, waiting = read_json(home / "keyframes.json"), {}, 0
+        if not isinstance(listed, dict) or not {"clip", "key_frames"} <= listed.keys():
+            raise ValueError(f"{home / 'keyframes.json'}: expected clip and key_frames, as --keyframes writes them")
+        if not Path(listed["clip"]).is_dir():
+            raise FileNotFoundError(f"{home / 'keyframes.json'}: clip is {listed['clip']}, where nothing is any more")
+        for frame in listed["key_frames"]:
+            if frame["label"]:
+                try:
+                    text = read_label(home / frame["label"])
+                except (ValueError, OSError) as error:
+                    wrong.append(str(error))
+                    continue
+                if text is None:
+                    waiting += 1
+                else:
+                    texts[frame["time"]] = text
+        jobs.append((home, Path(listed["clip"]), texts, waiting))
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    for home, clip, texts, waiting in jobs:
+        file = (home if (clip / "features.csv").exists() else clip) / "reasoning.json"
+        kept = {t: text for t, text in read_reasoning(file).items() if all(abs(t - t0) > DT / 2 for t0 in texts)}
+        entries = sorted((kept | {t: text for t, text in texts.items() if text}).items())
+        if texts:
+            write_json(str(file), [{"time": t, "text": text} for t, text in entries])
+        told = sum(map(bool, texts.values()))
+        lines.append(f"{home}: {told} labels, {len(texts) - told} excluded, {waiting} to be filled in"
+                     + (f"; {len(entries)} in {file}" if texts else ""))
+    return lines
+
+
+def read_label(folder):
+    """
+    The text of a key frame's label, "" if it is excluded, None if one of its stages has not been filled in. ValueError:
+    the file, the field and what was expected.
+    """
+    files = [folder / stage / "label.json" for stage in ("stage_1", "stage_2")]
+    first, second = [read_json(file) for file in files]
+
+    def require(valid, file, field, expected, value):
+        if not valid:
+            raise ValueError(f"{file}: {field} is {json.dumps(value)}, expected {expected}")
+
+    def one_of(allowed, file, field, value):
+        require(value in allowed, file, field, "one of " + ", ".join(allowed), value)
+
+    for file, label, fields in zip(files, (first, second), (("critical_components",),
+                                                            ("exclude", "longitudinal", "lateral", "reasoning"))):
+        require(isinstance(label, dict), file, "it", "an object in braces", label)
+        for field in fields:
+            require(field in label, file, field, "to be there", None)
+    components = first["critical_components"]
+    require(isinstance(components, list), files[0], "critical_components", "a list", components)
+    for i, entry in enumerate(components):
+        name = f"critical_components[{i}]"
+        require(isinstance(entry, dict), files[0], name, "an object with component, description, uncertainty", entry)
+        one_of(COMPONENTS, files[0], name + ".component", entry.get("component"))
+        one_of(UNCERTAINTY, files[0], name + ".uncertainty", entry.get("uncertainty"))
+        text = entry.get("description")
+        require(isinstance(text, str) and text.strip(), files[0], name + ".description", "a few words", text)
+    exclude, longitudinal, lateral, reasoning = [second[field] for field in fields]
+    if exclude is None and longitudinal is None and lateral is None and not reasoning:
+        return None
+    one_of(EXCLUDE, files[1], "exclude", exclude)
+    if exclude != "no":
+        return ""
+    one_of((*LONGITUDINAL, "none"), files[1], "longitudinal", longitudinal)
+    one_of((*LATERAL, "none"), files[1], "lateral", lateral)
+    require((longitudinal, lateral) != ("none", "none"), files[1], "longitudinal, as lateral,",
+            'one decision; where there is none, exclude is "no decision"', "none")
+    require(components, files[0], "critical_components", "one or more, as stage_2 is filled in", components)
+    pair = longitudinal.replace("none", "keep speed"), lateral.replace("none", "keep lane")
+    begin = "{} and {} since ".format(*pair).capitalize()
+    reasons = reasoning.partition(" since ")[2].lower() if isinstance(reasoning, str) else ""
+    require(reasons.strip(" .") and decisions(reasoning) == pair and "\n" not in reasoning, files[1], "reasoning",
+            f'a line "{begin}<reasons>."', reasoning)
+    named = " ".join(f"{entry['component']} {entry['description']}" for entry in components).lower()
+    for thing in THINGS:
+        found = re.search(rf"\b({thing})\b", reasons)
+        require(not found or re.search(rf"\b({thing})\b", named), files[1], "reasoning",
+                f"only what {files[0]} names, which {found and found[0]!r} is not", reasoning)
+    require(set(re.findall(r"\w{4,}", reasons)) & set(re.findall(r"\w{4,}", named)), files[1], "reasoning",
+            f"reasons in words of the critical_components of {files[0]}", reasoning)
+    return reasoning.strip()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One door
 
@@ -1066,7 +1547,22 @@ def main():
     parser.add_argument("--splits", type=int, nargs="?", const=2000, metavar="N",
                         help="print of what the first N scenes of each split are made")
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 12), metavar=("FROM", "TO"), help="seeds to look at")
+    parser.add_argument("--keyframes", metavar="CLIP", help="find the key frames of clips and prepare their labelling")
+    parser.add_argument("--out", default="labels", metavar="FOLDER", help="where --keyframes puts it")
+    parser.add_argument("--read-labels", metavar="FOLDER", help="check its labels, make the clips' reasoning.json")
     args = parser.parse_args()
+    if args.keyframes or args.read_labels:
+        try:
+            if args.keyframes:
+                for home, frames in write_labels(args.keyframes, args.out):
+                    for f in frames:
+                        print(f"{f['time']:7.1f} s  {', '.join(f['kinds']):24}  {f['label'] or f['why']}")
+                    print(f"{home}: {len(frames)} key frames, {sum(bool(f['label']) for f in frames)} to be labelled")
+            if args.read_labels:
+                print(*read_labels(args.read_labels), sep="\n")
+        except (ValueError, OSError, ImportError) as error:
+            raise SystemExit(f"data.py: {error}") from None
+        return
     if args.look:
         look(args.look, range(*args.seeds), args.size)
         return

@@ -156,6 +156,12 @@ def test_kitti_reads_its_calibration(kitti):
     assert load(kitti).batch([0])["intrinsics"][0, 0].tolist() == [1, 124, 37, 60.5, 18.5, 70, 71, 0, 0, 0]
 
 
+def test_kitti_reads_reasoning(kitti):
+    (kitti / "reasoning.json").write_text(json.dumps([{"time": 3.0, "text": "Turn left."}]))
+    clips = load(kitti)
+    assert clips.names == [f"{kitti.name} at 3.0 s"] and clips.reasoning == ["Turn left."]
+
+
 def test_rig_puts_a_point_where_project_says(folder):
     """A bright square in the wide camera's images must turn up where the rig's cameras see its direction."""
     point = torch.tensor([20.0, -1.6, 2.6])                                 # m, ego frame
