@@ -1193,8 +1193,6 @@ def read_oxts(file):
 # and names what matters there. Only in the second one sees what happened then, tells what had been decided, and says
 # why, with what the first stage named and nothing else: so no reason rests on what could not be seen in time.
 
-COMPONENTS = ("critical object", "traffic light", "yield or stop control", "road event", "lane or lane lines",
-              "routing intent", "ODD constraint")                           # Table 2
 UNCERTAINTY = ("low", "high")
 EXCLUDE = ("no", "unsafe", "no decision")       # ours, after the paper's safety exclusion
 SEEN, AFTER, LOOK_EVERY = 2.0, 6.0, 0.5         # s: history and future of a labeller (Table 3), images at 2 Hz

@@ -302,7 +302,7 @@ def light(**fields):
     ({"critical_components": []}, {}, "stage_1/label.json: critical_components is [], expected one or more"),
     ({}, {"exclude": "yes"}, 'stage_2/label.json: exclude is "yes", expected one of no, unsafe, no decision'),
     ({}, {"exclude": None}, "stage_2/label.json: exclude is null, expected one of no, unsafe, no decision"),
-    ({}, {"longitudinal": "brake"}, 'longitudinal is "brake", expected one of keep speed, follow, adapt speed'),
+    ({}, {"longitudinal": "brake"}, 'longitudinal is "brake", expected one of yield, stop, follow'),
     ({}, {"lateral": None}, "lateral is null, expected one of keep lane"),
     ({}, {"longitudinal": "none", "lateral": "none"}, 'longitudinal, as lateral, is "none", expected one decision'),
     ({}, {"longitudinal": "yield"}, 'expected a line "Yield and keep lane since <reasons>."'),

@@ -51,9 +51,9 @@ def test_the_world_is_version_two():
 
 
 VERSION_TWO = {
-    "name": ["parked car", "red light", "parked car", "cones"],
-    "end": [[61.441, -0.502], [38.475, 0.16], [62.562, -0.456], [59.868, 0.545]],  # m
-    "brightness": [141.787, 130.789, 137.556, 127.658],
+    "name": ["green light", "braking lead", "pedestrian at a speed bump", "deer"],
+    "end": [[81.779, -0.264], [29.102, -0.071], [24.132, -0.081], [20.014, 0.089]],  # m
+    "brightness": [129.964, 68.019, 121.078, 141.458],
 }
 
 
@@ -394,11 +394,11 @@ def test_bad_options_are_one_line():
 
 
 def at_t0(seeds, **air):
-    """A world at t0, with this dusk, rain or visibility in all its scenes."""
+    """A world at t0, on a clear day but for this dusk, rain or visibility."""
     traffic = world.World(seeds)
-    while traffic.time < 0:
+    for _ in range(world.PAST):
         traffic.step(*traffic.expert())
-    for name, value in air.items():
+    for name, value in (dict(dusk=0.0, rain=0.0, visibility=150.0) | air).items():
         getattr(traffic.scene, name)[:] = torch.as_tensor(value)
     return traffic
 
