@@ -12,18 +12,20 @@ A Scene is the one thing that crosses between data and model: a dictionary, batc
     ego_future_xyz    (B, 64, 3)       t0+0.1 .. t0+6.4 s
     ego_future_rot    (B, 64, 3, 3)
     reasoning, name   lists of B str:  why the driver does what it does; the situation, or the clip and its time
+    route             list of B str:   turn left, turn right, go straight; the world's scenes have it, clips need not
     camera_to_ego     (B, cameras, 4, 4)
     intrinsics        (B, cameras, 10) see `project`
 
 Ego frame: origin at the rear axle on the ground, x forward, y left, z up; metres, seconds, yaw left-positive.
 Camera axes: z out of the lens, x right, y down. All numbers are float32 unless said.
 
-The world is our own traffic: it needs no download, and because we made the cause of every scene we know its label.
-The page reads: the words, scenes of the world, their cache on disk; then real clips, of NVIDIA, of KITTI and of one's
-own (see `read_folder`).
+The world (world.py) is our own traffic: it needs no download, and because we made the cause of every scene we know its
+label. The page reads: the words, scenes of the world, driving in it, its scenes on disk; motion in words; real clips, of
+NVIDIA, of KITTI and of one's own (see `read_folder`), and their labelling.
 
     python data.py --scenes 16000 --size 64 128             # make a training set
     python data.py --cost                                   # what a scene costs, by part
+    python data.py --splits                                 # of what the splits are made
     python data.py --look sheet.png --seeds 0 12            # look at twelve scenes
     python data.py --keyframes CLIP --out labels            # find the key frames of a clip, prepare their labels
     python data.py --read-labels labels                     # check what was filled in, make CLIP/reasoning.json

@@ -1,8 +1,10 @@
 """
 A small world of traffic, for machines that have no data: it needs no download, and because it made the cause of every
-scene it knows the label.
+scene it knows the label. It also knows what it never shows in training: the long tail.
 
-The page reads in the data's order: cameras, roads, what a seed draws, the world that moves and drives, its renderer.
+The page reads in the data's order: cameras, roads, what a seed draws, the world that moves, drives and judges, its
+renderer. To add a situation: its name in SITUATIONS, a function in DRAW_CAUSE that draws its things, its words in
+data.py's CAUSES, and, if it can end or become another, a line in World.causes.
 Ego frame: origin at the rear axle on the ground, x forward, y left, z up; metres, seconds, yaw left-positive.
 """
 import functools
