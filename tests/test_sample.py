@@ -8,11 +8,12 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import data
 import world
 from alpamayo import PRESETS, Alpamayo, Vocabulary, rot_of, with_words
-from sample import ade, baselines, is_right, min_ade, ribbon, table
+from sample import ade, baselines, drive_table, is_right, min_ade, ribbon, table
 
 
 def motion(speed, accel, turn):
@@ -84,7 +85,7 @@ def test_ribbon_behind():
 def checkpoint(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("nano"))
     texts = [data.sentence(situation, side) for situation in world.SITUATIONS for side in (world.LEFT, world.RIGHT)]
-    cfg = with_words(PRESETS["nano"], texts)
+    cfg = with_words(PRESETS["nano"], texts + list(data.ROUTES.values()))
     model = Alpamayo(cfg, Vocabulary(cfg))
     model.init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -132,3 +133,40 @@ def test_errors_are_one_line(checkpoint, tmp_path, flag, value):
     code, said, trouble = run(tmp_path, "--checkpoint", checkpoint, flag, value)  # the last one counts
     assert code == 1 and said == [] and len(trouble) == 1, trouble
     assert trouble[0].startswith("sample.py: ") and value in trouble[0]
+
+
+def test_drive(checkpoint, tmp_path):
+    flags = ("--checkpoint", checkpoint, "--drive", 3, "--split", "tail", "--seconds", 2, "--steps", 2, "--batch", 2)
+    code, said, trouble = run(tmp_path, *flags)
+    assert code == 0, trouble
+    rows = json.loads(said[-1])["rows"]
+    assert list(rows) == ["expert", "constant velocity", "model"] and said[: len(rows) + 2] == drive_table(rows).splitlines()
+    expert = rows["expert"]
+    assert expert["close"] == expert["off_road"] == expert["events"] == 0 and expert["progress"] == 1 and expert["km"] > 0.01
+    assert all(0 <= row[key] <= 1 for row in rows.values() for key in ("close", "at_fault", "collision", "comfort"))
+    assert run(tmp_path, *flags)[1] == said
+
+
+def test_gallery(checkpoint, tmp_path):
+    flags = ("--checkpoint", checkpoint, "--gallery", "pictures", "--seconds", 1.5, "--steps", 2, "--situation", "deer")
+    code, said, trouble = run(tmp_path, *flags)
+    assert code == 0, trouble
+    assert any(line.startswith("drive      deer, seed 300000") for line in said)
+    with Image.open(tmp_path / "pictures" / "drive.gif") as film:
+        assert film.n_frames == 3  # a picture a plan
+    with Image.open(tmp_path / "pictures" / "gallery.png") as sheet:
+        assert sheet.size[0] > 1000 and len(sheet.convert("L").getcolors()) > 100
+
+
+def test_the_route_is_read(checkpoint):
+    """The model's prompt holds the route where the scene has one; a batch must agree on its length."""
+    model = Alpamayo.from_pretrained(checkpoint)
+    scene = data.make_scenes(range(world.SEEDS["val"], world.SEEDS["val"] + 2), size=(64, 128))
+    scene["route"] = ["turn left", "go straight"]
+    ids = model.embed_prompt(scene)[3]
+    words = [model.vocabulary.decode([i for i in row.tolist() if i < model.cfg.text_vocab]) for row in ids]
+    assert "turn left" in words[0] and "go straight" in words[1]
+    scene.pop("route")
+    assert model.embed_prompt(scene)[3].shape[1] == ids.shape[1] - 4  # two words between two marks
+    with pytest.raises(ValueError, match="route"):
+        model.embed_prompt(scene | {"route": ["turn left", ""]})
