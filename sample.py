@@ -176,10 +176,12 @@ its first close encounter or off the road; score: kilometres between such ends (
 
 
 def policy_of(model, args):
-    """The model as a policy of `data.drive`: the first sample of each scene, with its likeliest reasoning."""
+    """The model as a policy of `data.drive`. It thinks the likeliest thought, and its flow starts from zero, the middle of
+    the noise: from random noise the plans of successive half seconds disagree, and the car wanders off."""
     def policy(scene):
         scene = scene if args.route else {key: value for key, value in scene.items() if key != "route"}
-        out = model.sample(scene, 1, 0, steps=args.steps, max_new_tokens=64, seed=args.seed, reason=args.reason)
+        calm = torch.zeros(len(scene["name"]), HORIZON, 2)
+        out = model.sample(scene, 1, 0, steps=args.steps, max_new_tokens=64, noise=calm, reason=args.reason)
         policy.said, policy.xyz = [texts[0] for texts in out.reasoning], out.xyz[:, 0]  # for the film
         return out.actions[:, 0]
 

@@ -189,10 +189,8 @@ class Draw:
     nudge: tuple = (0.0, 0.0, 1.0, 2.0, 3.0)    # offset to the left; s where it begins, is full, ends, is gone
     standing: float = 0.0                       # 1: the ego stands at first
     signal: float = 0.0                         # the ego's turn signal
-    # Training scenes only: how long after t0 the scene is shown, s, so that a learner also sees what comes after the
-    # first answer; and a lapse: offset to the left (m) from some time on (s), corrected at t0 + react.
-    late: float = 0.0
-    lapse: tuple = (0.0, NEVER)
+    late: float = 0.0                           # s after t0 at which the scene is shown
+    lapse: tuple = (0.0, NEVER, NEVER)          # offset to the left (m), from when to when (s) the driver aims beside
     causes: list = field(default_factory=list)
     things: list = field(default_factory=list)
 
@@ -242,11 +240,23 @@ def draw(seed):
     _draw_crossing(scene, does, rng)
     _draw_others(scene, does, rng)
     if split == "train":
-        if rng.random() < 0.4:
-            scene.late = round(rng.uniform(0.5, 9), 1)
-        if rng.random() < 0.3:
-            scene.lapse = (rng.uniform(-0.5, 0.5), scene.late - rng.uniform(0.3, 1.8))
+        _draw_lesson(scene, rng)
     return scene
+
+
+def _draw_lesson(scene, rng):
+    """
+    Training scenes only. An expert who never errs teaches nobody to correct an error, and one who is only seen at t0 not
+    what comes after the first answer. So some scenes are shown later, and in most of them the driver drifts aside for a
+    while, at most 1.3 m, and is back on his line or on the way there at t0: what a learner will need in closed loop, where
+    its own small errors add up.
+    """
+    if rng.random() < 0.4:
+        scene.late = round(rng.uniform(0.5, 9), 1)
+    if rng.random() < 0.6:
+        aside = scene.nudge[0]                  # only further away from what one goes around
+        offset = math.copysign(rng.uniform(0.1, 0.5), aside) if aside else rng.uniform(-1.3, 1.3)
+        scene.lapse = (offset, scene.late - rng.uniform(0.5, 3), scene.late + rng.uniform(-1.5, scene.react))
 
 
 def _lines(lanes):
@@ -639,8 +649,8 @@ class World:
     def _wander(self):
         """Nobody drives like a ruler: small waves in speed (m/s) and in lateral offset (m), now."""
         a, rate_a, phase_a, b, rate_b, phase_b = self.scene.wander.unbind(-1)
-        offset, since = self.scene.lapse.unbind(-1)
-        lapse = torch.where((self.time >= since) & (self.time < self.scene.late + self.scene.react), offset, 0)
+        offset, since, until = self.scene.lapse.unbind(-1)
+        lapse = torch.where((self.time >= since) & (self.time < until), offset, 0)
         return a * torch.sin(rate_a * self.time + phase_a), b * torch.sin(rate_b * self.time + phase_b) + lapse
 
     def _since(self, time):
