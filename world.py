@@ -255,7 +255,8 @@ def _draw_lesson(scene, rng):
         scene.late = round(rng.uniform(0.5, 9), 1)
     if rng.random() < 0.6:
         aside = scene.nudge[0]                  # only further away from what one goes around
-        offset = math.copysign(rng.uniform(0.1, 0.5), aside) if aside else rng.uniform(-1.3, 1.3)
+        most = 0.6 if abs(scene.route[1] * scene.route[2]) > 0.5 else 1.3                # m; less where it is narrow
+        offset = math.copysign(rng.uniform(0.1, 0.5), aside) if aside else rng.uniform(-most, most)
         scene.lapse = (offset, scene.late - rng.uniform(0.5, 3), scene.late + rng.uniform(-1.5, scene.react))
 
 
