@@ -936,13 +936,17 @@ class Alpamayo(nn.Module):
         return ids.to(self.device), ends.to(self.device)
 
     def forward(
-        self, scene, stage="reason", action_tokens=True, flow_samples=1, flow_t=None, flow_noise=None, generator=None
-    ):
+        self, scene, stage="reason", action_tokens=True, flow_samples=1, flow_t=None, flow_noise=None, generator=None,
+        hide_actions=0.0,
+    ):  # fmt: skip
         """Losses of one batch of Scenes (data.py).
 
         stage "reason": cross-entropy of reasoning and action tokens (Eq. 9) and the expert's flow matching (Eq. 6, 7);
         "action": the same without reasoning (Sec. 5.1). action_tokens=False leaves the 128 out, for speed.
         flow_samples: noise levels a scene, all of which read one cache; flow_t (N,), flow_noise (N, 64, 2) fix them.
+        hide_actions: share of the scenes in which the model does not read the action tokens before the one that it is to
+        say. Told the first two or three it can guess the others, and the tower, which the expert teaches nothing, need
+        not learn where in the lane the car is: our nano could not keep to it before this. Not of the paper.
         Returns a dict of scalars: the losses `text` and `action`, mean nats a token of each kind (the release adds the
         two), and `flow`, a mean square; and, to look at, `ade`, metres between the driven path and that of one Euler step
         from x_t to t = 1, and `tokens`, how many the language model read."""
@@ -951,7 +955,11 @@ class Alpamayo(nn.Module):
         x, positions, seen, _ = self.embed_prompt(scene, reason)
         ids, ends = self.response_ids(scene, actions, reason, action_tokens)
         (B, P, _), R, device = x.shape, ids.shape[1], x.device
-        x = torch.cat([x, self.vlm.model.language_model.embed_tokens(ids.clamp(min=0))], 1)  # (B, P + R, C)
+        read = ids.clamp(min=0)
+        if action_tokens and hide_actions:
+            first, hidden = self.vocabulary.first_action, torch.rand(B, 1, generator=generator, device=device) < hide_actions
+            read = torch.where(hidden & (ids >= first) & (ids < first + cfg.bins), self.vocabulary["traj_future"], read)
+        x = torch.cat([x, self.vlm.model.language_model.embed_tokens(read)], 1)  # (B, P + R, C)
         start = positions.max() + 1
         positions = torch.cat([positions, (start + torch.arange(R, device=device)).expand(3, -1)], 1)
         cos, sin = rope(positions[:, None], cfg, x.dtype)

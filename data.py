@@ -93,6 +93,7 @@ CAUSES = {
     "speed bump": ("adapt speed", "keep lane", "road event", "a speed bump lies ahead"),
     "swerving car": ("keep speed", "nudge {other}", "critical object", "an oncoming car leaves its lane"),
     "turn": ("adapt speed", "turn {side}", "routing intent", "the route turns {side} at the crossing"),
+    "aside": ("keep speed", "keep lane", "lane or lane lines", "the car is on the {side} side of the lane"),
     "deer": ("yield", "keep lane", "critical object", "a deer crosses from the {side}"),
     "cyclist": ("yield", "keep lane", "critical object", "a cyclist crosses from the {side}"),
     "debris": ("keep speed", "straddle {other}", "critical object", "debris blocks the {side} side of the lane"),

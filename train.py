@@ -62,6 +62,7 @@ def parse_flags():
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--action-weight", type=float, default=0.3, help="weight of the action tokens' loss")
     add("--action-every", type=int, default=4, help="the 128 action tokens join every so many steps; 1: always")
+    add("--hide-actions", type=float, default=0.5, help="share of the scenes whose action tokens are not read back, see forward")
     add("--drive-every", type=int, default=8,
         help="in stage `reason` one step in so many has no reasoning, so that the model can also drive at once; 0: none")
     add("--front-only", type=float, default=0.1,
@@ -350,7 +351,7 @@ def main():
             if torch.rand(1, generator=generator, device=device) >= flags.routes:
                 scene.pop("route", None)
             with autocast:
-                losses = model(scene, lesson, tail, flags.flow_samples, generator=generator)
+                losses = model(scene, lesson, tail, flags.flow_samples, generator=generator, hide_actions=flags.hide_actions)
                 loss = total_loss(losses, flags) / flags.accumulate
             for name, value in losses.items():
                 means[name] = means.get(name, 0.0) + value.item() / flags.accumulate

@@ -253,11 +253,11 @@ def _draw_lesson(scene, rng):
     """
     if rng.random() < 0.4:
         scene.late = round(rng.uniform(0.5, 9), 1)
-    if rng.random() < 0.6:
+    if rng.random() < 0.75:
         aside = scene.nudge[0]                  # only further away from what one goes around
         most = 0.6 if abs(scene.route[1] * scene.route[2]) > 0.5 else 1.3                # m; less where it is narrow
         offset = math.copysign(rng.uniform(0.1, 0.5), aside) if aside else rng.uniform(-most, most)
-        scene.lapse = (offset, scene.late - rng.uniform(0.5, 3), scene.late + rng.uniform(-1.5, scene.react))
+        scene.lapse = (offset, scene.late - rng.uniform(0.5, 3), scene.late + rng.uniform(-0.9, scene.react))
 
 
 def _lines(lanes):
@@ -609,7 +609,7 @@ def _draw_others(scene, does, rng):
 
 MAX_ACCEL, COMFORT, HEADWAY, JERK = 1.5, 3.0, 0.8, 4.0      # m/s^2, m/s^2, s, m/s^3: the expert's manners
 BUMP_SPEED, MARGIN, FORESIGHT = 4.5, 0.3, 4.0               # m/s over a bump; m and s: what counts as in its way
-LONG_STOP, NEAR = 1.0, 0.25                                 # s at a stop sign; m, a close encounter
+LONG_STOP, NEAR, ASIDE = 1.0, 0.25, 0.4                     # s at a stop sign; m: a close encounter, off one's line
 IMMATERIAL = (NOTHING, LIGHT, SIGN, BUMP)                   # kinds that nobody can run into
 
 
@@ -766,9 +766,11 @@ class World:
     def causes(self):
         """
         What the driver of each scene has to answer to now: n lists of Causes. Nothing of the future is looked at. What
-        is over is gone, and some causes become others: a car that has cut in is a slower lead.
+        is over is gone, and some causes become others: a car that has cut in is a slower lead. Where nothing else asks for
+        anything, a car that is ASIDE of its line has to go back to it.
         """
-        s, d, _ = (value.tolist() for value in locate(self.x, self.y, self.scene.route))
+        s, d, _ = locate(self.x, self.y, self.scene.route)
+        s, d, aside = s.tolist(), d.tolist(), (d - self._nudge(s)[0]).tolist()
         thing = {name: getattr(self.things, name).tolist() for name in ("s", "d", "v", "v_end")}
         signals, held, speed = self.signals().tolist(), self.held.tolist(), self.speed.tolist()
         every = []
@@ -801,6 +803,8 @@ class World:
                     name = None
                 if name and name != "free":
                     now.append(cause._replace(name=name))
+            if not now and abs(aside[i]) > ASIDE:
+                now = [Cause("aside", LEFT if aside[i] > 0 else RIGHT, -1, FAR)]
             every.append(now or [Cause("free", scene.side, -1, FAR)])
         return every
 

@@ -63,7 +63,7 @@ def test_every_sentence_parses_back_to_its_decisions():
         for side in (world.LEFT, world.RIGHT):
             parsed = data.decisions(data.sentence(situation, side))
             assert parsed is not None and parsed[0] == longitudinal and parsed[1].split()[0] == lateral.split()[0]
-    assert set(data.CAUSES) == {*world.SITUATIONS, *world.RARE}
+    assert set(data.CAUSES) == {*world.SITUATIONS, *world.RARE, "aside"}
     assert data.decisions("Cones block the left side.") is None and data.decisions("") is None
     assert data.decisions("Fly and keep lane since the road ahead is free.") is None
 
