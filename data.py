@@ -91,7 +91,7 @@ CAUSES = {
     "lane closed": ("keep speed", "change lane {side}", "critical object", "barriers close the lane"),
     "gap search": ("search a gap", "keep lane", "critical object", "a car on the {side} blocks the way around the barriers"),
     "speed bump": ("adapt speed", "keep lane", "road event", "a speed bump lies ahead"),
-    "swerving car": ("keep speed", "nudge {other}", "critical object", "an oncoming car leaves its lane"),
+    "swerving car": ("yield", "nudge {other}", "critical object", "an oncoming car leaves its lane"),
     "turn": ("adapt speed", "turn {side}", "routing intent", "the route turns {side} at the crossing"),
     "aside": ("keep speed", "keep lane", "lane or lane lines", "the car is on the {side} side of the lane"),
     "deer": ("yield", "keep lane", "critical object", "a deer crosses from the {side}"),
@@ -110,21 +110,20 @@ class Label(NamedTuple):
 
 
 def compose(causes):
-    """(longitudinal, lateral, trace) of causes [(name, side)]. The most urgent longitudinal decision wins, and any lateral
-    one but keeping the lane; the trace names only the causes of the decisions that are taken (Table 4: proximate
-    cause)."""
+    """(longitudinal, lateral, trace, which) of causes [(name, side)]. The most urgent longitudinal decision wins, and any
+    lateral one but keeping the lane; the trace names only `which` (list of int) causes the decisions that are taken
+    (Table 4: proximate cause)."""
     rows = []
     for name, side in causes:
-        longitudinal, lateral, _, reason = CAUSES[name]
         words = dict(zip(("side", "other"), ("left", "right")[::side]))
-        rows.append((longitudinal, lateral.format(**words), reason.format(**words)))
+        rows.append([text.format(**words) for text in CAUSES[name]])
     longitudinal = min((row[0] for row in rows), key=LONGITUDINAL.index)
     lateral = next((row[1] for row in rows if row[1] != "keep lane"), "keep lane")
-    plain = ("keep speed", "keep lane")
-    behind = [reason for a, b, reason in rows
-              if (a == longitudinal and a != "keep speed") or (b == lateral and b != "keep lane")]
-    behind = behind or [reason for a, b, reason in rows if (a, b) == plain]
-    return longitudinal, lateral, f"{longitudinal} and {lateral} since {' and '.join(behind)}.".capitalize()
+    which = [i for i, (a, b, _, _) in enumerate(rows)
+             if (a == longitudinal and a != "keep speed") or (b == lateral and b != "keep lane")]
+    which = which or list(range(len(rows)))                         # all say: go on
+    reasons = " and ".join(rows[i][3] for i in which)
+    return longitudinal, lateral, f"{longitudinal} and {lateral} since {reasons}.".capitalize(), which
 
 
 def sentence(situation, side):
@@ -140,8 +139,9 @@ def decisions(text):
 
 def labels_of(world):
     """
-    The Label of each scene of a World at this moment, from what is there now and nothing of the future. Uncertainty is
-    high where haze or distance hides more than half: our rule, the paper gives none.
+    The Label of each scene of a World at this moment, from what is there now and nothing of the future. Components are the
+    causes of what is decided, and no others (Table 2). Uncertainty is high where haze or distance hides more than half:
+    our rule, the paper gives none.
     """
     x, y, _ = world.poses()
     cos, sin = torch.cos(world.yaw)[:, None], torch.sin(world.yaw)[:, None]
@@ -149,15 +149,15 @@ def labels_of(world):
     x, y = (cos * x + sin * y).tolist(), (cos * y - sin * x).tolist()
     labels = []
     for i, causes in enumerate(world.causes()):
+        longitudinal, lateral, trace, which = compose([(cause.name, cause.side) for cause in causes])
         components = []
-        for cause in causes:
+        for cause in (causes[k] for k in which):
             component = dict(component=CAUSES[cause.name][2], what=cause.name)
             if cause.thing >= 0:
                 at = x[i][cause.thing], y[i][cause.thing]
                 seen = math.exp(-math.hypot(*at) / (8 / 3 * world.draws[i].visibility))
-                component |= dict(x=round(at[0], 1), y=round(at[1], 1), uncertainty="low" if seen > 0.6 else "high")
+                component |= dict(x=round(at[0], 1), y=round(at[1], 1), uncertainty="low" if seen > 0.5 else "high")
             components.append(component)
-        longitudinal, lateral, trace = compose([(cause.name, cause.side) for cause in causes])
         labels.append(Label(longitudinal, lateral, components, trace))
     return labels
 
@@ -170,6 +170,8 @@ class Recorder:
 
     def __init__(self, world, camera_ids=(0, 1, 2, 6), size=(64, 128), frames=4, frame_dt=0.5):
         self.camera_ids, self.every = sorted(camera_ids), round(frame_dt / DT)
+        if not self.camera_ids:
+            raise ValueError("camera_ids: expected one camera or more")
         if size[0] < 2 or size[0] % 2 or size[1] < 1:
             raise ValueError(f"size: expected an even height, as the horizon lies between two rows, not {tuple(size)}")
         if frames < 1 or self.every < 1 or abs(self.every * DT - frame_dt) > 1e-6 or (frames - 1) * self.every > PAST:
@@ -242,6 +244,9 @@ COMFORT_BOUNDS = {
     "yaw accel": (-1.93, 1.93), "yaw rate": (-0.95, 0.95)}
 
 
+GRACE = 1.0             # s: how long after a scenario's end a collision still counts as its
+
+
 def comfort_of(speed, accel, curvature):
     """Whether each of the quantities of COMFORT_BOUNDS stays within its bounds: {name: (n, T) bool}, of a drive with speed
     (m/s), accel (m/s^2) and curvature (1/m), each (n, T) at 10 Hz. Jerk is the length of the change of the acceleration,
@@ -262,16 +267,20 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, camera_ids=(0, 1, 2, 6), size
     policy: a function of a batched Scene (without a future) that returns controls (n, T, 2) in m/s^2 and 1/m, of which
     those of the next `replan` seconds are driven before it is asked again, with fresh images; or None, the expert. Up to
     t0 the expert drives, who does not yet know the cause. The other cars react, see World.step. A scenario ends at
-    its first close encounter or when the ego leaves the road (as AlpaSim's do), else after `seconds`.
+    its first close encounter or when the ego leaves the road (as AlpaSim's do), else after `seconds`; whether it comes to
+    a collision is watched for GRACE seconds more.
     film: a function that is given the world, the Scene and the controls at every replanning.
 
-    Returns {name: (n,)}: collision, close, at_fault, off_road (bool; see World.judge), km driven until the end; progress,
-    the share of the metres that the expert makes in the same time; comfort, the share of the six COMFORT_BOUNDS bounds that held
-    to the end; seconds, when it ended.
+    Returns {name: (n,)}: collision, close, at_fault, off_road (bool; see World.judge); ran, whether it crossed a stop line
+    at a red light or a sign at which it had not stood (no event: nobody comes from the side); km driven until the end;
+    progress, the metres as a share, at most 1, of those that the expert makes in the same time; comfort, the share of the
+    six COMFORT_BOUNDS that held to the end; seconds, when it ended. ValueError where steps do not fit.
     """
+    every, ticks = round(replan / DT), round(seconds / DT)
+    if not 1 <= every <= FUTURE or abs(every * DT - replan) > 1e-6 or ticks < 1:
+        raise ValueError(f"seconds, replan: expected steps of {DT} s, replan at most {FUTURE * DT:g} s, not {seconds} and {replan}")
     world, expert = World(seeds, device), World(seeds, device)
-    recorder, every = Recorder(world, camera_ids, size, frames, frame_dt), round(replan / DT)
-    n, ticks = len(world.x), round(seconds / DT)
+    recorder, n = Recorder(world, camera_ids, size, frames, frame_dt), len(world.x)
     tick_of_look = math.gcd(every, recorder.every)                  # every image that some Scene will show
     alive, met = torch.ones(n, dtype=torch.bool, device=device), {}
     metres, ideal, driven = torch.zeros(n, device=device), torch.zeros(n, device=device), []
@@ -283,25 +292,31 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, camera_ids=(0, 1, 2, 6), size
             if left % every == 0:
                 scene = recorder.scene()
                 plan = policy(scene).to(device)
+                if plan.shape[:1] != (n,) or plan.shape[1] < every:
+                    raise ValueError(f"policy: expected controls ({n}, {every} or more, 2), not {tuple(plan.shape)}")
                 if film:
                     film(world, scene, plan)
             controls = plan[:, left % every].unbind(-1)
         else:
             controls = world.expert()
+        held, before = world.held, world.bumper() < world.scene.stop
         world.step(*controls)
         expert.step(*expert.expert())
         if left < 0:
             continue
-        now = world.judge()
+        now = world.judge() | {"ran": held & before & (world.bumper() >= world.scene.stop)}
         for name, value in now.items():
-            met[name] = met.get(name, torch.zeros_like(alive)) | (value & alive)
+            counts = alive | (left * DT < ended + GRACE) if name == "collision" else alive
+            met[name] = met.get(name, torch.zeros_like(alive)) | (value & counts)
         metres, ideal = metres + DT * world.speed * alive, ideal + DT * expert.speed * alive
         driven.append(torch.stack([world.speed, world.accel, world.curvature, alive.float()], -1))
         over = alive & (now["close"] | now["off_road"])
         ended, alive = torch.where(over, (left + 1) * DT, ended), alive & ~over
+        if (left * DT >= ended + GRACE).all():
+            break
     speed, accel, curvature, counts = torch.stack(driven, 1).unbind(-1)
     held = [(ok | (counts == 0)).all(1) for ok in comfort_of(speed, accel, curvature).values()]
-    return dict(met, km=metres / 1000, progress=metres / ideal.clamp(min=1), comfort=torch.stack(held).float().mean(0),
+    return dict(met, km=metres / 1000, progress=(metres / ideal.clamp(min=1)).clamp(max=1), comfort=torch.stack(held).float().mean(0),
                 seconds=ended)
 
 
@@ -1553,21 +1568,18 @@ def main():
     parser.add_argument("--read-labels", metavar="FOLDER", help="check its labels, make the clips' reasoning.json")
     args = parser.parse_args()
     if args.keyframes or args.read_labels:
-        try:
-            if args.keyframes:
-                for home, frames in write_labels(args.keyframes, args.out):
-                    for f in frames:
-                        print(f"{f['time']:7.1f} s  {', '.join(f['kinds']):24}  {f['label'] or f['why']}")
-                    print(f"{home}: {len(frames)} key frames, {sum(bool(f['label']) for f in frames)} to be labelled")
-            if args.read_labels:
-                print(*read_labels(args.read_labels), sep="\n")
-        except (ValueError, OSError, ImportError) as error:
-            raise SystemExit(f"data.py: {error}") from None
+        if args.keyframes:
+            for home, frames in write_labels(args.keyframes, args.out):
+                for f in frames:
+                    print(f"{f['time']:7.1f} s  {', '.join(f['kinds']):24}  {f['label'] or f['why']}")
+                print(f"{home}: {len(frames)} key frames, {sum(bool(f['label']) for f in frames)} to be labelled")
+        if args.read_labels:
+            print(*read_labels(args.read_labels), sep="\n")
         return
     if args.look:
         look(args.look, range(*args.seeds), args.size)
         return
-    if args.splits:
+    if args.splits is not None:
         print(splits(args.splits))
         return
     if args.cost:
@@ -1580,4 +1592,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"data.py: {error}") from None

@@ -167,12 +167,14 @@ def table(rows):
 # Driving: closed loop in the world
 
 DRIVES = {"close": "close encounter", "at_fault": "at fault", "collision": "collision", "off_road": "off the road",
-          "progress": "progress", "comfort": "comfort"}  # shares
+          "ran": "ran a red light or stop sign", "progress": "progress", "comfort": "comfort"}  # shares
 DRIVE_NOTE = """\
 % of {n} scenarios of {seconds:g} s, mean ± standard error; a new plan from new images every {replan:g} s. Close encounter: something
-solid within 0.25 m of the car; at fault: all but what came from behind, or at a car that stood. Progress: metres driven,
-as % of what the expert drives in the same time. Comfort: how many of the release's six bounds held. A scenario ends at
-its first close encounter or off the road; score: kilometres between such ends (> all that were driven, if none)."""
+solid within 0.25 m of the car; at fault: all but what came from behind, or at a car that stood (others brake, so few do).
+A scenario ends at its first close encounter or off the road, and a collision counts until 1 s later. Nobody comes from the
+side: a light or sign that is run is counted, but no event. Progress: metres driven, as % (at most 100) of what the expert
+drives in the same time. Comfort: how many of the release's six bounds held. Score: kilometres between ends (> all that
+were driven, if none)."""
 
 
 def policy_of(model, args):
@@ -182,7 +184,7 @@ def policy_of(model, args):
         scene = scene if args.route else {key: value for key, value in scene.items() if key != "route"}
         calm = torch.zeros(len(scene["name"]), HORIZON, 2)
         out = model.sample(scene, 1, 0, steps=args.steps, max_new_tokens=64, noise=calm, reason=args.reason)
-        policy.said, policy.xyz = [texts[0] for texts in out.reasoning], out.xyz[:, 0]  # for the film
+        policy.said = [texts[0] for texts in out.reasoning]  # for the film
         return out.actions[:, 0]
 
     return policy
@@ -453,14 +455,16 @@ def draw_film(file, model, args, size=(192, 384)):
     from matplotlib.animation import PillowWriter
 
     situation = args.situation or "double-parked car"
-    names = (world.SITUATIONS, world.COMBINATIONS, world.RARE)
-    split = next(split for split, known in zip(("val", "tail", "rare"), names) if situation in known)
+    names = dict(val=world.SITUATIONS, tail=world.COMBINATIONS, rare=world.RARE)
+    split = next((split for split, known in names.items() if situation in known), None)
+    if split is None:
+        raise ValueError(f"--situation {situation!r}: unknown; data.py --splits lists them")
     seed = next(s for s in range(world.SEEDS[split] + args.seed, world.SEEDS["end"]) if world.draw(s).situation == situation)
     policy = policy_of(model, args)
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(9.6, 3.9), dpi=75)
         front, above = figure.add_axes([0, 0, 0.66, 0.87]), figure.add_axes([0.69, 0.02, 0.3, 0.84])
-        writer = PillowWriter(fps=2 / args.replan / 2)
+        writer = PillowWriter(fps=1 / args.replan)
 
         def frame(traffic, scene, plan):
             front.clear(), above.clear()
@@ -621,6 +625,8 @@ def report(scene, out, args):
 
 def main():
     args = parse_flags()
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: expected 0 or more")
     for flag in ("n", "steps", "batch", "eval", "drive"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}: expected 1 or more")

@@ -199,6 +199,17 @@ def front_only(scene):
     return scene | {k: scene[k][:, keep] for k in ("images", "camera_ids", "camera_to_ego", "intrinsics") if k in scene}
 
 
+def without_route(scene):
+    """The scene as it is shown without its route, less the turns that nothing but the route could tell (no turn signal):
+    what cannot be known is not taught."""
+    if "route" not in scene:
+        return scene
+    signal = scene["ego_kinematics"][:, -1, 3] != 0
+    keep = [i for i, route in enumerate(scene["route"]) if route == data.ROUTES[0] or signal[i]]
+    keep = keep or list(range(len(scene["route"])))
+    return {k: v[keep] if torch.is_tensor(v) else [v[i] for i in keep] for k, v in scene.items() if k != "route"}
+
+
 def total_loss(losses, flags):
     weights = {"text": 1.0, "action": flags.action_weight, "flow": 1.0}
     parts = {"all": weights, "vlm": ("text", "action"), "expert": ("flow",)}[flags.train]
@@ -349,7 +360,7 @@ def main():
             if torch.rand(1, generator=generator, device=device) < flags.front_only:
                 scene = front_only(scene)
             if torch.rand(1, generator=generator, device=device) >= flags.routes:
-                scene.pop("route", None)
+                scene = without_route(scene)
             with autocast:
                 losses = model(scene, lesson, tail, flags.flow_samples, generator=generator, hide_actions=flags.hide_actions)
                 loss = total_loss(losses, flags) / flags.accumulate

@@ -255,7 +255,7 @@ def _draw_lesson(scene, rng):
         scene.late = round(rng.uniform(0.5, 9), 1)
     if rng.random() < 0.75:
         aside = scene.nudge[0]                  # only further away from what one goes around
-        most = 0.6 if abs(scene.route[1] * scene.route[2]) > 0.5 else 1.3                # m; less where it is narrow
+        most = 0.4 if abs(scene.route[1] * scene.route[2]) > 0.5 else 1.3                # m; less where it is narrow
         offset = math.copysign(rng.uniform(0.1, 0.5), aside) if aside else rng.uniform(-most, most)
         scene.lapse = (offset, scene.late - rng.uniform(0.5, 3), scene.late + rng.uniform(-0.9, scene.react))
 
@@ -270,10 +270,10 @@ def _pick(rng, items):
     return items[rng.integers(len(items))]
 
 
-def _car(rng, s, d, v, oncoming=0.0, **script):
+def _car(rng, s, d, v, oncoming=0.0, size=CAR_SIZE, **script):
     """A car whose centre is at s, d at t0 if it keeps its speed."""
     start = s - (1 - 2 * oncoming) * v * PAST * DT
-    return Thing(CAR, start, d, v, oncoming, CAR_SIZE, _pick(rng, CAR_COLOURS), **script)
+    return Thing(CAR, start, d, v, oncoming, size, _pick(rng, CAR_COLOURS), **script)
 
 
 def _person(rng, s, d, **script):
@@ -422,10 +422,12 @@ def _cut_in(scene, does, rng):                  # signals and starts about now, 
         signal=(BLINK_RIGHT if side == LEFT else BLINK_LEFT) if signals else OFF, **script)])
 
 
-def _go_around(scene, offset, first, last, begin):
-    """Out before `first`, back after `last` (s of the obstacle's ends), as gently back as out."""
+def _go_around(scene, name, things, offset, first, last, begin):
+    """A cause to go around: out before `first`, back after `last` (s of its ends), as gently back as out. Once the ego is
+    out the decision is done."""
     full, end = first - FRONT - 1, last + 2
     scene.nudge = (offset, begin, full, end, end + full - begin)
+    scene.add(name, things, until=full)
 
 
 def _cones(scene, does, rng):
@@ -434,24 +436,22 @@ def _cones(scene, does, rng):
     if "curve" in does:
         first = max(scene.road[0] + rng.uniform(0, 0.3) * scene.road[2], FRONT + 18)
         begin = first - FRONT - 13
-    scene.add("cones", [Thing(CONE, first + i * step, side * (1.5 - 0.2 * i), size=CONE_SIZE) for i in range(5)],
-              until=first + 4 * step)
-    _go_around(scene, -side * (1.1 if "curve" in does else 1.3), first, first + 4 * step, begin)
+    cones = [Thing(CONE, first + i * step, side * (1.5 - 0.2 * i), size=CONE_SIZE) for i in range(5)]
+    _go_around(scene, "cones", cones, -side * (1.1 if "curve" in does else 1.3), first, first + 4 * step, begin)
 
 
 def _parked_car(scene, does, rng):              # reaches into the lane a little: there is room to pass within it
     first = FRONT + 2 + scene.cruise * rng.uniform(1.9, 2.4)
-    scene.add("parked car", [_car(rng, first + CAR_SIZE[0] / 2, RIGHT * rng.uniform(2.3, 2.5), 0)], until=first + CAR_SIZE[0])
-    _go_around(scene, LEFT * 0.7, first, first + CAR_SIZE[0], 0.2 * scene.cruise)
+    parked = _car(rng, first + CAR_SIZE[0] / 2, RIGHT * rng.uniform(2.3, 2.5), 0)
+    _go_around(scene, "parked car", [parked], LEFT * 0.7, first, first + CAR_SIZE[0], 0.2 * scene.cruise)
 
 
 def _double_parked_car(scene, does, rng):       # half in the lane: one has to leave it
     first = FRONT + 2 + scene.cruise * rng.uniform(2.3, 2.8)
     if "pedestrian" in does:
         first = FRONT + 4 + scene.braking(rng.uniform(2.4, 3.1)) - CAR_SIZE[0]
-    scene.add("double-parked car", [_car(rng, first + CAR_SIZE[0] / 2, RIGHT * rng.uniform(1.5, 1.9), 0, signal=HAZARD)],
-              until=first + CAR_SIZE[0])
-    _go_around(scene, LEFT * 1.6, first, first + CAR_SIZE[0], 0.2 * scene.cruise)
+    parked = _car(rng, first + CAR_SIZE[0] / 2, RIGHT * rng.uniform(1.5, 1.9), 0, signal=HAZARD)
+    _go_around(scene, "double-parked car", [parked], LEFT * 1.6, first, first + CAR_SIZE[0], 0.2 * scene.cruise)
 
 
 def _oncoming_car(scene, does, rng):            # comes while we would be in its lane
@@ -459,8 +459,7 @@ def _oncoming_car(scene, does, rng):            # comes while we would be in its
     scene.hold, first, faster = hold + FRONT + 3, hold + FRONT + 17, rng.uniform(8, 12)
     parked = _car(rng, first + CAR_SIZE[0] / 2, RIGHT * rng.uniform(1.5, 1.9), 0, signal=HAZARD)
     oncoming = _car(rng, hold + faster * rng.uniform(2.5, 4.5), LANE, faster, oncoming=1.0, blocks=1.0)
-    scene.add("oncoming car", [parked, oncoming], until=first + CAR_SIZE[0])
-    _go_around(scene, LEFT * 1.6, first, first + CAR_SIZE[0], hold + 2)
+    _go_around(scene, "oncoming car", [parked, oncoming], LEFT * 1.6, first, first + CAR_SIZE[0], hold + 2)
 
 
 def _barriers(s):
@@ -478,7 +477,7 @@ def _gap_search(scene, does, rng):              # a car beside us, soon past us
     hold = scene.braking(rng.uniform(2, 2.4))
     scene.hold = hold + FRONT + 3
     s = hold + FRONT + 36
-    beside = _car(rng, rng.uniform(-4, 2), scene.side * LANE, scene.cruise + rng.uniform(0.5, 2.5), blocks=1.0)
+    beside = _car(rng, rng.uniform(-1.8, 3), scene.side * LANE, scene.cruise + rng.uniform(0.5, 2.5), blocks=1.0)
     scene.add("gap search", [*_barriers(s), beside], until=s)
     scene.nudge = (scene.side * LANE, hold + 2, hold + 30, FAR, FAR + 1)
 
@@ -487,8 +486,8 @@ def _speed_bump(scene, does, rng):
     scene.bump = FRONT + scene.braking(rng.uniform(1.8, 2.6), BUMP_SPEED)
     if "pedestrian" in does:
         scene.bump = FRONT + 2 + scene.braking(rng.uniform(2.4, 3.1))
-    bump = Thing(BUMP, scene.bump, 0.0, size=BUMP_SIZE)
-    scene.add("speed bump", [bump], until=scene.bump)
+    sign = Thing(SIGN, scene.bump - 3, _lines(scene.lanes)[0] - 1.2, size=SIGN_SIZE, signal=YELLOW)   # a warning
+    scene.add("speed bump", [Thing(BUMP, scene.bump, 0.0, size=BUMP_SIZE), sign], until=scene.bump)
 
 
 def _swerving_car(scene, does, rng):            # comes towards us, over the line
@@ -497,7 +496,7 @@ def _swerving_car(scene, does, rng):            # comes towards us, over the lin
     scene.add("swerving car", [_car(
         rng, meet + faster * (meet - FRONT) / v, LANE, faster, oncoming=1.0, drift=-rng.uniform(0.8, 1.2),
         t_drift=rng.uniform(-1.2, -0.7), d_end=rng.uniform(1.7, 1.9))], until=FAR, side=LEFT)
-    scene.nudge = (RIGHT * 0.9, 0.2 * v, meet - 12, meet + 10, meet + 30)
+    scene.nudge = (RIGHT * 0.65, 0.2 * v, meet - 12, meet + 10, meet + 30)
 
 
 def _turn(scene, does, rng):                    # half of the drivers forget to signal: then only the route tells
@@ -544,7 +543,7 @@ def _draw_crossing(scene, does, rng):
 
 
 def _draw_others(scene, does, rng):
-    """The crowd. Nobody gets in the way of the cause, of the ego or of one another."""
+    """The crowd. Nobody gets in the way of the cause or of the ego."""
     v, uniform, does = scene.cruise, rng.uniform, set(does)
     things = scene.things
     (right_line, left_line), nudged = _lines(scene.lanes), scene.nudge[0]
@@ -565,7 +564,8 @@ def _draw_others(scene, does, rng):
         in_the_way = (lane == 1 and nudged > 0) or does & {"swerving car", "oncoming car"}
         hides = "pedestrian" in does and scene.side == LEFT
         if rng.random() < 0.5 and closed > 16 and not in_the_way and not hides:
-            things.append(_car(rng, uniform(8, min(110, closed - 6)), lane * LANE, uniform(7, 14), oncoming=1.0))
+            size = TRUCK_SIZE if rng.random() < 0.2 and closed > 30 else CAR_SIZE
+            things.append(_car(rng, uniform(8, min(110, closed - 6)), lane * LANE, uniform(7, 14), 1.0, size))
     ahead = does <= {"free", "green light", "waiting pedestrian", "pedestrian", "cut-in", "cones", "parked car"}
     if ahead and rng.random() < 0.4:                                        # far ahead, as fast as we are
         passed = max([thing.s for thing in things if thing.cause] + [0]) + 16 + 2 * v
@@ -578,8 +578,11 @@ def _draw_others(scene, does, rng):
 
     def put(count, low, high, make, length=0.0):
         for s in uniform(low, high, count):
-            if abs(s - scene.crossing) > SIDE_ROAD + FILLET + length / 2:
-                things.append(make(s))
+            one = make(s)
+            free = all(abs(one.s - t.s) > (one.size[0] + t.size[0]) / 2 or abs(one.d - t.d) > (one.size[1] + t.size[1]) / 2
+                       for t in things if t.v == 0)
+            if free and abs(s - scene.crossing) > SIDE_ROAD + FILLET + length / 2:
+                things.append(one)
 
     put(rng.integers(0, 4), 8, limit, lambda s: _person(
         rng, s, _pick(rng, (left_edge + uniform(2, 4), right_edge - uniform(2, 4)))))
@@ -630,7 +633,9 @@ class World:
 
     def __init__(self, seeds, device="cpu"):
         draws = self.draws = [draw(int(seed)) for seed in seeds]
-        most = max(len(one.things) for one in draws)
+        if not draws:
+            raise ValueError("seeds: expected one or more")
+        most = max(1, *(len(one.things) for one in draws))
         rows = [one.things + [Thing()] * (most - len(one.things)) for one in draws]
         tensor = functools.partial(torch.tensor, dtype=torch.float32, device=device)
         fixed = [f.name for f in fields(Draw) if f.name not in ("situation", "things", "causes")]
@@ -665,12 +670,17 @@ class World:
     def braking(self):
         """Which of the things show brake lights, (n, things) bool."""
         t = self.things
-        return (self._since(t.t_accel) & ~self._since(t.t_go) & (t.accel < 0)) | (t.slows > 0)
+        braking = self._since(t.t_accel) & ~self._since(t.t_go) & (t.accel < 0)
+        return (braking & ((t.v > t.v_end + 0.1) | (t.v < 0.1))) | (t.slows > 0)
 
     def _drift(self):
-        """Lateral speed of the things (n, things): a script's drift ends in the middle of our lane, or across it."""
+        """Lateral speed of the things (n, things), m/s to the left: a script's drift ends at d_end."""
         t = self.things
         return torch.where(self._since(t.t_drift) & (t.drift * (t.d_end - t.d) > 0), t.drift, 0)
+
+    def bumper(self):
+        """s of the ego's front bumper along its route, (n,)."""
+        return locate(self.x, self.y, self.scene.route)[0] + FRONT
 
     def poses(self):
         """World x, y and heading of the things (n, things); what drives, rides or runs sideways faces where it goes."""
@@ -751,7 +761,7 @@ class World:
         at_line = (self.speed < 0.15) & ((scene.hold - s - FRONT).abs() < 5)
         self.stood = self.stood + DT * at_line
         red = ((t.kind == LIGHT) & (self.signals() == RED)).any(1)
-        sign = (t.kind == SIGN).any(1) & (self.stood < LONG_STOP)
+        sign = ((t.kind == SIGN) & (t.signal != YELLOW)).any(1) & (self.stood < LONG_STOP)
         rear, bumper = t.s - t.size[..., 0] / 2, (s + FRONT)[:, None]
         past = torch.where(t.oncoming > 0, rear + t.size[..., 0] < bumper, rear > bumper + 6)
         blocked = ((t.blocks > 0) & ~past).any(1)
@@ -771,7 +781,7 @@ class World:
         """
         s, d, _ = locate(self.x, self.y, self.scene.route)
         s, d, aside = s.tolist(), d.tolist(), (d - self._nudge(s)[0]).tolist()
-        thing = {name: getattr(self.things, name).tolist() for name in ("s", "d", "v", "v_end")}
+        thing = {name: getattr(self.things, name).tolist() for name in ("s", "d", "v")} | {"brakes": self.braking().tolist()}
         signals, held, speed = self.signals().tolist(), self.held.tolist(), self.speed.tolist()
         every = []
         for i, scene in enumerate(self.draws):
@@ -786,7 +796,7 @@ class World:
                 elif name == "cut-in":
                     name = "slower lead" if abs(its["d"]) < 0.6 else name
                 elif name == "braking lead":
-                    name = name if its["v"] > its["v_end"] + 0.1 else "slower lead" if its["v"] > 0.1 else "stopped lead"
+                    name = "stopped lead" if its["v"] < 0.1 else name if its["brakes"] else "slower lead"
                 elif name == "red light":
                     name = name if signals[i][j] == RED else "resume" if speed[i] < 3 else "green light"
                 elif name == "stop sign":
