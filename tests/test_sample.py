@@ -13,7 +13,7 @@ from PIL import Image
 import data
 import world
 from alpamayo import PRESETS, Alpamayo, Vocabulary, rot_of, with_words
-from sample import ade, baselines, drive_table, is_right, min_ade, ribbon, table
+from sample import DRIVES, ade, baselines, drive_table, is_right, min_ade, ribbon, table
 
 
 def motion(speed, accel, turn):
@@ -142,9 +142,22 @@ def test_drive(checkpoint, tmp_path):
     rows = json.loads(said[-1])["rows"]
     assert list(rows) == ["expert", "constant velocity", "model"] and said[: len(rows) + 2] == drive_table(rows).splitlines()
     expert = rows["expert"]
-    assert expert["close"] == expert["off_road"] == expert["events"] == 0 and expert["progress"] == 1 and expert["km"] > 0.01
+    assert expert["close"] == expert["off_road"] == expert["events"] == expert["ran"] == 0 and expert["progress"] == 1 and expert["km"] > 0.01
     assert all(0 <= row[key] <= 1 for row in rows.values() for key in ("close", "at_fault", "collision", "comfort"))
     assert run(tmp_path, *flags)[1] == said
+
+
+def test_the_score_is_kilometres_between_events():
+    row = {"scenarios": 4, "km": 3.0, "events": 2, "events_at_fault": 0} | {k: 0.25 for k in DRIVES} | {k + "_se": 0.1 for k in DRIVES}
+    line = drive_table({"model": row}).splitlines()[-1]
+    assert line.startswith("| model | 25.0 ± 10.0 |") and line.endswith("| 1.50 | > 3.0 |")
+
+
+@pytest.mark.parametrize("flags", [("--drive", 1, "--replan", 0), ("--drive", 1, "--seconds", 0), ("--seed", -1),
+                                   ("--gallery", "g", "--situation", "snow"), ("--drive", 0)])  # fmt: skip
+def test_what_cannot_be_driven_is_one_line(checkpoint, tmp_path, flags):
+    code, said, trouble = run(tmp_path, "--checkpoint", checkpoint, *flags)
+    assert code == 1 and trouble[-1].startswith("sample.py: ") and "Traceback" not in "".join(trouble)
 
 
 def test_gallery(checkpoint, tmp_path):
