@@ -463,7 +463,7 @@ def draw_film(file, model, args, size=(192, 384)):
     policy = policy_of(model, args)
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(9.6, 3.9), dpi=75)
-        front, above = figure.add_axes([0, 0, 0.66, 0.87]), figure.add_axes([0.69, 0.02, 0.3, 0.84])
+        front, above = figure.add_axes([0, 0, 0.66, 0.87]), figure.add_axes([0.69, 0.02, 0.3, 0.83])
         writer = PillowWriter(fps=1 / args.replan)
 
         def frame(traffic, scene, plan):
@@ -476,9 +476,9 @@ def draw_film(file, model, args, size=(192, 384)):
             for text in list(figure.texts):
                 text.remove()
             said = policy.said[0] if args.reason else "drives without reasoning"
-            figure.text(0.012, 0.925, readable(said), size=12, weight="bold", color=TRUTH)
+            figure.text(0.012, 0.925, readable(said), size=11, weight="bold", color=TRUTH)
             time = f"{situation}   {traffic.time[0].item():4.1f} s   {traffic.speed[0].item():4.1f} m/s"
-            figure.text(0.99, 0.925, time, size=10, color=PAST, ha="right")
+            figure.text(0.99, 0.885, time, size=9, color=PAST, ha="right")
             writer.grab_frame()
 
         with writer.saving(figure, file, 75):
