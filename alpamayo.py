@@ -100,7 +100,7 @@ class Config:
     # how it sees (Sec. 3.2.1)
     vision: str = "image"  # image: each image its own tokens | triplane: three planes a time step | flex: scene tokens
     keep: float = 1.0  # share of the image tokens that is kept; the least looked at are dropped inside the tower
-    keep_at: float = 0.67  # ours: share of the tower's blocks before that; the next block tells who is looked at
+    keep_at: float = 0.34  # ours: share of the tower's blocks before that; the next block tells who is looked at
     retrieve: float = 1.0  # share of the prompt's image tokens that the reasoning reads back; the expert reads all
     planes: tuple = (96, 96, 48)  # triplane: cells along x, y, z
     planes_patch: tuple = (8, 8, 8)  # cells along x, y, z that become one token
@@ -140,7 +140,7 @@ PRESETS = {
     "nano": Config(
         n_layer=4, n_embd=160, n_head=4, n_kv_head=2, head_dim=40, n_mlp=320, mrope_section=(8, 6, 6), v_layer=3,
         v_embd=96, v_head=4, v_mlp=256, v_grid=8, deepstack=(1,), e_embd=96, e_head=4, e_mlp=256, a_embd=96, bins=128,
-        bin_range=4.0, planes=(18, 16, 4), planes_patch=(6, 4, 4), planes_embd=64, flex_tokens=20,
+        bin_range=4.0, planes=(12, 12, 2), planes_patch=(4, 3, 2), planes_embd=64, flex_tokens=20,
         flex_layer=2, **OF_WORLD),
     # one GPU. 128 x 256 images: 32 tokens
     "mini": Config(
@@ -528,6 +528,17 @@ def take(x, places):
     return x[torch.arange(len(x), device=x.device)[:, None], places]
 
 
+def look_up(maps, points, intrinsics, camera_to_ego):
+    """What each camera shows at points (n, 3) in m of the ego frame: of maps (B, cameras, C, h, w) the bilinear value
+    where a point is projected to, (B, cameras, n, C), and whether the camera sees it, (B, cameras, n)."""
+    points = (points - camera_to_ego[..., None, :3, 3]) @ camera_to_ego[..., :3, :3]  # (B, cameras, n, 3), camera axes
+    pixels, visible = project(points, intrinsics[..., None, :])
+    at = 2 * pixels / intrinsics[..., None, 1:3] - 1  # -1 and 1: the image's edges, whatever it was resized to
+    at = at.masked_fill(~visible[..., None], 0).flatten(0, 1)[:, :, None].to(maps.dtype)
+    found = F.grid_sample(maps.flatten(0, 1), at, padding_mode="border", align_corners=False)  # (B * cameras, C, n, 1)
+    return found[..., 0].mT.unflatten(0, maps.shape[:2]), visible
+
+
 class Triplane(nn.Module):
     """What all cameras of a time step see, as three planes around the car (arXiv 2506.12251, Sec. 3.2.1).
 
@@ -572,17 +583,6 @@ class Triplane(nn.Module):
             axes.append(at)
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
 
-    def sample(self, maps, intrinsics, camera_to_ego):
-        """Feature maps (B, cameras, C, h, w) at every cell's centre: (B, cameras, cells, C), 0 where it is not seen, and
-        whether it is, (B, cameras, cells)."""
-        points = self.centres(maps.device).flatten(0, 2)
-        points = (points - camera_to_ego[..., None, :3, 3]) @ camera_to_ego[..., :3, :3]  # (B, cameras, cells, 3)
-        pixels, visible = project(points, intrinsics[..., None, :])
-        at = 2 * pixels / intrinsics[..., None, 1:3] - 1  # -1 and 1: the image's edges, whatever it was resized to
-        at = at.masked_fill(~visible[..., None], 0).flatten(0, 1)[:, :, None].to(maps.dtype)
-        found = F.grid_sample(maps.flatten(0, 1), at, padding_mode="border", align_corners=False)  # (B * cameras, C, cells, 1)
-        return found[..., 0].mT.unflatten(0, maps.shape[:2]) * visible[..., None], visible
-
     def lift(self, x, kept, view, intrinsics, camera_to_ego):
         """Patches x (B, K * merge^2, v_embd) of the groups `kept` (B, K) of view = (cameras, times, h, w) to planes
         (B * times, X, Y, C), (B * times, X, Z, C), (B * times, Y, Z, C)."""
@@ -591,23 +591,24 @@ class Triplane(nn.Module):
         m = math.isqrt(x.shape[1] // K)
         x = self.kv(self.norm(x)).view(B, K, -1)
         x = x.new_zeros(B, cameras * times * h * w, x.shape[-1]).scatter(1, kept[..., None].expand_as(x), x)
-        known = torch.zeros(kept.shape[0], x.shape[1], 1, device=x.device, dtype=x.dtype).scatter(1, kept[..., None], 1)
+        known = x.new_zeros(*x.shape[:2], 1).scatter(1, kept[..., None], 1)
         x = torch.cat([x.unflatten(-1, (m * m, -1)), known[..., None].expand(-1, -1, m * m, 1)], -1)
         x = x.view(B, cameras, times, h, w, m, m, -1).permute(0, 1, 2, 7, 3, 5, 4, 6)  # .., 2 C + 1, h, m, w, m
         x = x.reshape(B, cameras, -1, h * m, w * m)
-        x, visible = self.sample(x, intrinsics, camera_to_ego)
-        x = x.unflatten(-1, (times, -1)).permute(0, 2, 1, 3, 4).flatten(0, 1)  # (B * times, cameras, cells, 2 C + 1)
-        x, share = x[..., :-1], x[..., -1:]  # of the bilinear weights, that lies on patches which were not pruned
+        x, visible = look_up(x, self.centres(x.device).flatten(0, 2), intrinsics, camera_to_ego)
+        x = x.unflatten(-1, (times, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)  # (B * times, cameras, cells, 2 C + 1)
+        k, v = x[..., :-1].unflatten(-1, (2, C // d, d)).unbind(-3)  # (B * times, cameras, cells, H, d)
+        share = x[..., -1:]  # of the bilinear weights: what lies on patches that were not pruned
         seen = (share > 0.5) & visible.repeat_interleave(times, 0)[..., None]
-        k, v = (x / share.clamp(min=0.5)).unflatten(-1, (2, C // d, d)).unbind(-3)  # (B * times, cameras, cells, H, d)
+        share = share.clamp(min=0.5)
 
         qx, qy, qz = self.queries[0].split(self.cells)
         cells = (qx[:, None, None] + qy[:, None] + qz).flatten(0, 2)  # (cells, C)
         q = self.q(cells).unflatten(-1, (-1, d))
-        score = torch.einsum("chd,bnchd->bnch", q, k) * d**-0.5
+        score = (q * k).sum(-1) * d**-0.5 / share  # (B * times, cameras, cells, H)
         score = score.masked_fill(~seen, -torch.inf)
         weight = torch.cat([score, torch.zeros_like(score[:, :1])], 1).softmax(1)[:, :-1]  # the last one is nothing
-        cells = cells + self.proj(torch.einsum("bnch,bnchd->bchd", weight, v).flatten(2))
+        cells = cells + self.proj(((weight / share)[..., None] * v).sum(1).flatten(2))
         cells = cells + self.linear_fc2(F.gelu(self.linear_fc1(self.norm2(cells)), approximate="tanh"))
         cells = cells.unflatten(1, self.cells)  # (B * times, X, Y, Z, C)
         return cells.mean(3), cells.mean(2), cells.mean(1)

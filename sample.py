@@ -5,25 +5,36 @@ Look, think, drive, and see what came of it: a picture of one scene, or a table 
     python sample.py --situation pedestrian    the first held-out scene of that kind
     python sample.py --clip FOLDER --t0 3      a real clip, in any layout that data.py reads
     python sample.py --eval                    512 held-out scenes: a Markdown table, then all its numbers as JSON
+    python sample.py --keep 0.5                with half of the image tokens; any checkpoint, no retraining
+    python sample.py --encoders out/encoders   train every way to see and compare them in one table; goes on after a kill
+    python sample.py --seeing out/seeing.png   draw what each of those looks at
 
-The page reads: metrics and baselines, the evaluation, the picture, the command line.
+The page reads: metrics and baselines, the evaluation, ways to see, the picture, the command line.
 """
 import argparse
 import json
 import math
 import os
+import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 import world
-from alpamayo import DT, HORIZON, LOW_SPEED, Alpamayo, fit_actions, initial_speed, project, read_config, unwrap, yaw_of
+from alpamayo import (
+    DT, HORIZON, LOW_SPEED, PRESETS, Alpamayo, Config, VisionTower, fit_actions, initial_speed, project, read_config, rope,
+    unwrap, yaw_of)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Metrics, and what a driver scores who just goes on as before
@@ -152,6 +163,157 @@ def table(rows):
     for name, row in rows.items():
         lines.append([f"**{name}**" if name == "all" else name, *(cell(row, column) for column in COLUMNS)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ways to see: the paper's table of vision encoders (Table 12), and SparseVILA's pruning, which the paper only names
+
+
+class Way(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    train: str = ""  # flags of train.py
+    keep: float = 1.0  # pruning of a model that was trained without: no training of its own
+    paper: str = "-"  # the paper's row: tokens an image, minADE relative to single image
+
+    @property
+    def folder(self):
+        return "-".join(self.train.replace("--", "").split()) or "image"
+
+
+SHARES_KEPT = (0.75, 0.5, 0.25, 0.1)
+WAYS = [
+    Way("single image", paper="160, 0 %"),
+    Way("triplane, patch 4 x 3 x 2", "--vision triplane --planes-patch 4 3 2", paper="104, -3 %"),
+    Way("triplane, patch 6 x 6 x 2", "--vision triplane --planes-patch 6 6 2", paper="45, +4 %"),
+    Way("Flex, 20 scene tokens", "--vision flex --flex-tokens 20", paper="50, -3 %"),
+    Way("Flex, 13", "--vision flex --flex-tokens 13", paper="32, -3 %"),
+    Way("Flex, 6", "--vision flex --flex-tokens 6", paper="16, -2 %"),
+    Way("Flex, 3", "--vision flex --flex-tokens 3", paper="8, -2 %"),
+    *(Way(f"keep {keep}, not retrained", keep=keep) for keep in SHARES_KEPT),
+    *(Way(f"keep {keep}, trained with it", f"--keep {keep}") for keep in SHARES_KEPT),
+]
+WAYS_NOTE = """\
+minADE: best of {n} samples, mean over {scenes} held-out scenes of our world{spread}; relative: to single image of the same
+seed. Every model learned from nothing for {steps} steps. Tokens: visual tokens for each of {pairs} pictures (a camera's
+two successive frames are one). Parameters: of the encoder alone; triplane and Flex need no mergers ({mergers:,}). FLOPs: of
+one scene, all products of matrices. Time: vision + prefill, median of {repeats} interleaved runs, {threads} thread(s) of
+this machine, one scene at a time and by the scene of {batch}. Paper: Table 12, tokens an image and relative minADE, of
+160 tokens an image, a 0.5B model and real traffic: not comparable with ours, but for the order."""
+
+
+def train_ways(args, cfg):
+    """Train what is missing of every row and seed, or go on where it stopped, --jobs at a time. Returns {(folder, seed):
+    path}."""
+    for split, count in (("train", args.scenes), ("val", 128)):  # once, before anybody competes for it
+        data.load("world", split=split, scenes=count, folder=args.cache, **world_view(cfg, args))
+    runs = {(way.folder, seed): os.path.join(args.encoders, f"{way.folder}-{seed}") for seed in args.seeds for way in WAYS}
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+    settings = (f"--steps {args.train_steps} --scenes {args.scenes} --threads 1 --val-every {args.train_steps} --save-every 100 "
+                f"--size {args.size[0]} {args.size[1]} --cache").split() + [args.cache]  # fmt: skip
+    flags = {way.folder: way.train.split() for way in WAYS}
+
+    def run(item):
+        (way, seed), out = item
+        command, saved = [sys.executable, script, *settings, *flags[way], "--seed", str(seed), "--out", out], f"{out}/training.safetensors"
+        if os.path.exists(saved):
+            with safe_open(saved, "pt") as f:
+                step, was = int(f.metadata()["step"]), json.loads(f.metadata()["flags"])
+            for key, wanted in (("steps", args.train_steps), ("scenes", args.scenes), ("size", list(args.size))):
+                if was[key] != wanted:
+                    raise ValueError(f"{out}: was trained with {key} {was[key]}, not {wanted}; choose another --encoders")
+            if step == args.train_steps:
+                return
+            command = [sys.executable, script, "--resume", out]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise ValueError(f"{out}: {done.stderr.strip().splitlines()[-1]}")
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(tqdm(pool.map(run, runs.items()), total=len(runs), desc="training", unit="run"))
+    return runs
+
+
+@torch.no_grad()
+def cost(model, scene):
+    """FLOPs of matrix products of one scene, {vision, prefill}."""
+    flops, lm = {}, model.vlm.model.language_model
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of a CPU are not counted
+        with FlopCounterMode(display=False) as counter:
+            x, positions, seen, _ = model.embed_prompt(scene, False)
+        flops["vision"] = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            lm(x, *rope(positions, model.cfg, x.dtype), seen=seen)
+        flops["prefill"] = counter.get_total_flops()
+    return flops
+
+
+def encoder_of(tower):
+    """What turns the tower's patches into the language model's tokens."""
+    return [getattr(tower, k) for k in ("triplane", "flex", "merger", "deepstack_merger_list") if hasattr(tower, k)]
+
+
+def compare_ways(args):
+    """Rows of numbers for every Way: {name: {tokens, parameters, minade by seed, ...}}."""
+    runs = train_ways(args, PRESETS["nano"])
+    models = {(way.name, seed): load_model(runs[way.folder, seed], **({"keep": way.keep} if way.keep < 1 else {}))
+              for way in WAYS for seed in args.seeds}  # fmt: skip
+    cfg = models[WAYS[0].name, args.seeds[0]].cfg
+    scenes = data.load("world", split="val", scenes=args.eval or 256, folder=args.cache, **world_view(cfg, args))
+    starts, args.reason = range(0, len(scenes), args.batch), True
+    rows = {way.name: {"paper": way.paper, "minade": [], "both": []} for way in WAYS}
+    one, many = scenes.batch([0]), scenes.batch(range(args.batch))
+    pairs = cfg.frames // cfg.temporal_patch * len(cfg.cameras)
+    for (name, seed), model in tqdm(models.items(), desc="evaluating"):
+        batches = [measure(model, scenes.batch(range(i, min(i + args.batch, len(scenes)))), i, args) for i in starts]
+        for key in ("minade", "both"):
+            rows[name][key].append(torch.cat([b[key] for b in batches]).mean().item())
+        if seed == args.seeds[0]:
+            parts = encoder_of(model.vlm.model.visual)
+            rows[name] |= {"tokens": len(model.embed_prompt(one, False)[2][0][0]) / pairs, "flops": cost(model, one),
+                           "parameters": sum(p.numel() for part in parts for p in part.parameters()), "ms": [], "ms_many": []}  # fmt: skip
+    for _ in tqdm(range(args.repeats), desc="timing"):
+        for name, row in rows.items():
+            for key, scene in (("ms", one), ("ms_many", many)):
+                t = models[name, args.seeds[0]].sample(scene, 1, steps=1, reason=False, seed=0).seconds
+                row[key].append(1000 * (t["vision"] + t["prefill"]) / len(scene["images"]))
+    for row in rows.values():
+        base = rows[WAYS[0].name]["minade"]
+        row["relative"] = [a / b - 1 for a, b in zip(row["minade"], base)]
+        row["ms"], row["ms_many"] = (sorted(row[k])[len(row[k]) // 2] for k in ("ms", "ms_many"))
+    return rows, pairs
+
+
+def ways_table(rows):
+    """Rows of compare_ways as Markdown."""
+
+    def spread(values, scale, digits, sign=""):
+        mean = f"{scale * np.mean(values):{sign}.{digits}f}"
+        return mean + (f" ± {scale * np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+    titles = ("encoder", "tokens a picture", "parameters", "minADE, m", "relative, %", "both right, %", "MFLOP vision",
+              "MFLOP prefill", "ms, one scene", "ms, by the batch", "paper")  # fmt: skip
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
+    for name, row in rows.items():
+        flops = [f"{row['flops'][k] / 1e6:.1f}" for k in ("vision", "prefill")]
+        lines.append([name, f"{row['tokens']:.2f}", f"{row['parameters']:,}", spread(row["minade"], 1, 2),
+                      spread(row["relative"], 100, 0, "+"), spread(row["both"], 100, 0), *flops, f"{row['ms']:.1f}",
+                      f"{row['ms_many']:.2f}", row["paper"]])  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def full_size():
+    """Parameters of the encoders at full size, built without memory, beside the paper's."""
+    lines = []
+    for width, whose in ((896, "the paper's 0.5B language model, 896 wide"), (4096, "the release, 4096 wide")):
+        for vision, paper in (("triplane", "6.3 M"), ("flex", "61.6 M")):
+            with torch.device("meta"):
+                encoder = encoder_of(VisionTower(replace(Config(), vision=vision, n_embd=width)))[0]
+            count = sum(p.numel() for p in encoder.parameters()) / 1e6
+            inner = count - sum(p.numel() for n, p in encoder.named_parameters() if n.startswith(("patchify", "out."))) / 1e6
+            lines.append(f"{vision} for {whose}: {count:.1f} M, of which {inner:.1f} M before the last projection; paper {paper}")
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -326,6 +488,93 @@ def draw(file, scene, out, views):
         plt.close(figure)
 
 
+@torch.no_grad()
+def looked_at(model, scene):
+    """What a model sees of a Scene, by how it sees. image: for each group of the newest pictures, (B, cameras, h, w), the
+    smallest share of SHARES_KEPT that keeps it, or 1; flex: the attention it receives from the scene tokens in Flex's last
+    layer, the same shape; triplane: how far each plane is from the batch's mean, three (B, rows, columns)."""
+    tower, caught, cfg = model.vlm.model.visual, [], model.cfg
+    B, cameras, H, W = *scene["images"].shape[:2], *scene["images"].shape[-2:]
+    by_group = lambda a: a.view(B, cameras, -1, H // cfg.patch // cfg.merge, W // cfg.patch // cfg.merge)[:, :, -1]
+    if cfg.vision == "triplane":
+        hook = tower.triplane.norm3.register_forward_hook(lambda _, inputs, output: caught.append(output))
+        model.look(scene)
+        hook.remove()
+        planes = [plane.unflatten(0, (B, -1))[:, -1] for plane in caught]  # (B, rows, columns, C), of the newest time
+        return [(plane - plane.mean(0)).norm(dim=-1) for plane in planes]
+    if cfg.vision == "flex":
+        hook = tower.flex.blocks[-1].attn.register_forward_pre_hook(lambda attn, inputs: caught.append(attn.heads(*inputs[:3])))
+        model.look(scene)
+        hook.remove()
+        (q, k, _), K = caught[0], cfg.flex_tokens
+        return by_group((q[:, :, :K] @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean((1, 2))[:, K:])
+    share = None
+    for cfg.keep in (1.0, *sorted(SHARES_KEPT, reverse=True)):
+        kept = model.look(scene)[-1]
+        share = torch.ones(kept.shape) if share is None else share.scatter(1, kept, cfg.keep)
+    cfg.keep = 1.0
+    return by_group(share)
+
+
+def draw_seeing(file, args):
+    """What single image under pruning, Flex and triplanes look at in one scene, as trained by --encoders."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder, seed = args.encoders or os.path.join("out", "encoders"), args.seeds[0]
+    ways = {WAYS[0].folder: "image", WAYS[1].folder: "triplane", WAYS[3].folder: "flex"}
+    models = {vision: load_model(os.path.join(folder, f"{name}-{seed}")) for name, vision in ways.items()}
+    scene, views = world_scene(models["image"].cfg, args)
+    others = data.load("world", split="val", scenes=128, folder=args.cache, **world_view(models["image"].cfg, args)).batch(range(31))
+    batch = {k: torch.cat([scene[k], others[k]]) for k in scene if torch.is_tensor(scene[k])}
+    kept, attention, planes = (looked_at(models[v], batch if v == "triplane" else scene) for v in ("image", "flex", "triplane"))
+    names = (1, 6, 0, 2)
+    order = [scene["camera_ids"][0].tolist().index(c) for c in names]
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(16, 10.4), dpi=100)
+        grid = figure.add_gridspec(3, 4, left=0.02, right=0.98, top=0.91, bottom=0.335, wspace=0.02, hspace=0.16)
+        figure.text(0.02, 0.965, f"What each way of seeing looks at: {scene['name'][0]}", size=17, weight="bold", color=TRUTH)
+        figure.text(0.02, 0.935, f"truth: {scene['reasoning'][0]}", size=12, color=PAST)
+        row = ("the newest pictures", "pruning: the brightest quarter steps are kept at 0.1, 0.25, 0.5, 0.75; dark: dropped first",
+               f"Flex: attention of {models['flex'].cfg.flex_tokens} scene tokens in its last layer, bright: more than an even share")  # fmt: skip
+        bright = {0.1: 1.0, 0.25: 0.75, 0.5: 0.5, 0.75: 0.3, 1.0: 0.08}
+        for r, title in enumerate(row):
+            for c, (camera, i) in enumerate(zip(names, order)):
+                ax = figure.add_subplot(grid[r, c], anchor="NW")
+                image = torch.from_numpy(views[camera][0]).float() / 255
+                if r:
+                    light = kept[0, i].clone().apply_(lambda s: bright[round(s, 2)]) if r == 1 else attention[0, i] / attention.max()
+                    light = light.repeat_interleave(image.shape[0] // len(light), 0)
+                    image = image * (light.repeat_interleave(image.shape[1] // light.shape[1], 1) * (1 if r == 1 else 0.95) + 0.05 * (r == 2))[..., None]
+                ax.imshow(image, interpolation="nearest")
+                ax.set(xticks=[], yticks=[])
+                ax.spines[:].set_visible(False)
+                if c == 0:
+                    ax.set_title(title, pad=3)
+                if r == 0:
+                    ax.annotate(CAMERAS[camera], (0, 1), (5, -5), "axes fraction", "offset points", va="top", color="white")
+        triplane = models["triplane"].vlm.model.visual.triplane
+        centres = triplane.centres()
+        ends = [torch.cat([a[:1] - (a[1] - a[0]) / 2, (a[1:] + a[:-1]) / 2, a[-1:] + (a[-1] - a[-2]) / 2])
+                for a in (centres[:, 0, 0, 0], centres[0, :, 0, 1], centres[0, 0, :, 2])]  # fmt: skip
+        grid = figure.add_gridspec(1, 3, left=0.045, right=0.98, top=0.285, bottom=0.055, wspace=0.12, width_ratios=(2, 1, 1))
+        for k, (a, b) in enumerate(((0, 1), (0, 2), (1, 2))):
+            ax = figure.add_subplot(grid[k])
+            ax.pcolormesh(ends[a], ends[b], planes[k][0].T, cmap="Oranges")
+            ax.set_title(("triplane, from above: x ahead, y left, m", "from the side: x, z", "from the front: y, z")[k]
+                         + (": where it differs from 32 scenes' mean" if k == 0 else ""))  # fmt: skip
+            if k == 2:
+                ax.invert_xaxis()  # left is left
+            if k == 0:
+                path = scene["ego_future_xyz"][0]
+                ax.plot(path[:, 0], path[:, 1], color=TRUTH, linewidth=1.5)
+        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+        figure.savefig(file)
+        plt.close(figure)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -352,6 +601,16 @@ def parse_flags():
     add("--blind", metavar="FOLDER", help="with --eval: a checkpoint that was trained with train.py --blind")
     add("--batch", type=int, default=32, help="with --eval: scenes at a time")
     add("--cache", metavar="FOLDER", default="data", help="with --eval: where rendered scenes are kept")
+    add("--keep", type=float, metavar="SHARE", help="of the image tokens, the most looked at (default: the checkpoint's)")
+    add("--retrieve", type=float, metavar="SHARE",
+        help="of the prompt's image tokens, for the reasoning to read back (default: the checkpoint's)")  # fmt: skip
+    add("--encoders", metavar="FOLDER", help="train every way to see into FOLDER, what is missing of it, and compare them")
+    add("--train-steps", type=int, default=400, help="with --encoders: of each training")
+    add("--scenes", type=int, default=8000, help="with --encoders: scenes to train with")
+    add("--seeds", type=int, nargs="+", default=[0], help="with --encoders: trainings of each row")
+    add("--jobs", type=int, default=1, help="with --encoders: trainings at a time, a thread each")
+    add("--repeats", type=int, default=20, help="with --encoders: of each measurement of time")
+    add("--seeing", metavar="PNG", help="draw what the encoders of --encoders (default: out/encoders) look at")
     args = p.parse_args()
     if args.eval is not None and (args.clip or args.situation):
         p.error("--eval is over the world's scenes; it takes no --clip and no --situation")
@@ -360,12 +619,12 @@ def parse_flags():
     return args
 
 
-def load_model(folder):
+def load_model(folder, **switches):
     """The checkpoint where it runs best: the GPU if there is one, and there the release's size in bfloat16."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     large = read_config(folder).max_pixels > 0
     dtype = torch.bfloat16 if large and device == "cuda" else torch.float32
-    return Alpamayo.from_pretrained(folder, dtype, device)
+    return Alpamayo.from_pretrained(folder, dtype, device, **switches)
 
 
 def world_view(cfg, args):
@@ -427,7 +686,20 @@ def main():
     for flag in ("n", "steps", "batch"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}: expected 1 or more")
-    model = load_model(args.checkpoint)
+    if args.seeing:
+        draw_seeing(args.seeing, args)
+        print(f"picture    {args.seeing}")
+        return
+    if args.encoders:
+        rows, pairs = compare_ways(args)
+        note = dict(n=args.n, scenes=args.eval or 256, steps=args.train_steps, pairs=pairs, repeats=args.repeats, batch=args.batch,
+                    spread=f" and {len(args.seeds)} seeds, ± their standard deviation" if len(args.seeds) > 1 else ", one seed",
+                    mergers=rows[WAYS[0].name]["parameters"], threads=torch.get_num_threads())  # fmt: skip
+        print(ways_table(rows) + "\n\n" + WAYS_NOTE.format(**note) + "\n\nAt full size (tower of the release):\n" + full_size())
+        print(json.dumps({"steps": args.train_steps, "seeds": args.seeds, "scenes": args.eval or 256, "rows": rows}))
+        return
+    switches = {k: getattr(args, k) for k in ("keep", "retrieve") if getattr(args, k) is not None}
+    model = load_model(args.checkpoint, **switches)
     args.reason = args.reason and model.cfg.reasoning == "on"  # after stage `action` a model cannot think yet
     if args.eval is not None:
         rows = evaluate(model, args)

@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
 
@@ -48,6 +49,13 @@ def parse_flags():
     add("--data", default="world", help="`world`, or a folder of clips that data.py can read")
     add("--scenes", type=int, default=8000, help="training scenes of the world, rendered once to disk")
     add("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="pixels of the world's images")
+    add("--vision", choices=("image", "triplane", "flex"), default=argparse.SUPPRESS,
+        help="how a model from scratch sees (default: image): each image its own tokens | planes of space | scene tokens")
+    add("--keep", type=float, default=argparse.SUPPRESS,
+        help="share of the image tokens that is kept; the least looked at are pruned (default: the checkpoint's, or 1)")
+    add("--planes-patch", type=int, nargs=3, metavar=("X", "Y", "Z"), default=argparse.SUPPRESS,
+        help="cells of a triplane that become one token, from scratch (default: the preset's)")
+    add("--flex-tokens", type=int, default=argparse.SUPPRESS, help="scene tokens, from scratch (default: the preset's)")
     add("--cache", metavar="FOLDER", default="data", help="where rendered scenes are kept")
     add("--steps", type=int, default=600, help="optimiser steps")
     add("--batch", type=int, default=32, help="scenes a step, over all processes")
@@ -138,9 +146,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimisers(model, flags):
-    """Muon gets the two-dimensional weights of layers, blocks and mergers; AdamW everything else."""
+    """Muon gets the two-dimensional weights of layers, blocks, mergers and planes; AdamW everything else."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    inside = lambda n, p: flags.muon_lr and p.ndim == 2 and any(k in n for k in (".layers.", ".blocks.", "merger"))
+    inside = lambda n, p: flags.muon_lr and p.ndim == 2 and any(k in n for k in (".layers.", ".blocks.", "merger", ".triplane."))
     hidden = [p for n, p in named if inside(n, p)]
     matrices = dict(params=[p for n, p in named if p.ndim > 1 and not inside(n, p)], weight_decay=flags.weight_decay)
     vectors = dict(params=[p for n, p in named if p.ndim <= 1], weight_decay=0.0)
@@ -299,8 +307,13 @@ def main():
 
     # The model decides how it wants to be shown scenes, so it comes first; its words come from the scenes' reasoning.
     source = flags.resume or flags.init
-    model = Alpamayo.from_pretrained(source, device=device) if source else None
-    cfg = model.cfg if model else PRESETS[flags.preset]
+    of_encoder = {k: getattr(flags, k) for k in ("vision", "planes_patch", "flex_tokens") if k in flags}
+    seeing = of_encoder | ({"keep": flags.keep} if "keep" in flags else {})
+    if flags.init and of_encoder:
+        raise ValueError(f"--{next(iter(of_encoder)).replace('_', '-')}: {flags.init} has an encoder already")
+    seeing = {k: tuple(v) if isinstance(v, list) else v for k, v in seeing.items()}
+    model = Alpamayo.from_pretrained(source, device=device, **seeing if not flags.resume else {}) if source else None
+    cfg = model.cfg if model else replace(PRESETS[flags.preset], **seeing)
     if rank == 0:
         load_scenes(flags, cfg)  # renders what is not yet on disk
     if world_size > 1:
