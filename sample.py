@@ -195,124 +195,129 @@ WAYS = [
     *(Way(f"keep {keep}, trained with it", f"--keep {keep}") for keep in SHARES_KEPT),
 ]
 WAYS_NOTE = """\
-minADE: best of {n} samples, mean over {scenes} held-out scenes of our world{spread}; relative: to single image of the same
-seed. Every model learned from nothing for {steps} steps. Tokens: visual tokens for each of {pairs} pictures (a camera's
-two successive frames are one). Parameters: of the encoder alone; triplane and Flex need no mergers ({mergers:,}). FLOPs: of
-one scene, all products of matrices. Time: vision + prefill, median of {repeats} interleaved runs, {threads} thread(s) of
-this machine, one scene at a time and by the scene of {batch}. Paper: Table 12, tokens an image and relative minADE, of
-160 tokens an image, a 0.5B model and real traffic: not comparable with ours, but for the order."""
+minADE: best of {n} samples, mean over {scenes} held-out scenes of our world; both right: % of first samples that decide
+right. relative: minADE against single image of the same seed; seeds: {seeds}, of which what is trained with pruning has the
+first; ± their standard deviation. Every model learned from nothing for {steps} steps of 32 scenes. Tokens: visual tokens of
+the language model for each of {pictures} pictures; a picture is two successive frames of a camera. Parameters: of what
+turns the tower's patches into tokens; triplane and Flex need no mergers, which are single image's. FLOP: matrix products of
+one scene. ms: vision + prefill on this machine with {threads} thread(s), median of {repeats} rounds over all rows, a scene
+by itself and a scene among {batch}. The paper's: Table 12, tokens an image and relative minADE, of real traffic, a 0.5B
+model and 160 tokens an image: to be compared with ours by its order alone."""
 
 
-def train_ways(args, cfg):
-    """Train what is missing of every row and seed, or go on where it stopped, --jobs at a time. Returns {(folder, seed):
-    path}."""
-    for split, count in (("train", args.scenes), ("val", 128)):  # once, before anybody competes for it
-        data.load("world", split=split, scenes=count, folder=args.cache, **world_view(cfg, args))
-    runs = {(way.folder, seed): os.path.join(args.encoders, f"{way.folder}-{seed}") for seed in args.seeds for way in WAYS}
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-    settings = (f"--steps {args.train_steps} --scenes {args.scenes} --threads 1 --val-every {args.train_steps} --save-every 100 "
-                f"--size {args.size[0]} {args.size[1]} --cache").split() + [args.cache]  # fmt: skip
-    flags = {way.folder: way.train.split() for way in WAYS}
+def train_ways(args):
+    """Train what is missing of every row and seed, or go on where it stopped, --jobs at a time. Returns the checkpoints,
+    {row: [folder of each seed]}."""
+    for split, count in (("train", args.scenes), ("val", 32)):  # once, before several processes would
+        data.load("world", split=split, scenes=count, folder=args.cache, **world_view(PRESETS["nano"], args))
+    wanted = {"steps": args.train_steps, "scenes": args.scenes, "size": list(args.size)}
+    script = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")]
+    rows, runs = {}, {}
+    for way in WAYS:
+        seeds = args.seeds[: 1 if "keep" in way.train else None]
+        rows[way.name] = [os.path.join(args.encoders, f"{way.folder}-{seed}") for seed in seeds]
+        runs |= {folder: [*way.train.split(), "--seed", str(seed)] for folder, seed in zip(rows[way.name], seeds)}
 
-    def run(item):
-        (way, seed), out = item
-        command, saved = [sys.executable, script, *settings, *flags[way], "--seed", str(seed), "--out", out], f"{out}/training.safetensors"
+    def run(folder):
+        saved, command = os.path.join(folder, "training.safetensors"), [*script, "--resume", folder]
         if os.path.exists(saved):
             with safe_open(saved, "pt") as f:
-                step, was = int(f.metadata()["step"]), json.loads(f.metadata()["flags"])
-            for key, wanted in (("steps", args.train_steps), ("scenes", args.scenes), ("size", list(args.size))):
-                if was[key] != wanted:
-                    raise ValueError(f"{out}: was trained with {key} {was[key]}, not {wanted}; choose another --encoders")
+                step, flags = int(f.metadata()["step"]), json.loads(f.metadata()["flags"])
+            for key, value in wanted.items():
+                if flags[key] != value:
+                    raise ValueError(f"{folder}: was trained with {key} {flags[key]}, not {value}; choose another --encoders")
             if step == args.train_steps:
                 return
-            command = [sys.executable, script, "--resume", out]
+        else:
+            settings = f"--steps {args.train_steps} --scenes {args.scenes} --threads 1 --save-every 100 --val-scenes 32 --val-every 100000"
+            size = ["--size", *map(str, args.size)]
+            command = [*script, *settings.split(), *size, "--cache", args.cache, "--out", folder, *runs[folder]]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
-            raise ValueError(f"{out}: {done.stderr.strip().splitlines()[-1]}")
+            raise ValueError(f"{folder}: {(done.stderr.strip().splitlines() or ['train.py was killed'])[-1]}")
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(tqdm(pool.map(run, runs.items()), total=len(runs), desc="training", unit="run"))
-    return runs
+        list(tqdm(pool.map(run, runs), total=len(runs), desc="training", unit="run"))
+    return rows
 
 
 @torch.no_grad()
-def cost(model, scene):
-    """FLOPs of matrix products of one scene, {vision, prefill}."""
-    flops, lm = {}, model.vlm.model.language_model
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of a CPU are not counted
-        with FlopCounterMode(display=False) as counter:
-            x, positions, seen, _ = model.embed_prompt(scene, False)
-        flops["vision"] = counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
+def flops(model, scene):
+    """FLOPs of a scene's matrix products: {vision, prefill}."""
+    lm, vision, prefill = model.vlm.model.language_model, FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH):  # a CPU's fused attention is not counted
+        with vision:
+            x, positions, seen, _ = model.embed_prompt(scene, reason=False)
+        with prefill:
             lm(x, *rope(positions, model.cfg, x.dtype), seen=seen)
-        flops["prefill"] = counter.get_total_flops()
-    return flops
+    return {"vision": vision.get_total_flops(), "prefill": prefill.get_total_flops()}
 
 
 def encoder_of(tower):
-    """What turns the tower's patches into the language model's tokens."""
+    """What turns the tower's patches into the language model's tokens: a list of modules."""
     return [getattr(tower, k) for k in ("triplane", "flex", "merger", "deepstack_merger_list") if hasattr(tower, k)]
 
 
 def compare_ways(args):
-    """Rows of numbers for every Way: {name: {tokens, parameters, minade by seed, ...}}."""
-    runs = train_ways(args, PRESETS["nano"])
-    models = {(way.name, seed): load_model(runs[way.folder, seed], **({"keep": way.keep} if way.keep < 1 else {}))
-              for way in WAYS for seed in args.seeds}  # fmt: skip
-    cfg = models[WAYS[0].name, args.seeds[0]].cfg
-    scenes = data.load("world", split="val", scenes=args.eval or 256, folder=args.cache, **world_view(cfg, args))
-    starts, args.reason = range(0, len(scenes), args.batch), True
-    rows = {way.name: {"paper": way.paper, "minade": [], "both": []} for way in WAYS}
-    one, many = scenes.batch([0]), scenes.batch(range(args.batch))
-    pairs = cfg.frames // cfg.temporal_patch * len(cfg.cameras)
-    for (name, seed), model in tqdm(models.items(), desc="evaluating"):
-        batches = [measure(model, scenes.batch(range(i, min(i + args.batch, len(scenes)))), i, args) for i in starts]
-        for key in ("minade", "both"):
-            rows[name][key].append(torch.cat([b[key] for b in batches]).mean().item())
-        if seed == args.seeds[0]:
-            parts = encoder_of(model.vlm.model.visual)
-            rows[name] |= {"tokens": len(model.embed_prompt(one, False)[2][0][0]) / pairs, "flops": cost(model, one),
-                           "parameters": sum(p.numel() for part in parts for p in part.parameters()), "ms": [], "ms_many": []}  # fmt: skip
-    for _ in tqdm(range(args.repeats), desc="timing"):
-        for name, row in rows.items():
-            for key, scene in (("ms", one), ("ms_many", many)):
-                t = models[name, args.seeds[0]].sample(scene, 1, steps=1, reason=False, seed=0).seconds
-                row[key].append(1000 * (t["vision"] + t["prefill"]) / len(scene["images"]))
+    """The table's numbers, {row: {name: number, or a list of one for each seed}}, and how many pictures a scene has."""
+    checkpoints = train_ways(args)
+    args.reason, count, firsts, rows = True, args.eval or 256, {}, {}
+    scenes = data.load("world", split="val", scenes=count, folder=args.cache, **world_view(PRESETS["nano"], args))
+    one, many = scenes.batch([0]), scenes.batch(range(min(args.batch, count)))
+    for way in tqdm(WAYS, desc="evaluating", unit="row"):
+        row = rows[way.name] = {"minade": [], "both": [], "paper": way.paper}
+        for folder in checkpoints[way.name]:
+            model = load_model(folder, **({"keep": way.keep} if way.keep < 1 else {}))
+            firsts.setdefault(way.name, model)
+            batches = [measure(model, scenes.batch(range(i, min(i + args.batch, count))), i, args) for i in range(0, count, args.batch)]
+            for key in ("minade", "both"):
+                row[key].append(torch.cat([b[key] for b in batches]).mean().item())
+        row["relative"] = [a / b - 1 for a, b in zip(row["minade"], rows[WAYS[0].name]["minade"])]
+    pictures = model.cfg.frames // model.cfg.temporal_patch * len(model.cfg.cameras)
+    for name, model in firsts.items():
+        places = model.embed_prompt(one, reason=False)[2][0]  # (1, V)
+        parameters = [p.numel() for part in encoder_of(model.vlm.model.visual) for p in part.parameters()]
+        rows[name] |= {"tokens": places.shape[1] / pictures, "parameters": sum(parameters), "flops": flops(model, one)}
+        rows[name] |= {"ms": [], "ms_among": []}
+    for _ in tqdm(range(args.repeats), desc="timing", unit="round"):
+        for name, model in firsts.items():  # in turn, so that whatever else this machine does is everybody's
+            for key, scene in (("ms", one), ("ms_among", many)):
+                seconds = model.sample(scene, n=1, steps=1, reason=False, seed=0).seconds
+                rows[name][key].append(1000 * (seconds["vision"] + seconds["prefill"]) / len(scene["images"]))
     for row in rows.values():
-        base = rows[WAYS[0].name]["minade"]
-        row["relative"] = [a / b - 1 for a, b in zip(row["minade"], base)]
-        row["ms"], row["ms_many"] = (sorted(row[k])[len(row[k]) // 2] for k in ("ms", "ms_many"))
-    return rows, pairs
+        row |= {key: float(np.median(row[key])) for key in ("ms", "ms_among")}
+    return rows, pictures
 
 
 def ways_table(rows):
     """Rows of compare_ways as Markdown."""
 
-    def spread(values, scale, digits, sign=""):
-        mean = f"{scale * np.mean(values):{sign}.{digits}f}"
-        return mean + (f" ± {scale * np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+    def spread(values, scale, form):
+        deviation = f" ± {scale * np.std(values, ddof=1):{form.lstrip('+')}}" if len(values) > 1 else ""
+        return f"{scale * np.mean(values):{form}}" + deviation
 
     titles = ("encoder", "tokens a picture", "parameters", "minADE, m", "relative, %", "both right, %", "MFLOP vision",
-              "MFLOP prefill", "ms, one scene", "ms, by the batch", "paper")  # fmt: skip
+              "MFLOP prefill", "ms", "ms among", "the paper's")  # fmt: skip
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
     for name, row in rows.items():
-        flops = [f"{row['flops'][k] / 1e6:.1f}" for k in ("vision", "prefill")]
-        lines.append([name, f"{row['tokens']:.2f}", f"{row['parameters']:,}", spread(row["minade"], 1, 2),
-                      spread(row["relative"], 100, 0, "+"), spread(row["both"], 100, 0), *flops, f"{row['ms']:.1f}",
-                      f"{row['ms_many']:.2f}", row["paper"]])  # fmt: skip
+        lines.append([name, f"{row['tokens']:.2f}", f"{row['parameters']:,}", spread(row["minade"], 1, ".2f"),
+                      spread(row["relative"], 100, "+.0f"), spread(row["both"], 100, ".0f"),
+                      *(f"{row['flops'][k] / 1e6:.1f}" for k in ("vision", "prefill")), f"{row['ms']:.1f}",
+                      f"{row['ms_among']:.2f}", row["paper"]])  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def full_size():
-    """Parameters of the encoders at full size, built without memory, beside the paper's."""
+    """Parameters of the encoders behind the release's tower, counted without memory, beside the paper's."""
     lines = []
-    for width, whose in ((896, "the paper's 0.5B language model, 896 wide"), (4096, "the release, 4096 wide")):
-        for vision, paper in (("triplane", "6.3 M"), ("flex", "61.6 M")):
+    for vision, last, paper in (("triplane", "patchify", "6.3 M"), ("flex", "out", "61.6 M")):
+        for width in (896, 4096):  # Qwen2.5-0.5B, the paper's, and the release
             with torch.device("meta"):
-                encoder = encoder_of(VisionTower(replace(Config(), vision=vision, n_embd=width)))[0]
-            count = sum(p.numel() for p in encoder.parameters()) / 1e6
-            inner = count - sum(p.numel() for n, p in encoder.named_parameters() if n.startswith(("patchify", "out."))) / 1e6
-            lines.append(f"{vision} for {whose}: {count:.1f} M, of which {inner:.1f} M before the last projection; paper {paper}")
+                (encoder,) = encoder_of(VisionTower(replace(Config(), vision=vision, n_embd=width)))
+            count = lambda module: sum(p.numel() for p in module.parameters())
+            into = count(getattr(encoder, last))
+            lines.append(f"{vision:8} for a language model {width:4} wide: {(count(encoder) - into) / 1e6:4.1f} M, and "
+                         f"{into / 1e6:5.1f} M for the projection to its tokens; the paper says {paper}")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -518,58 +523,58 @@ def looked_at(model, scene):
 
 def draw_seeing(file, args):
     """What single image under pruning, Flex and triplanes look at in one scene, as trained by --encoders."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("the picture needs one more package: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder, seed = args.encoders or os.path.join("out", "encoders"), args.seeds[0]
-    ways = {WAYS[0].folder: "image", WAYS[1].folder: "triplane", WAYS[3].folder: "flex"}
-    models = {vision: load_model(os.path.join(folder, f"{name}-{seed}")) for name, vision in ways.items()}
-    scene, views = world_scene(models["image"].cfg, args)
-    others = data.load("world", split="val", scenes=128, folder=args.cache, **world_view(models["image"].cfg, args)).batch(range(31))
+    folder = args.encoders or os.path.join("out", "encoders")
+    single, triplane, flex = (load_model(f"{folder}/{WAYS[i].folder}-{args.seeds[0]}") for i in (0, 1, 3))
+    scene, views = world_scene(single.cfg, args)
+    others = data.load("world", split="val", scenes=32, folder=args.cache, **world_view(single.cfg, args)).batch(range(31))
     batch = {k: torch.cat([scene[k], others[k]]) for k in scene if torch.is_tensor(scene[k])}
-    kept, attention, planes = (looked_at(models[v], batch if v == "triplane" else scene) for v in ("image", "flex", "triplane"))
-    names = (1, 6, 0, 2)
-    order = [scene["camera_ids"][0].tolist().index(c) for c in names]
+    share, attention, planes = looked_at(single, scene)[0], looked_at(flex, scene)[0], looked_at(triplane, batch)
+    light = {0.1: 1, 0.25: 0.7, 0.5: 0.45, 0.75: 0.25, 1: 0.06}
+    rows = {
+        "the newest pictures": torch.ones_like(attention),
+        "pruning: keep 0.1 keeps what is fully lit, then, ever darker, 0.25, 0.5 and 0.75; what is black goes first":
+            share.clone().apply_(lambda s: light[round(s, 2)]),
+        f"Flex: the lit is what its {flex.cfg.flex_tokens} scene tokens attend to in the last layer (root of the mean attention)":
+            0.06 + 0.94 * (attention / attention.max()).sqrt(),
+    }  # fmt: skip
+
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(16, 10.4), dpi=100)
-        grid = figure.add_gridspec(3, 4, left=0.02, right=0.98, top=0.91, bottom=0.335, wspace=0.02, hspace=0.16)
         figure.text(0.02, 0.965, f"What each way of seeing looks at: {scene['name'][0]}", size=17, weight="bold", color=TRUTH)
-        figure.text(0.02, 0.935, f"truth: {scene['reasoning'][0]}", size=12, color=PAST)
-        row = ("the newest pictures", "pruning: the brightest quarter steps are kept at 0.1, 0.25, 0.5, 0.75; dark: dropped first",
-               f"Flex: attention of {models['flex'].cfg.flex_tokens} scene tokens in its last layer, bright: more than an even share")  # fmt: skip
-        bright = {0.1: 1.0, 0.25: 0.75, 0.5: 0.5, 0.75: 0.3, 1.0: 0.08}
-        for r, title in enumerate(row):
-            for c, (camera, i) in enumerate(zip(names, order)):
+        figure.text(0.02, 0.937, f"truth: {scene['reasoning'][0]}", size=12, color=PAST)
+        grid = figure.add_gridspec(3, len(views), left=0.02, right=0.98, top=0.905, bottom=0.33, wspace=0.03, hspace=0.16)
+        for r, (title, lit) in enumerate(rows.items()):
+            for c, (camera, (image, _, _)) in enumerate(views.items()):
                 ax = figure.add_subplot(grid[r, c], anchor="NW")
-                image = torch.from_numpy(views[camera][0]).float() / 255
-                if r:
-                    light = kept[0, i].clone().apply_(lambda s: bright[round(s, 2)]) if r == 1 else attention[0, i] / attention.max()
-                    light = light.repeat_interleave(image.shape[0] // len(light), 0)
-                    image = image * (light.repeat_interleave(image.shape[1] // light.shape[1], 1) * (1 if r == 1 else 0.95) + 0.05 * (r == 2))[..., None]
-                ax.imshow(image, interpolation="nearest")
+                over = F.interpolate(lit[None, c : c + 1], image.shape[:2])[0, 0].numpy()  # each group's light, by the pixel
+                ax.imshow(image / 255 * over[..., None], interpolation="nearest")
                 ax.set(xticks=[], yticks=[])
                 ax.spines[:].set_visible(False)
                 if c == 0:
                     ax.set_title(title, pad=3)
                 if r == 0:
                     ax.annotate(CAMERAS[camera], (0, 1), (5, -5), "axes fraction", "offset points", va="top", color="white")
-        triplane = models["triplane"].vlm.model.visual.triplane
-        centres = triplane.centres()
-        ends = [torch.cat([a[:1] - (a[1] - a[0]) / 2, (a[1:] + a[:-1]) / 2, a[-1:] + (a[-1] - a[-2]) / 2])
-                for a in (centres[:, 0, 0, 0], centres[0, :, 0, 1], centres[0, 0, :, 2])]  # fmt: skip
-        grid = figure.add_gridspec(1, 3, left=0.045, right=0.98, top=0.285, bottom=0.055, wspace=0.12, width_ratios=(2, 1, 1))
+
+        grid = figure.add_gridspec(1, 3, left=0.045, right=0.98, top=0.28, bottom=0.04, wspace=0.12, width_ratios=(2, 1, 1))
+        centres = triplane.vlm.model.visual.triplane.centres()
+        axes = centres[:, 0, 0, 0], centres[0, :, 0, 1], centres[0, 0, :, 2]  # m
+        titles = ("triplane from above: x ahead, y left, m; dark: unlike its mean over 32 scenes",
+                  "from the side: x, z", "from the front: y, z")  # fmt: skip
         for k, (a, b) in enumerate(((0, 1), (0, 2), (1, 2))):
             ax = figure.add_subplot(grid[k])
-            ax.pcolormesh(ends[a], ends[b], planes[k][0].T, cmap="Oranges")
-            ax.set_title(("triplane, from above: x ahead, y left, m", "from the side: x, z", "from the front: y, z")[k]
-                         + (": where it differs from 32 scenes' mean" if k == 0 else ""))  # fmt: skip
-            if k == 2:
-                ax.invert_xaxis()  # left is left
+            ax.pcolormesh(axes[a], axes[b], planes[k][0].T, cmap="Oranges", shading="nearest")
+            ax.set_title(titles[k])
             if k == 0:
                 path = scene["ego_future_xyz"][0]
                 ax.plot(path[:, 0], path[:, 1], color=TRUTH, linewidth=1.5)
+        ax.invert_xaxis()  # seen from the front of the car on, left is left
         os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
         figure.savefig(file)
         plt.close(figure)
@@ -691,12 +696,11 @@ def main():
         print(f"picture    {args.seeing}")
         return
     if args.encoders:
-        rows, pairs = compare_ways(args)
-        note = dict(n=args.n, scenes=args.eval or 256, steps=args.train_steps, pairs=pairs, repeats=args.repeats, batch=args.batch,
-                    spread=f" and {len(args.seeds)} seeds, ± their standard deviation" if len(args.seeds) > 1 else ", one seed",
-                    mergers=rows[WAYS[0].name]["parameters"], threads=torch.get_num_threads())  # fmt: skip
-        print(ways_table(rows) + "\n\n" + WAYS_NOTE.format(**note) + "\n\nAt full size (tower of the release):\n" + full_size())
-        print(json.dumps({"steps": args.train_steps, "seeds": args.seeds, "scenes": args.eval or 256, "rows": rows}))
+        rows, pictures = compare_ways(args)
+        note = dict(n=args.n, scenes=args.eval or 256, steps=args.train_steps, seeds=" ".join(map(str, args.seeds)),
+                    pictures=pictures, threads=torch.get_num_threads(), repeats=args.repeats, batch=args.batch)  # fmt: skip
+        print(ways_table(rows) + "\n\n" + WAYS_NOTE.format(**note) + "\n\nParameters at full size:\n" + full_size())
+        print(json.dumps({**note, "rows": rows}))
         return
     switches = {k: getattr(args, k) for k in ("keep", "retrieve") if getattr(args, k) is not None}
     model = load_model(args.checkpoint, **switches)

@@ -442,10 +442,15 @@ def test_what_is_retrieved_is_what_the_words_attend_to():
 # ------------------------------------------------------------------------------------------------- as a user runs it
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("scenes")
+
+
 @pytest.mark.parametrize("flags", ["--vision triplane --planes-patch 6 6 2", "--vision flex --flex-tokens 7 --keep 0.5"])
-def test_trained_saved_loaded_and_driven(flags, tmp_path, monkeypatch, capsys):
+def test_trained_saved_loaded_and_driven(flags, cache, tmp_path, monkeypatch, capsys):
     """Both stages from one script; the checkpoint knows how it sees; sample.py runs it and can prune it."""
-    common = f"--size {H} {W} --scenes 8 --batch 4 --val-scenes 4 --threads 1 --cache {tmp_path}/data --steps 2".split()
+    common = f"--size {H} {W} --scenes 4 --batch 2 --val-scenes 2 --threads 1 --cache {cache} --steps 1 --action-every 2".split()
     command = lambda *words: monkeypatch.setattr(sys, "argv", [*map(str, words)])
     monkeypatch.setattr(train.os, "cpu_count", lambda: 0)  # render in this process
     command("train.py", *common, "--stage", "action", "--out", tmp_path / "a", *flags.split())
@@ -458,10 +463,42 @@ def test_trained_saved_loaded_and_driven(flags, tmp_path, monkeypatch, capsys):
     model = Alpamayo.from_pretrained(str(tmp_path / "b"))
     model.save_pretrained(str(tmp_path / "c"))
     assert alpamayo.read_config(str(tmp_path / "c")) == cfg
-    flags = ("--n", 1, "--steps", 1, "--size", H, W, "--keep", 0.5, "--retrieve", 0.5, "--out", tmp_path / "a.png")
-    command("sample.py", "--checkpoint", tmp_path / "b", *flags)
+    monkeypatch.setattr(sample, "draw", lambda *_: None)  # takes seconds, and test_sample.py does it
+    command("sample.py", "--checkpoint", tmp_path / "b", "--n", 1, "--steps", 1, "--size", H, W, "--keep", 0.5, "--retrieve", 0.5)
     sample.main()
-    assert "sample 1" in capsys.readouterr().out and (tmp_path / "a.png").exists()
+    assert "sample 1" in capsys.readouterr().out
+
+
+def test_the_table_trains_what_is_missing_and_goes_on(cache, tmp_path, monkeypatch, capsys):
+    """Two trainings, three rows; a second call trains nothing more; another number of steps is refused."""
+    trained = []
+
+    def run(command, **_):  # train.py in this process
+        trained.append(command)
+        monkeypatch.setattr(sys, "argv", command[1:])
+        train.main()
+        return type("Done", (), {"returncode": 0})
+
+    ways = sample.WAYS
+    monkeypatch.setattr(sample, "WAYS", [ways[0], ways[3], ways[9]])
+    monkeypatch.setattr(sample.subprocess, "run", run)
+    monkeypatch.setattr(train.os, "cpu_count", lambda: 0)
+    flags = f"sample.py --encoders {tmp_path} --cache {cache} --size {H} {W} --scenes 32 --eval 4 --repeats 2 --n 2 --steps 1".split()
+    for steps in (1, 1, 2):
+        monkeypatch.setattr(sys, "argv", [*flags, "--train-steps", str(steps)])
+        if steps == 2:
+            with pytest.raises(ValueError, match="was trained with steps 1, not 2"):
+                sample.main()
+            break
+        sample.main()
+        said = capsys.readouterr().out.splitlines()
+        rows = json.loads(said[-1])["rows"]
+        assert len(trained) == 2 and list(rows) == [way.name for way in sample.WAYS]
+    image, flex, pruned = rows.values()
+    assert (image["tokens"], flex["tokens"], pruned["tokens"]) == (2, 20 / 8, 0.5)
+    assert image["relative"] == [0] and flex["relative"][0] == pytest.approx(flex["minade"][0] / image["minade"][0] - 1)
+    assert pruned["flops"]["vision"] < image["flops"]["vision"] and pruned["flops"]["prefill"] < image["flops"]["prefill"] / 1.5
+    assert image["parameters"] == pruned["parameters"] and said[2].count("|") == 12 and "61.6 M" in "".join(said)
 
 
 def test_bad_values_are_one_clear_line(scene, tmp_path, monkeypatch):
