@@ -1014,7 +1014,7 @@ class Alpamayo(nn.Module):
         adds = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight", "action_out_proj.weight")
         tables = ("embed_tokens.weight", "pos_embed.weight", "view_embed", ".queries", ".times", ".tokens", ".views")
         for name, p in self.named_parameters():
-            if name.endswith(adds):
+            if name.endswith(adds) and ".flex." not in name:  # scene tokens that see nothing would teach the tower nothing
                 nn.init.zeros_(p)
             elif name.endswith(tables):
                 nn.init.normal_(p, std=0.5, generator=generator)
