@@ -534,9 +534,10 @@ def look_up(maps, points, intrinsics, camera_to_ego):
     points = (points - camera_to_ego[..., None, :3, 3]) @ camera_to_ego[..., :3, :3]  # (B, cameras, n, 3), camera axes
     pixels, visible = project(points, intrinsics[..., None, :])
     at = 2 * pixels / intrinsics[..., None, 1:3] - 1  # -1 and 1: the image's edges, whatever it was resized to
-    at = at.masked_fill(~visible[..., None], 0).flatten(0, 1)[:, :, None].to(maps.dtype)
-    found = F.grid_sample(maps.flatten(0, 1), at, padding_mode="border", align_corners=False)  # (B * cameras, C, n, 1)
-    return found[..., 0].mT.unflatten(0, maps.shape[:2]), visible
+    at = at.masked_fill(~visible[..., None], 0).flatten(0, 1)[:, :, None]  # (B * cameras, n, 1, 2)
+    exact = torch.promote_types(maps.dtype, at.dtype)  # bfloat16 would tell 256 places apart
+    found = F.grid_sample(maps.flatten(0, 1).to(exact), at.to(exact), padding_mode="border", align_corners=False)
+    return found[..., 0].mT.unflatten(0, maps.shape[:2]).to(maps.dtype), visible
 
 
 class Triplane(nn.Module):
@@ -549,6 +550,8 @@ class Triplane(nn.Module):
     Left open there, and ours: queries are the sum of one learned vector for each x, y and z (a free one a cell would be
     85 M parameters, the paper adds 6.3 M); one layer, one sampling point a cell and camera; reading "the inner 36 cells
     reach 80 m" as 36 of each side's 48. Time steps do not mix; the space is around where the car was then."""
+
+    slab = 2**13  # cells at a time: all 442,368 of full size would hold 11 GB of samples for a scene
 
     def __init__(self, cfg):
         super().__init__()
@@ -583,34 +586,39 @@ class Triplane(nn.Module):
             axes.append(at)
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
 
+    def update(self, cells, centres, maps, times, intrinsics, camera_to_ego):
+        """Cells (n, C) at centres (n, 3) after their look at maps (B, cameras, times * (2 C + 1), h, w) of keys, values and
+        whether they are known, 1 or 0: (B * times, n, C)."""
+        C, d = cells.shape[-1], self.head_dim
+        x, visible = look_up(maps, centres, intrinsics, camera_to_ego)
+        x = x.unflatten(-1, (times, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)  # (B * times, cameras, n, 2 C + 1)
+        k, v = x[..., :-1].unflatten(-1, (2, C // d, d)).unbind(-3)  # (B * times, cameras, n, H, d)
+        share = x[..., -1:]  # of the bilinear weights: what lies on patches that were not pruned
+        seen = (share > 0.5) & visible.repeat_interleave(times, 0)[..., None]
+        share = share.clamp(min=0.5)
+        q = self.q(cells).unflatten(-1, (-1, d))
+        score = ((q * k).sum(-1) * d**-0.5 / share).masked_fill(~seen, -torch.inf)  # (B * times, cameras, n, H)
+        weight = torch.cat([score, torch.zeros_like(score[:, :1])], 1).softmax(1)[:, :-1]  # the last one is nothing
+        cells = cells + self.proj(((weight / share)[..., None] * v).sum(1).flatten(2))
+        return cells + self.linear_fc2(F.gelu(self.linear_fc1(self.norm2(cells)), approximate="tanh"))
+
     def lift(self, x, kept, view, intrinsics, camera_to_ego):
         """Patches x (B, K * merge^2, v_embd) of the groups `kept` (B, K) of view = (cameras, times, h, w) to planes
         (B * times, X, Y, C), (B * times, X, Z, C), (B * times, Y, Z, C)."""
         (cameras, times, h, w), B, K = view, *kept.shape
-        C, d = self.q.in_features, self.head_dim
         m = math.isqrt(x.shape[1] // K)
-        x = self.kv(self.norm(x)).view(B, K, -1)
+        x = self.kv(self.norm(x))
+        x = torch.cat([x, torch.ones_like(x[..., :1])], -1).view(B, K, -1)
         x = x.new_zeros(B, cameras * times * h * w, x.shape[-1]).scatter(1, kept[..., None].expand_as(x), x)
-        known = x.new_zeros(*x.shape[:2], 1).scatter(1, kept[..., None], 1)
-        x = torch.cat([x.unflatten(-1, (m * m, -1)), known[..., None].expand(-1, -1, m * m, 1)], -1)
         x = x.view(B, cameras, times, h, w, m, m, -1).permute(0, 1, 2, 7, 3, 5, 4, 6)  # .., 2 C + 1, h, m, w, m
-        x = x.reshape(B, cameras, -1, h * m, w * m)
-        x, visible = look_up(x, self.centres(x.device).flatten(0, 2), intrinsics, camera_to_ego)
-        x = x.unflatten(-1, (times, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)  # (B * times, cameras, cells, 2 C + 1)
-        k, v = x[..., :-1].unflatten(-1, (2, C // d, d)).unbind(-3)  # (B * times, cameras, cells, H, d)
-        share = x[..., -1:]  # of the bilinear weights: what lies on patches that were not pruned
-        seen = (share > 0.5) & visible.repeat_interleave(times, 0)[..., None]
-        share = share.clamp(min=0.5)
-
+        maps = x.reshape(B, cameras, -1, h * m, w * m)
         qx, qy, qz = self.queries[0].split(self.cells)
-        cells = (qx[:, None, None] + qy[:, None] + qz).flatten(0, 2)  # (cells, C)
-        q = self.q(cells).unflatten(-1, (-1, d))
-        score = (q * k).sum(-1) * d**-0.5 / share  # (B * times, cameras, cells, H)
-        score = score.masked_fill(~seen, -torch.inf)
-        weight = torch.cat([score, torch.zeros_like(score[:, :1])], 1).softmax(1)[:, :-1]  # the last one is nothing
-        cells = cells + self.proj(((weight / share)[..., None] * v).sum(1).flatten(2))
-        cells = cells + self.linear_fc2(F.gelu(self.linear_fc1(self.norm2(cells)), approximate="tanh"))
-        cells = cells.unflatten(1, self.cells)  # (B * times, X, Y, Z, C)
+        slabs, n = [], max(1, self.slab // (len(qy) * len(qz)))
+        for q, centres in zip(qx.split(n), self.centres(x.device).split(n)):
+            cells = (q[:, None, None] + qy[:, None] + qz).flatten(0, 2)
+            cells = self.update(cells, centres.flatten(0, 2), maps, times, intrinsics, camera_to_ego)
+            slabs.append(cells.unflatten(1, (-1, len(qy), len(qz))))
+        cells = torch.cat(slabs, 1)  # (B * times, X, Y, Z, C)
         return cells.mean(3), cells.mean(2), cells.mean(1)
 
     def forward(self, x, kept, view, intrinsics, camera_to_ego):
@@ -629,8 +637,8 @@ class Flex(nn.Module):
     the scene tokens go on (arXiv 2512.10947, Sec. 3.2.1). It needs no calibration.
 
     Left open there, and ours: the layers are the tower's own kind, without rotation, and four of them, which at full
-    size comes close to the 61.6 M parameters that the paper adds; an image token is the mean of its merge group, as the
-    paper's default halves the grid of features bilinearly."""
+    size is 61.3 M parameters before the projection, where the paper adds 61.6 M; an image token is the mean of its merge
+    group, as the paper's default halves the grid of features bilinearly."""
 
     def __init__(self, cfg):
         super().__init__()

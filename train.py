@@ -49,13 +49,12 @@ def parse_flags():
     add("--data", default="world", help="`world`, or a folder of clips that data.py can read")
     add("--scenes", type=int, default=8000, help="training scenes of the world, rendered once to disk")
     add("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="pixels of the world's images")
-    add("--vision", choices=("image", "triplane", "flex"), default=argparse.SUPPRESS,
-        help="how a model from scratch sees (default: image): each image its own tokens | planes of space | scene tokens")
-    add("--keep", type=float, default=argparse.SUPPRESS,
-        help="share of the image tokens that is kept; the least looked at are pruned (default: the checkpoint's, or 1)")
-    add("--planes-patch", type=int, nargs=3, metavar=("X", "Y", "Z"), default=argparse.SUPPRESS,
-        help="cells of a triplane that become one token, from scratch (default: the preset's)")
-    add("--flex-tokens", type=int, default=argparse.SUPPRESS, help="scene tokens, from scratch (default: the preset's)")
+    same = dict(default=argparse.SUPPRESS)  # those not given stay what --init's config or the preset's says
+    add("--vision", choices=("image", "triplane", "flex"), help="each image its own tokens | planes of space | scene tokens; "
+        "another one than --init's starts untrained, behind its tower (default: --init's, or image)", **same)
+    add("--planes-patch", type=int, nargs=3, metavar=("X", "Y", "Z"), help="with --vision triplane: cells to a token", **same)
+    add("--flex-tokens", type=int, help="with --vision flex: scene tokens", **same)
+    add("--keep", type=float, help="share of the image tokens that is kept; the least looked at are pruned", **same)
     add("--cache", metavar="FOLDER", default="data", help="where rendered scenes are kept")
     add("--steps", type=int, default=600, help="optimiser steps")
     add("--batch", type=int, default=32, help="scenes a step, over all processes")
@@ -307,13 +306,14 @@ def main():
 
     # The model decides how it wants to be shown scenes, so it comes first; its words come from the scenes' reasoning.
     source = flags.resume or flags.init
-    of_encoder = {k: getattr(flags, k) for k in ("vision", "planes_patch", "flex_tokens") if k in flags}
-    seeing = of_encoder | ({"keep": flags.keep} if "keep" in flags else {})
-    if flags.init and of_encoder:
-        raise ValueError(f"--{next(iter(of_encoder)).replace('_', '-')}: {flags.init} has an encoder already")
-    seeing = {k: tuple(v) if isinstance(v, list) else v for k, v in seeing.items()}
-    model = Alpamayo.from_pretrained(source, device=device, **seeing if not flags.resume else {}) if source else None
-    cfg = model.cfg if model else replace(PRESETS[flags.preset], **seeing)
+    model = Alpamayo.from_pretrained(source, device=device) if source else None
+    cfg = model.cfg if model else PRESETS[flags.preset]
+    if not flags.resume:  # else the checkpoint says how it sees
+        seeing = {k: getattr(flags, k) for k in ("vision", "planes_patch", "flex_tokens", "keep") if k in flags}
+        cfg = replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in seeing.items()})
+        if model and cfg != model.cfg:
+            model, fresh = seeing_anew(model, cfg, flags)
+            say(f"{flags.init}: all tensors but {fresh} new ones, which see by {cfg.vision}")
     if rank == 0:
         load_scenes(flags, cfg)  # renders what is not yet on disk
     if world_size > 1:
@@ -400,6 +400,17 @@ def main():
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def seeing_anew(model, cfg, flags):
+    """The model with another way to see, and how many of its tensors are new: tower, language model and expert are taken
+    over by their names, the encoder starts from nothing."""
+    other = Alpamayo(cfg, model.vocabulary)
+    other.init_weights(torch.Generator().manual_seed(flags.seed))
+    old, new = model.state_dict(), other.state_dict()
+    taken = {k: old[k] for k in new if k in old and old[k].shape == new[k].shape}
+    other.load_state_dict(new | taken)
+    return other.to(model.device), len(new) - len(taken)
 
 
 def load_scenes(flags, cfg):
