@@ -464,9 +464,17 @@ class VisionAttention(nn.Module):
         q, k, v = self.qkv(x).view(M, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         return (q, k, v) if cos is None else (rotate(q, cos, sin), rotate(k, cos, sin), v)
 
-    def forward(self, x, cos, sin, mask=None):
-        y = F.scaled_dot_product_attention(*self.heads(x, cos, sin), attn_mask=mask)  # all see all: images do not mix
-        return self.proj(y.transpose(1, 2).reshape(x.shape))
+    def forward(self, x, cos, sin, counts=None):
+        """x (M, S, C): every patch of a row sees every other. counts: or the rows hold images of so many patches each, one
+        after the other, which do not mix."""
+        q, k, v = self.heads(x, cos, sin)
+        if counts is None:
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        else:
+            images = zip(*(a.transpose(1, 2).flatten(0, 1).split(counts) for a in (q, k, v)))  # (patches, H, d) each
+            y = [F.scaled_dot_product_attention(*(a.transpose(0, 1)[None] for a in qkv)) for qkv in images if len(qkv[0])]
+            y = torch.cat([one[0].transpose(0, 1) for one in y])
+        return self.proj(y.reshape(x.shape))
 
 
 class VisionMLP(nn.Module):
@@ -487,8 +495,8 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(cfg)
         self.mlp = VisionMLP(cfg)
 
-    def forward(self, x, cos=None, sin=None, mask=None):
-        x = x + self.attn(self.norm1(x), cos, sin, mask)
+    def forward(self, x, cos=None, sin=None, counts=None):
+        x = x + self.attn(self.norm1(x), cos, sin, counts)
         return x + self.mlp(self.norm2(x))
 
 
@@ -714,18 +722,18 @@ class VisionTower(nn.Module):
         x = self.patch_embed(patchify(images, self.cfg)) + embed  # (M, h * w, C)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         m2 = self.cfg.merge**2
-        S, deep, mask = h * w // m2, [], None
+        S, deep, counts = h * w // m2, [], None
         kept = torch.arange(len(x) // scenes * S, device=x.device).expand(scenes, -1)
         for i, block in enumerate(self.blocks):
             if keep < 1 and i == int(self.cfg.keep_at * len(self.blocks)):
-                # From here on a scene is one row of patches, in which those of one image see each other.
+                # From here on a scene is one row of patches, image after image.
                 kept = self.prune(x, block, cos, sin, scenes, keep)
                 stay = lambda a: take(a.reshape(scenes, -1, m2, a.shape[-1]), kept).flatten(1, 2)
                 x, deep = stay(x), [stay(a) for a in deep]
                 cos, sin = (stay(a.expand(len(images), -1, -1))[:, None] for a in (cos, sin))
-                image = (kept // S).repeat_interleave(m2, 1)
-                mask = (image[:, :, None] == image[:, None])[:, None]
-            x = block(x, cos, sin, mask)
+                image = kept // S + torch.arange(scenes, device=x.device)[:, None] * (len(images) // scenes)
+                counts = (m2 * image.flatten().bincount(minlength=len(images))).tolist()
+            x = block(x, cos, sin, counts)
             if i in self.cfg.deepstack:
                 deep.append(x)
         by_scene = lambda a: a.reshape(scenes, -1, a.shape[-1])

@@ -300,7 +300,10 @@ def hidden_behind_masks(model, scene, kept):
     x, deep = tower.patch_embed(alpamayo.patchify(scene["images"].view(-1, 2, 3, H, W), cfg)) + embed, []
     own = torch.eye(8 * m2, dtype=torch.bool)  # who is pruned sees itself, or its softmax would be of nothing
     for i, block in enumerate(tower.blocks):
-        x = block(x, cos, sin, (patches[:, None, None] | own) if i >= 2 else None)
+        q, k, v = block.attn.heads(block.norm1(x), cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=(patches[:, None, None] | own) if i >= 2 else None)
+        x = x + block.attn.proj(y.transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.norm2(x))
         if i in cfg.deepstack:
             deep.append(tower.deepstack_merger_list[len(deep)](x).view(B, 64, -1))
     tokens = (tower.merger(x) + model.view_embed[scene["camera_ids"]].flatten(0, 2)[:, None]).view(B, 64, -1)
