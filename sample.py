@@ -513,11 +513,11 @@ def looked_at(model, scene):
         hook.remove()
         (q, k, _), K = caught[0], cfg.flex_tokens
         return by_group((q[:, :, :K] @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean((1, 2))[:, K:])
-    share = None
-    for cfg.keep in (1.0, *sorted(SHARES_KEPT, reverse=True)):
+    was, share = cfg.keep, 1.0
+    for cfg.keep in (1.0, *SHARES_KEPT):  # descending
         kept = model.look(scene)[-1]
-        share = torch.ones(kept.shape) if share is None else share.scatter(1, kept, cfg.keep)
-    cfg.keep = 1.0
+        share = torch.ones(kept.shape) if cfg.keep == 1 else share.scatter(1, kept, cfg.keep)
+    cfg.keep = was
     return by_group(share)
 
 

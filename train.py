@@ -5,6 +5,7 @@ Train: the paper's stages, from scratch, from a checkpoint, or on from where a r
     torchrun --nproc_per_node 8 train.py --preset mini ... the same for several GPUs, or processes of a CPU
     python train.py --resume out/nano                      go on after a kill; the losses are those of an unbroken run
     python train.py --stage reason --init FOLDER --data CLIPS --steps 500      fine-tune a checkpoint on your own clips
+    python train.py --vision flex --flex-tokens 8          another way to see; --keep 0.5: with half of what it sees
 
 Stage `action` teaches the language model the 128 action tokens and the expert flow matching; stage `reason` puts the
 Chain of Causation in front of both; `all` runs one after the other. The loss is

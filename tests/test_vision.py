@@ -521,6 +521,21 @@ def test_the_table_trains_what_is_missing_and_goes_on(cache, tmp_path, monkeypat
     assert image["parameters"] == pruned["parameters"] and table[2].count("|") == 12 and "61.6 M" in "".join(said)
 
 
+def test_what_the_picture_shows(scene):
+    """The newest groups that are kept at 0.5; attention of scene tokens, a share of all they give; a plane for two axes."""
+    scene = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in scene.items()}
+    share = sample.looked_at(build(), scene)
+    assert share.shape == (3, 4, 2, 4)
+    newest = torch.arange(64).view(4, 2, 2, 4)[:, 1]
+    for kept, shares in zip(build(keep=0.5).look(scene)[-1].tolist(), share):
+        assert set(newest[shares <= 0.5].tolist()) == set(kept) & set(newest.flatten().tolist())
+    attention = sample.looked_at(build(vision="flex"), scene)
+    assert attention.shape == (3, 4, 2, 4) and attention.min() > 0 and (attention.sum((1, 2, 3)) < 0.95).all()
+    planes = sample.looked_at(build(vision="triplane"), scene)
+    assert [tuple(plane.shape) for plane in planes] == [(3, 12, 12), (3, 12, 2), (3, 12, 2)]
+    assert all(plane.std(0).max() > 1e-3 for plane in planes)
+
+
 @pytest.mark.parametrize("switches", [{"vision": "triplane"}, {"vision": "flex", "keep": 0.5}, {"keep": 0.5, "retrieve": 0.5}])
 def test_in_bfloat16(scene, switches):
     """As on a GPU: everything in bfloat16 comes close to float32, and the geometry is not rounded."""
