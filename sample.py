@@ -225,7 +225,7 @@ def train_ways(args):
                 step, flags = int(f.metadata()["step"]), json.loads(f.metadata()["flags"])
             for key, value in wanted.items():
                 if flags[key] != value:
-                    raise ValueError(f"{folder}: was trained with {key} {flags[key]}, not {value}; choose another --encoders")
+                    raise ValueError(f"{folder}: was trained with {key} {flags[key]}, not {value}; choose another folder")
             if step == args.train_steps:
                 return
         else:
@@ -269,7 +269,8 @@ def compare_ways(args):
         for folder in checkpoints[way.name]:
             model = load_model(folder, **({"keep": way.keep} if way.keep < 1 else {}))
             firsts.setdefault(way.name, model)
-            batches = [measure(model, scenes.batch(range(i, min(i + args.batch, count))), i, args) for i in range(0, count, args.batch)]
+            starts = range(0, count, args.batch)
+            batches = [measure(model, scenes.batch(range(i, min(i + args.batch, count))), i, args) for i in starts]
             for key in ("minade", "both"):
                 row[key].append(torch.cat([b[key] for b in batches]).mean().item())
         row["relative"] = [a / b - 1 for a, b in zip(row["minade"], rows[WAYS[0].name]["minade"])]
@@ -508,7 +509,8 @@ def looked_at(model, scene):
         planes = [plane.unflatten(0, (B, -1))[:, -1] for plane in caught]  # (B, rows, columns, C), of the newest time
         return [(plane - plane.mean(0)).norm(dim=-1) for plane in planes]
     if cfg.vision == "flex":
-        hook = tower.flex.blocks[-1].attn.register_forward_pre_hook(lambda attn, inputs: caught.append(attn.heads(*inputs[:3])))
+        remember = lambda attn, inputs: caught.append(attn.heads(*inputs[:3]))
+        hook = tower.flex.blocks[-1].attn.register_forward_pre_hook(remember)
         model.look(scene)
         hook.remove()
         (q, k, _), K = caught[0], cfg.flex_tokens

@@ -46,6 +46,10 @@ def build(dtype=torch.float64, seed=0, **switches):
     return model.to(dtype).requires_grad_(False)
 
 
+def in_double(scene):
+    return {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in scene.items()}
+
+
 @pytest.fixture(scope="module")
 def scene():
     return data.make_scenes([3, 14, 15], size=(H, W))
@@ -291,7 +295,7 @@ def test_keep_one_is_the_tower_as_it_was(scene):
 
 def hidden_behind_masks(model, scene, kept):
     """The slow way: nothing is dropped. From the pruning block on no patch sees one that was pruned, and no token of the
-    decoder sees one either. Returns the decoder's output (B, P, C) over the whole prompt."""
+    decoder sees one either. Returns the decoder's output (B, P, C) over the whole prompt, and what stays of it, (B, K + 5)."""
     cfg, tower, lm = model.cfg, model.vlm.model.visual, model.vlm.model.language_model
     B, m2 = len(kept), cfg.merge**2
     alive = torch.zeros(B, 64, dtype=torch.bool).scatter(1, kept, True)  # groups
@@ -326,7 +330,8 @@ def hidden_behind_masks(model, scene, kept):
         y = y + layer.mlp(layer.post_attention_layernorm(y))
         if i < len(deep):
             y = torch.cat([y[:, :64] + deep[i], y[:, 64:]], 1)
-    return lm.norm(y), F.pad(kept, (0, P - 64)).where(torch.arange(len(kept[0]) + P - 64) < len(kept[0]), torch.arange(len(kept[0]) + P - 64) - len(kept[0]) + 64)
+    words = torch.arange(64, P).expand(B, -1)
+    return lm.norm(y), torch.cat([kept, words], 1)
 
 
 @pytest.mark.parametrize("keep", [0.75, 0.3, 0.01])
@@ -401,8 +406,7 @@ def test_a_released_checkpoint_is_pruned_without_training(release_folder, golden
 
 
 def test_retrieval_is_hiding(scene, monkeypatch):
-    """Reasoning over a gathered quarter of the image tokens says what it says over all with the rest masked out; the
-    expert reads all, as it does with retrieve = 1; retrieve = 1 is the model as it was."""
+    """Reasoning over a gathered quarter of the image tokens says what it says over all with the rest masked out."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(6, 64, 2, generator=generator, dtype=torch.float64)
     script = torch.randint(0, 256, (6, 5), generator=generator)
@@ -412,13 +416,11 @@ def test_retrieval_is_hiding(scene, monkeypatch):
         logits.clear()
         said = iter([*script.T, torch.full((6,), model.vocabulary["traj_future_start"])])
         monkeypatch.setattr(alpamayo, "pick", lambda l, *_: logits.append(l) or next(said))
-        out = model.sample({k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in scene.items()}, n=2, noise=noise)
-        return torch.stack(logits), out
+        model.sample(in_double(scene), n=2, noise=noise)
+        return torch.stack(logits)
 
-    everything, _ = run(build())
-    fast, _ = run(build(retrieve=0.25))
-    one, _ = run(build(retrieve=1))
-    assert torch.equal(one, everything) and (fast - everything)[1:].nan_to_num().abs().max() > 1e-4
+    everything, fast = run(build()), run(build(retrieve=0.25))
+    assert (fast - everything)[1:].nan_to_num().abs().max() > 1e-4
 
     gather, attend = alpamayo.retrieve, alpamayo.prefix_attention
 
@@ -433,9 +435,18 @@ def test_retrieval_is_hiding(scene, monkeypatch):
         q, k0, v0, k1, v1, hidden[k0.data_ptr()][0] if k0.data_ptr() in hidden else mask0, mask1)  # fmt: skip
     monkeypatch.setattr(alpamayo, "retrieve", remember)
     monkeypatch.setattr(alpamayo, "prefix_attention", masked)
-    slow, _ = run(build(retrieve=0.25))
+    slow = run(build(retrieve=0.25))
     assert all(mask.sum(1).tolist() == [16 + 5] * 3 for mask, _ in hidden.values()) and len(hidden) == 3
     torch.testing.assert_close(fast, slow, atol=1e-6, rtol=0)  # logits are float32
+
+
+def test_the_expert_reads_what_reasoning_did_not(scene):
+    """Without reasoning nothing is retrieved; and retrieve = 1 is the model as it was, to the last bit."""
+    whole, few = build(torch.float32), build(torch.float32, retrieve=0.1)
+    for reason, model in ((False, few), (True, build(torch.float32, retrieve=1))):
+        ours, was = (m.sample(scene, n=2, seed=0, max_new_tokens=6, steps=2, reason=reason) for m in (model, whole))
+        assert torch.equal(ours.xyz, was.xyz) and ours.reasoning == was.reasoning
+    assert not torch.equal(few.sample(scene, n=2, seed=0, max_new_tokens=6, steps=2).xyz, was.xyz)
 
 
 def test_what_is_retrieved_is_what_the_words_attend_to():
@@ -523,7 +534,7 @@ def test_the_table_trains_what_is_missing_and_goes_on(cache, tmp_path, monkeypat
 
 def test_what_the_picture_shows(scene):
     """The newest groups that are kept at 0.5; attention of scene tokens, a share of all they give; a plane for two axes."""
-    scene = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in scene.items()}
+    scene = in_double(scene)
     share = sample.looked_at(build(), scene)
     assert share.shape == (3, 4, 2, 4)
     newest = torch.arange(64).view(4, 2, 2, 4)[:, 1]
