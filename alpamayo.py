@@ -1184,8 +1184,8 @@ class Alpamayo(nn.Module):
         say. Told the first two or three it can guess the others, and the tower, which the expert teaches nothing, need
         not learn where in the lane the car is: our nano could not keep to it before this. Not of the paper.
         Returns a dict of scalars: the losses `text` and `action`, mean nats a token of each kind (the release adds the
-        two), and `flow`, a mean square; and, to look at, `ade`, metres between the driven path and that of one Euler step
-        from x_t to t = 1, and `tokens`, how many the language model read."""
+        two), `flow`, a mean square, and `ade`, metres between the driven path and that of one Euler step from x_t to t = 1;
+        and, to look at, `tokens`, how many the language model read."""
         cfg, reason = self.cfg, stage == "reason"
         actions = self.target_actions(scene)  # (B, 64, 2)
         x, positions, seen, _ = self.embed_prompt(scene, reason)
@@ -1224,11 +1224,10 @@ class Alpamayo(nn.Module):
         past = [(k[:, :, :L].detach(), v[:, :, :L].detach(), mask, None, None, None) for k, v in cache]
         velocity = self.velocity(x_t, t, past, (start + ends).repeat_interleave(n))
         losses["flow"] = F.mse_loss(velocity, data - noise)
-        with torch.no_grad():
-            guess = self.action_space.restore(x_t + (1 - t[:, None, None]) * velocity)  # where the straight line leads
-            v0 = initial_speed(scene["ego_history_xyz"], scene["ego_history_rot"]).to(device).repeat_interleave(n)
-            truth = scene["ego_future_xyz"].to(device).repeat_interleave(n, 0)
-            losses["ade"] = (roll_out(guess, v0)[0] - truth).norm(dim=-1).mean()
+        guess = self.action_space.restore(x_t + (1 - t[:, None, None]) * velocity)  # where the straight line leads
+        v0 = initial_speed(scene["ego_history_xyz"], scene["ego_history_rot"]).to(device).repeat_interleave(n)
+        truth = scene["ego_future_xyz"].to(device).repeat_interleave(n, 0)
+        losses["ade"] = (roll_out(guess, v0)[0] - truth).norm(dim=-1).mean()
         losses["tokens"] = torch.tensor(float(B * (P + R)))
         return losses
 

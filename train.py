@@ -10,7 +10,7 @@ Train: the paper's stages, from scratch, from a checkpoint, or on from where a r
 Stage `action` teaches the language model the 128 action tokens and the expert flow matching; stage `reason` puts the
 Chain of Causation in front of both; `all` runs one after the other. The loss is
 
-    text + --action-weight * action + flow        nats a token, nats a token, mean squared velocity
+    text + --action-weight * action + flow + --path-weight * ade    nats a token, nats a token, mean squared velocity, m
 
 Everything random (the order of scenes, noise, flow times) is a function of the seed and the step, so a run needs no
 random state to go on, only its weights and its optimiser's moments.
@@ -68,8 +68,10 @@ def parse_flags():
     add("--warmup", type=int, default=40, help="steps of linear warm-up")
     add("--decay", type=float, default=0.4, help="share of the steps, at the end, over which the rates fall to 0")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
-    add("--action-weight", type=float, default=0.3, help="weight of the action tokens' loss")
-    add("--action-every", type=int, default=4, help="the 128 action tokens join every so many steps; 1: always")
+    add("--action-weight", type=float, default=0.5, help="weight of the action tokens' loss")
+    add("--path-weight", type=float, default=0.2,
+        help="weight of the metres between the path that the flow points at and the driven one; the paper has none")
+    add("--action-every", type=int, default=2, help="the 128 action tokens join every so many steps; 1: always")
     add("--hide-actions", type=float, default=0.5, help="share of the scenes whose action tokens are not read back, see forward")
     add("--drive-every", type=int, default=8,
         help="in stage `reason` one step in so many has no reasoning, so that the model can also drive at once; 0: none")
@@ -219,8 +221,8 @@ def without_route(scene):
 
 
 def total_loss(losses, flags):
-    weights = {"text": 1.0, "action": flags.action_weight, "flow": 1.0}
-    parts = {"all": weights, "vlm": ("text", "action"), "expert": ("flow",)}[flags.train]
+    weights = {"text": 1.0, "action": flags.action_weight, "flow": 1.0, "ade": flags.path_weight}
+    parts = {"all": weights, "vlm": ("text", "action"), "expert": ("flow", "ade")}[flags.train]
     return sum(weights[k] * losses[k] for k in parts if k in losses)
 
 
