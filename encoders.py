@@ -335,7 +335,8 @@ def main():
     else:
         rows, pictures = compare(args)
         note = dict(n=args.n, scenes=args.eval, steps=args.train_steps, seeds=" ".join(map(str, args.seeds)),
-                    pictures=pictures, threads=torch.get_num_threads(), repeats=args.repeats, batch=min(args.batch, args.eval))  # fmt: skip
+                    pictures=pictures, threads=torch.get_num_threads(), repeats=args.repeats,
+                    batch=min(args.batch, args.eval))  # fmt: skip
         print(table(rows) + "\n\n" + NOTE.format(**note) + "\n\nParameters at full size:\n" + full_size())
         print(json.dumps({**note, "rows": rows}))
 
