@@ -98,6 +98,28 @@ class Config:
     view_embed: bool = False  # add a learned embedding of camera and time to image tokens
     route: bool = False  # read the scene's route, "turn left", as text; a scene may also have none
     reasoning: str = "on"  # on: think, then drive | off: drive at once
+    # how it sees (Sec. 3.2.1)
+    vision: str = "image"  # image: each image its own tokens | triplane: three planes a time step | flex: scene tokens
+    keep: float = 1.0  # share of the image tokens that is kept; the least looked at are dropped inside the tower
+    keep_at: float = 0.34  # ours: share of the tower's blocks before that; the next block tells who is looked at
+    retrieve: float = 1.0  # share of the prompt's image tokens that the reasoning reads back; the expert reads all
+    planes: tuple = (96, 96, 48)  # triplane: cells along x, y, z
+    planes_patch: tuple = (8, 8, 8)  # cells along x, y, z that become one token
+    planes_reach: tuple = (-180.0, 180.0, -180.0, 180.0, -3.0, 45.0)  # m: from and to along x, y, z
+    planes_embd: int = 192
+    flex_tokens: int = 256  # flex: scene tokens in all; 16 for each of 16 images
+    flex_layer: int = 4  # ours, see Flex
+
+    def __post_init__(self):
+        for name in ("keep", "retrieve"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share in (0, 1], not {getattr(self, name)}")
+        if self.vision not in ("image", "triplane", "flex"):
+            raise ValueError(f"vision: expected image, triplane or flex, not {self.vision!r}")
+        if not 0 <= self.keep_at < 1:
+            raise ValueError(f"keep_at: expected a share in [0, 1), not {self.keep_at}")
+        if self.vision == "triplane" and any(s % p for s, p in zip(self.planes, self.planes_patch)):
+            raise ValueError(f"planes: {self.planes} cells are not whole patches of {self.planes_patch}")
 
     @property
     def vocab(self) -> int:
@@ -112,19 +134,21 @@ class Config:
 OF_WORLD = dict(
     rope_theta=1e4, accel_mean=0.0, accel_std=1.5, curvature_mean=0.0, curvature_std=0.03, history_bins=0,
     text_vocab=264, frame_dt=0.5, min_pixels=0, max_pixels=0, ego="kinematics", chat=False, pair_frames=True,
-    view_embed=True, route=True,
+    view_embed=True, route=True, planes_reach=(0.0, 120.0, -60.0, 60.0, -1.0, 7.0),
 )  # fmt: skip
 PRESETS = {
     # a laptop: tests, the demo, the shipped checkpoint. 64 x 128 images: 8 tokens for each camera's pair of frames
     "nano": Config(
         n_layer=4, n_embd=160, n_head=4, n_kv_head=2, head_dim=40, n_mlp=320, mrope_section=(8, 6, 6), v_layer=3,
         v_embd=96, v_head=4, v_mlp=256, v_grid=8, deepstack=(1,), e_embd=96, e_head=4, e_mlp=256, a_embd=96, bins=128,
-        bin_range=4.0, **OF_WORLD),
+        bin_range=4.0, planes=(12, 12, 2), planes_patch=(4, 3, 2), planes_embd=64, flex_tokens=20,
+        flex_layer=2, **OF_WORLD),
     # one GPU. 128 x 256 images: 32 tokens
     "mini": Config(
         n_layer=12, n_embd=512, n_head=8, n_kv_head=4, head_dim=64, n_mlp=1536, mrope_section=(12, 10, 10), v_layer=8,
         v_embd=384, v_head=6, v_mlp=1536, v_grid=16, deepstack=(1, 3, 5), e_embd=256, e_head=8, e_mlp=768, a_embd=256,
-        bins=512, bin_range=5.0, **OF_WORLD),
+        bins=512, bin_range=5.0, planes=(48, 48, 8), planes_patch=(8, 8, 4), planes_embd=96, flex_tokens=64,
+        **OF_WORLD),
     "alpamayo-r1-10b": Config(),
 }  # fmt: skip
 
@@ -435,12 +459,23 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(cfg.v_embd, 3 * cfg.v_embd)
         self.proj = nn.Linear(cfg.v_embd, cfg.v_embd)
 
-    def forward(self, x, cos, sin):
+    def heads(self, x, cos, sin):
+        """Queries, keys and values (M, H, S, d) each; turned, but for those without a place in an image (cos = None)."""
         M, S, C = x.shape
-        q, k, v = self.qkv(x).view(M, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (M, H, S, d) each
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v)  # every patch of an image sees every other; images do not mix
-        return self.proj(y.transpose(1, 2).reshape(M, S, C))
+        q, k, v = self.qkv(x).view(M, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        return (q, k, v) if cos is None else (rotate(q, cos, sin), rotate(k, cos, sin), v)
+
+    def forward(self, x, cos, sin, counts=None):
+        """x (M, S, C): every patch of a row sees every other. counts: or the rows hold images of so many patches each, one
+        after the other, which do not mix."""
+        q, k, v = self.heads(x, cos, sin)
+        if counts is None:
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        else:
+            images = zip(*(a.transpose(1, 2).flatten(0, 1).split(counts) for a in (q, k, v)))  # (patches, H, d) each
+            y = [F.scaled_dot_product_attention(*(a.transpose(0, 1)[None] for a in qkv)) for qkv in images if len(qkv[0])]
+            y = torch.cat([one[0].transpose(0, 1) for one in y])
+        return self.proj(y.reshape(x.shape))
 
 
 class VisionMLP(nn.Module):
@@ -461,8 +496,8 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(cfg)
         self.mlp = VisionMLP(cfg)
 
-    def forward(self, x, cos, sin):
-        x = x + self.attn(self.norm1(x), cos, sin)
+    def forward(self, x, cos=None, sin=None, counts=None):
+        x = x + self.attn(self.norm1(x), cos, sin, counts)
         return x + self.mlp(self.norm2(x))
 
 
@@ -484,6 +519,160 @@ class Merger(nn.Module):
         return self.linear_fc2(F.gelu(self.linear_fc1(x)))
 
 
+def column_means(q, k, causal=False):
+    """How much attention each key receives: the mean over heads and queries of softmax(q k^T / sqrt(d)), (B, S).
+
+    q (B, H, T, d), k (B, G, S, d), H a multiple of G. causal: the queries are the last T of S tokens and look back only.
+    SparseVILA (arXiv 2510.17777) prunes by it in the tower and retrieves by it from the cache."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    score = (q @ k.mT).float() * q.shape[-1] ** -0.5  # (B, H, T, S)
+    if causal:
+        T, S = score.shape[-2:]
+        score = score.masked_fill(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1), -torch.inf)
+    return score.softmax(-1).mean((1, 2))
+
+
+def take(x, places):
+    """Rows `places` (B, K) of x (B, V, ...): (B, K, ...), each scene its own."""
+    return x[torch.arange(len(x), device=x.device)[:, None], places]
+
+
+def look_up(maps, points, intrinsics, camera_to_ego):
+    """What each camera shows at points (n, 3) in m of the ego frame: of maps (B, cameras, C, h, w) the bilinear value
+    where a point is projected to, (B, cameras, n, C), and whether the camera sees it, (B, cameras, n)."""
+    points = (points - camera_to_ego[..., None, :3, 3]) @ camera_to_ego[..., :3, :3]  # (B, cameras, n, 3), camera axes
+    pixels, visible = project(points, intrinsics[..., None, :])
+    at = 2 * pixels / intrinsics[..., None, 1:3] - 1  # -1 and 1: the image's edges, whatever it was resized to
+    at = at.masked_fill(~visible[..., None], 0).flatten(0, 1)[:, :, None]  # (B * cameras, n, 1, 2)
+    exact = torch.promote_types(maps.dtype, at.dtype)  # bfloat16 would tell 256 places apart
+    found = F.grid_sample(maps.flatten(0, 1).to(exact), at.to(exact), padding_mode="border", align_corners=False)
+    return found[..., 0].mT.unflatten(0, maps.shape[:2]).to(maps.dtype), visible
+
+
+class Triplane(nn.Module):
+    """What all cameras of a time step see, as three planes around the car (arXiv 2506.12251, Sec. 3.2.1).
+
+    Space is a grid of cells (X, Y, Z). A cell's learned query looks up the image features where its centre is projected
+    to in every camera, bilinearly, and attends to those that see it, or to nothing; the updated cells are averaged along
+    z, y and x to planes xy, xz, yz, and patches of these are the tokens.
+
+    Left open there, and ours: queries are the sum of one learned vector for each x, y and z (a free one a cell would be
+    85 M parameters, the paper adds 6.3 M); one layer, one sampling point a cell and camera; reading "the inner 36 cells
+    reach 80 m" as 36 of each side's 48. Time steps do not mix; the space is around where the car was then."""
+
+    slab = 2**13  # cells at a time: all 442,368 of full size would hold 11 GB of samples for a scene
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cells, self.patch, self.reach = cfg.planes, cfg.planes_patch, cfg.planes_reach
+        C = cfg.planes_embd
+        self.head_dim = math.gcd(C, 32)
+        self.queries = nn.Parameter(torch.zeros(1, sum(self.cells), C))
+        self.norm = nn.LayerNorm(cfg.v_embd, eps=1e-6)
+        self.q, self.kv, self.proj = nn.Linear(C, C), nn.Linear(cfg.v_embd, 2 * C), nn.Linear(C, C)
+        self.norm2 = nn.LayerNorm(C, eps=1e-6)
+        self.linear_fc1, self.linear_fc2 = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+        self.norm3 = nn.LayerNorm(C, eps=1e-6)
+        px, py, pz = self.patch
+        self.patchify = nn.ModuleList(nn.Linear(C * n, cfg.n_embd) for n in (px * py, px * pz, py * pz))
+        self.times = nn.Parameter(torch.zeros(1, times_of(cfg), cfg.n_embd))
+
+    def grids(self):
+        """Rows and columns of the planes' tokens: x by y, x by z, y by z."""
+        x, y, z = (s // p for s, p in zip(self.cells, self.patch))
+        return [(x, y), (x, z), (y, z)]
+
+    def centres(self, device=None):
+        """Where the cells are, (X, Y, Z, 3) in m in the ego frame. Along x and y three quarters of the cells share the
+        inner 80 / 180 of the reach, evenly; the outer quarter has the rest."""
+        axes = []
+        for n, low, high in zip(self.cells, self.reach[::2], self.reach[1::2]):
+            at = low + (high - low) * (torch.arange(n, device=device) + 0.5) / n
+            if len(axes) < 2:
+                far = max(-low, high)
+                u = at.abs() / far
+                at = at.sign() * far * torch.where(u < 0.75, u * (16 / 27), 4 / 9 + (u - 0.75) * (20 / 9))
+            axes.append(at)
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+
+    def update(self, cells, centres, maps, times, intrinsics, camera_to_ego):
+        """Cells (n, C) at centres (n, 3) after their look at maps (B, cameras, times * (2 C + 1), h, w) of keys, values and
+        whether they are known, 1 or 0: (B * times, n, C)."""
+        C, d = cells.shape[-1], self.head_dim
+        x, visible = look_up(maps, centres, intrinsics, camera_to_ego)
+        x = x.unflatten(-1, (times, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)  # (B * times, cameras, n, 2 C + 1)
+        k, v = x[..., :-1].unflatten(-1, (2, C // d, d)).unbind(-3)  # (B * times, cameras, n, H, d)
+        share = x[..., -1:]  # of the bilinear weights: what lies on patches that were not pruned
+        seen = (share > 0.5) & visible.repeat_interleave(times, 0)[..., None]
+        share = share.clamp(min=0.5)
+        q = self.q(cells).unflatten(-1, (-1, d))
+        score = ((q * k).sum(-1) * d**-0.5 / share).masked_fill(~seen, -torch.inf)  # (B * times, cameras, n, H)
+        weight = torch.cat([score, torch.zeros_like(score[:, :1])], 1).softmax(1)[:, :-1]  # the last one is nothing
+        cells = cells + self.proj(((weight / share)[..., None] * v).sum(1).flatten(2))
+        return cells + self.linear_fc2(F.gelu(self.linear_fc1(self.norm2(cells)), approximate="tanh"))
+
+    def lift(self, x, kept, view, intrinsics, camera_to_ego):
+        """Patches x (B, K * merge^2, v_embd) of the groups `kept` (B, K) of view = (cameras, times, h, w) to planes
+        (B * times, X, Y, C), (B * times, X, Z, C), (B * times, Y, Z, C)."""
+        (cameras, times, h, w), B, K = view, *kept.shape
+        m = math.isqrt(x.shape[1] // K)
+        x = self.kv(self.norm(x))
+        x = torch.cat([x, torch.ones_like(x[..., :1])], -1).view(B, K, -1)
+        x = x.new_zeros(B, cameras * times * h * w, x.shape[-1]).scatter(1, kept[..., None].expand_as(x), x)
+        x = x.view(B, cameras, times, h, w, m, m, -1).permute(0, 1, 2, 7, 3, 5, 4, 6)  # .., 2 C + 1, h, m, w, m
+        maps = x.reshape(B, cameras, -1, h * m, w * m)
+        qx, qy, qz = self.queries[0].split(self.cells)
+        slabs, n = [], max(1, self.slab // (len(qy) * len(qz)))
+        for q, centres in zip(qx.split(n), self.centres(x.device).split(n)):
+            cells = (q[:, None, None] + qy[:, None] + qz).flatten(0, 2)
+            cells = self.update(cells, centres.flatten(0, 2), maps, times, intrinsics, camera_to_ego)
+            slabs.append(cells.unflatten(1, (-1, len(qy), len(qz))))
+        cells = torch.cat(slabs, 1)  # (B * times, X, Y, Z, C)
+        return cells.mean(3), cells.mean(2), cells.mean(1)
+
+    def forward(self, x, kept, view, intrinsics, camera_to_ego):
+        """See `lift`. Returns tokens (B, times * tokens of the three planes, n_embd)."""
+        tokens = []
+        for plane, (r, c), to_token in zip(self.lift(x, kept, view, intrinsics, camera_to_ego), self.grids(), self.patchify):
+            N, R, S, C = plane.shape
+            patches = self.norm3(plane).view(N, r, R // r, c, S // c, C).transpose(2, 3)
+            tokens.append(to_token(patches.reshape(N, r * c, -1)))
+        tokens = torch.cat(tokens, 1).unflatten(0, (len(kept), -1))  # (B, times, T, n_embd)
+        return (tokens + self.times[0, :, None]).flatten(1, 2)
+
+
+class Flex(nn.Module):
+    """Learned scene tokens beside all image tokens of all cameras and times in a few layers of joint self-attention; only
+    the scene tokens go on (arXiv 2512.10947, Sec. 3.2.1). It needs no calibration.
+
+    Left open there, and ours: the layers are the tower's own kind, without rotation, and four of them, which at full
+    size is 61.3 M parameters before the projection, where the paper adds 61.6 M; an image token is the mean of its merge
+    group, as the paper's default halves the grid of features bilinearly."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.zeros(1, cfg.flex_tokens, cfg.v_embd))
+        self.views = nn.Parameter(torch.zeros(7, times_of(cfg), cfg.v_embd))  # by camera id and time
+        self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.flex_layer))
+        self.norm = nn.LayerNorm(cfg.v_embd, eps=1e-6)
+        self.out = nn.Linear(cfg.v_embd, cfg.n_embd)
+
+    def forward(self, x, kept, view, camera_ids):
+        """Patches x (B, K * merge^2, v_embd) of the groups `kept` (B, K) of view = (cameras, times, h, w), camera_ids
+        (B, cameras). Returns tokens (B, flex_tokens, n_embd)."""
+        (B, K), S = kept.shape, view[2] * view[3]
+        x = x.view(B, K, -1, x.shape[-1]).mean(2) + take(self.views[camera_ids].flatten(1, 2), kept // S)
+        x = torch.cat([self.tokens.expand(B, -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.norm(x[:, : self.tokens.shape[1]]))
+
+
+def times_of(cfg):
+    """Time steps of a camera that become tokens of their own."""
+    return cfg.frames // cfg.temporal_patch if cfg.pair_frames else cfg.frames
+
+
 class VisionTower(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -491,8 +680,13 @@ class VisionTower(nn.Module):
         self.patch_embed = PatchEmbed(cfg)
         self.pos_embed = nn.Embedding(cfg.v_grid**2, cfg.v_embd)
         self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.v_layer))
-        self.merger = Merger(cfg, norm_after=False)
-        self.deepstack_merger_list = nn.ModuleList(Merger(cfg, norm_after=True) for _ in cfg.deepstack)
+        if cfg.vision == "triplane":
+            self.triplane = Triplane(cfg)
+        elif cfg.vision == "flex":
+            self.flex = Flex(cfg)
+        else:  # DeepStack belongs to this one: planes and scene tokens are at no place in an image
+            self.merger = Merger(cfg, norm_after=False)
+            self.deepstack_merger_list = nn.ModuleList(Merger(cfg, norm_after=True) for _ in cfg.deepstack)
 
     def by_group(self, grid):
         """(h * w, C) in rows to the order of `patchify`: (h/m, w/m, m, m)."""
@@ -512,35 +706,58 @@ class VisionTower(nn.Module):
         angle = self.by_group(torch.cat([rows, cols], -1))
         return self.by_group(embed).to(grid.dtype), angle.cos(), angle.sin()
 
-    def forward(self, images):
-        """Images (M, temporal_patch, 3, H, W) uint8 to tokens (M, S, n_embd) and DeepStack features, a list of the same."""
+    def prune(self, x, block, cos, sin, scenes, keep):
+        """Which merge groups the block looks at most: (scenes, K) of all V = M / scenes * S groups, ascending. x (M, h * w,
+        C). All images of a scene compete; salience is the mean attention that a group's patches receive (SparseVILA).
+        Rank across images, one block, all heads alike: ours, since its authors do not say."""
+        q, k, _ = block.attn.heads(block.norm1(x), cos, sin)
+        salience = column_means(q, k).view(scenes, -1, self.cfg.merge**2).mean(-1)  # (scenes, V)
+        return salience.topk(max(1, round(keep * salience.shape[1]))).indices.sort().values
+
+    def forward(self, images, scenes=1, keep=1.0):
+        """Images (M, temporal_patch, 3, H, W) uint8, M / scenes of each scene, to what the decoder adds or an encoder
+        reads, of the K = keep * V groups of a scene that stay: patches (scenes, K * merge^2, C), those after the blocks of
+        DeepStack, a list of the same, and which groups they are, (scenes, K), ascending."""
         h, w = images.shape[-2] // self.cfg.patch, images.shape[-1] // self.cfg.patch
         embed, cos, sin = self.positions(h, w, images.device)
         x = self.patch_embed(patchify(images, self.cfg)) + embed  # (M, h * w, C)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        deep = []
+        m2 = self.cfg.merge**2
+        S, deep, counts = h * w // m2, [], None
+        kept = torch.arange(len(x) // scenes * S, device=x.device).expand(scenes, -1)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin)
+            if keep < 1 and i == int(self.cfg.keep_at * len(self.blocks)):
+                # From here on a scene is one row of patches, image after image.
+                kept = self.prune(x, block, cos, sin, scenes, keep)
+                stay = lambda a: take(a.reshape(scenes, -1, m2, a.shape[-1]), kept).flatten(1, 2)
+                x, deep = stay(x), [stay(a) for a in deep]
+                cos, sin = (stay(a.expand(len(images), -1, -1))[:, None] for a in (cos, sin))
+                image = kept // S + torch.arange(scenes, device=x.device)[:, None] * (len(images) // scenes)
+                counts = (m2 * image.flatten().bincount(minlength=len(images))).tolist()
+            x = block(x, cos, sin, counts)
             if i in self.cfg.deepstack:
-                deep.append(self.deepstack_merger_list[len(deep)](x))
-        return self.merger(x), deep
+                deep.append(x)
+        by_scene = lambda a: a.reshape(scenes, -1, a.shape[-1])
+        return by_scene(x), [by_scene(a) for a in deep], kept
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading: the decoder (Qwen3) with interleaved M-RoPE, and attention over a prompt that n samples share
 
 
-def image_positions(ids, image_pad, h, w):
-    """M-RoPE positions (3, P) of a prompt (P,) whose images fill h x w tokens each: time, height, width.
+def image_positions(ids, image_pad, grids):
+    """M-RoPE positions (3, P) of a prompt (P,) whose images fill grids of (h, w) tokens: time, height, width.
 
     Text moves all three together. An image stands still in time and spreads over rows and columns; what follows it
-    continues after the largest of them. So 180 tokens of a 10 x 18 image take 18 positions."""
+    continues after the largest of them. So 180 tokens of a 10 x 18 image take 18 positions. Ours: a plane of `Triplane`
+    is an image; a scene token of `Flex` is an image of 1 x 1, and so moves as a word does."""
     axes, at, i = [], 0, 0
-    grid = torch.stack([torch.zeros(h * w).long(), torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)])
-    ids = ids.tolist()
+    ids, grids = ids.tolist(), iter(grids)
     while i < len(ids):
         if ids[i] == image_pad:
-            axes.append(grid + at)
+            h, w = next(grids)
+            rows, columns = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+            axes.append(torch.stack([torch.zeros(h * w).long(), rows, columns]) + at)
             at, i = at + max(h, w), i + h * w
         else:
             axes.append(torch.full((3, 1), at))
@@ -598,9 +815,10 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(cfg.head_dim, eps=1e-6)
         self.k_norm = nn.RMSNorm(cfg.head_dim, eps=1e-6)
 
-    def forward(self, x, cos, sin, past=None):
+    def forward(self, x, cos, sin, past=None, ask=0):
         """x (N, T, C) to (N, T, C) and this layer's keys and values. Without a past: causal. With one,
-        (k0, v0, mask0, k1, v1, mask1): over the shared prefix, then the own tail, then these T tokens, not causal."""
+        (k0, v0, mask0, k1, v1, mask1): over the shared prefix, then the own tail, then these T tokens, not causal.
+        ask: beside keys and values, how much attention each token receives from the last so many, (N, T)."""
         N, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(N, T, self.n_head, self.head_dim)).transpose(1, 2)  # (N, H, T, d)
         k = self.k_norm(self.k_proj(x).view(N, T, self.n_kv_head, self.head_dim)).transpose(1, 2)  # (N, G, T, d)
@@ -613,7 +831,8 @@ class Attention(nn.Module):
             if k1 is not None:
                 k, v = torch.cat([k1, k], 2), torch.cat([v1, v], 2)
             y = prefix_attention(q, k0, v0, k, v, mask0, mask1)
-        return self.o_proj(y.transpose(1, 2).reshape(N, T, -1)), (k, v)
+        kv = (k, v, column_means(q[:, :, -ask:], k, causal=True)) if ask else (k, v)
+        return self.o_proj(y.transpose(1, 2).reshape(N, T, -1)), kv
 
 
 class MLP(nn.Module):
@@ -637,8 +856,8 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(n_embd, eps=1e-6)
         self.post_attention_layernorm = nn.RMSNorm(n_embd, eps=1e-6)
 
-    def forward(self, x, cos, sin, past=None):
-        y, kv = self.self_attn(self.input_layernorm(x), cos, sin, past)
+    def forward(self, x, cos, sin, past=None, ask=0):
+        y, kv = self.self_attn(self.input_layernorm(x), cos, sin, past, ask)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), kv
 
@@ -650,16 +869,16 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Layer(cfg, cfg.n_embd, cfg.n_head, cfg.n_mlp) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd, eps=1e-6)
 
-    def forward(self, x, cos, sin, past=None, seen=None):
-        """x (N, T, C) to (N, T, C) and the layers' keys and values. `past`: a tuple for every layer, see Attention.
+    def forward(self, x, cos, sin, past=None, seen=None, ask=0):
+        """x (N, T, C) to (N, T, C) and the layers' keys and values. `past`, `ask`: for every layer, see Attention.
         `seen`: (where, features): DeepStack's features are added to the image tokens after the first layers."""
         cache = []
         for i, layer in enumerate(self.layers):
-            x, kv = layer(x, cos, sin, past[i] if past else None)
+            x, kv = layer(x, cos, sin, past[i] if past else None, ask)
             cache.append(kv)
             if seen is not None and i < len(seen[1]):
-                where, deep = seen
-                x = x.index_add(1, where, deep[i].to(x.dtype))  # where: the image tokens' places in the prompt
+                where, deep = seen  # where (B, V): the image tokens' places in the prompt
+                x = x.scatter_add(1, where[..., None].expand_as(deep[i]), deep[i].to(x.dtype))
         return self.norm(x), cache
 
 
@@ -799,9 +1018,8 @@ class Alpamayo(nn.Module):
         self.action_out_proj = nn.Linear(cfg.e_embd, 2)
         if cfg.ego == "kinematics":
             self.ego_embed = EgoEmbed(cfg)
-        if cfg.view_embed:
-            times = cfg.frames // cfg.temporal_patch if cfg.pair_frames else cfg.frames
-            self.view_embed = nn.Parameter(torch.zeros(7, times, cfg.n_embd))  # by camera id and time
+        if cfg.view_embed and cfg.vision == "image":
+            self.view_embed = nn.Parameter(torch.zeros(7, times_of(cfg), cfg.n_embd))  # by camera id and time
 
     @property
     def device(self):
@@ -811,9 +1029,9 @@ class Alpamayo(nn.Module):
         """From scratch. Matrices are normal with standard deviation 1 / sqrt(fan in); what a layer adds to the residual
         stream is zero at first, so that training starts from the identity."""
         adds = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight", "action_out_proj.weight")
-        tables = ("embed_tokens.weight", "pos_embed.weight", "view_embed")
+        tables = ("embed_tokens.weight", "pos_embed.weight", "view_embed", ".queries", ".times", ".tokens", ".views")
         for name, p in self.named_parameters():
-            if name.endswith(adds):
+            if name.endswith(adds) and ".flex." not in name:  # scene tokens that see nothing would teach the tower nothing
                 nn.init.zeros_(p)
             elif name.endswith(tables):
                 nn.init.normal_(p, std=0.5, generator=generator)
@@ -823,10 +1041,11 @@ class Alpamayo(nn.Module):
                 nn.init.zeros_(p)
 
     @staticmethod
-    def from_pretrained(folder, dtype=torch.float32, device="cpu"):
+    def from_pretrained(folder, dtype=torch.float32, device="cpu", **switches):
         """A checkpoint of ours, or Alpamayo-R1-10B / Alpamayo-1.5-10B as released with the backbone's tokenizer.json put
-        beside it. Raises FileNotFoundError or ValueError with one line that names file and field."""
-        cfg = read_config(folder)
+        beside it. switches: fields of Config to change, as keep=0.5. Raises FileNotFoundError or ValueError with one line
+        that names file and field."""
+        cfg = replace(read_config(folder), **switches)
         with torch.device("meta"):
             model = Alpamayo(cfg, Vocabulary(cfg, folder))
         load_weights(model, folder, dtype, device)
@@ -843,72 +1062,89 @@ class Alpamayo(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------ the prompt
 
-    def prompt_ids(self, camera_ids, times, tokens_each, reason, route=""):
-        """The prompt's ids (P,): for each camera `times` images of `tokens_each` placeholders, ego history, route (the paper
+    def prompt_ids(self, camera_ids, images, reason, route=""):
+        """The prompt's ids (P,): placeholders of `images`, the grids of each, camera by camera, ego history, route (the paper
         leaves its form open: here it is text between the release's route tokens), instruction."""
         cfg = self.cfg
-        image = "<|image_pad|>" * tokens_each
+        pads = ["<|image_pad|>" * sum(h * w for h, w in grids) for grids in images]
         history = "<|traj_history|>" * cfg.ego_tokens
         route = f"<|route_start|>{route}<|route_end|>" if route else ""
         if cfg.chat:
-            images = ""
-            for camera in camera_ids:
-                images += f"{CAMERA_NAMES[camera]}: " if cfg.name_cameras else ""
-                for i in range(times):
-                    images += (f"frame {i} " if cfg.name_cameras else "") + f"<|vision_start|>{image}<|vision_end|>"
+            pads = [f"<|vision_start|>{pad}<|vision_end|>" for pad in pads]
+            if cfg.name_cameras and cfg.vision == "image":  # planes and scene tokens are of no camera
+                times = len(pads) // len(camera_ids)
+                name = lambda i: f"{CAMERA_NAMES[camera_ids[i // times]]}: " * (i % times == 0) + f"frame {i % times} "
+                pads = [name(i) + pad for i, pad in enumerate(pads)]
             task = "output the future trajectory."  # what Alpamayo-1.5 asks where it wants no reasoning
             if reason:
                 task = f"output the chain-of-thought reasoning of the driving process, then {task}"
             text = (
                 "<|im_start|>system\nYou are a driving assistant that generates safe and accurate actions.<|im_end|>\n"
-                f"<|im_start|>user\n{images}<|traj_history_start|>{history}<|traj_history_end|>"
+                f"<|im_start|>user\n{''.join(pads)}<|traj_history_start|>{history}<|traj_history_end|>"
                 f"{route}{task}<|im_end|>\n<|im_start|>assistant\n"
             )
         else:
-            text = image * len(camera_ids) * times + history + route
+            text = "".join(pads) + history + route
         return torch.tensor(self.vocabulary.encode(text + ("<|cot_start|>" if reason else "<|traj_future_start|>")))
 
     def look(self, scene):
-        """Scene's images (B, cameras, frames, 3, H, W) through the tower: tokens (B, V, n_embd), DeepStack features, a
-        list of the same, and (times, rows, columns) of a camera's tokens."""
-        cfg = self.cfg
+        """Scene's images (B, cameras, frames, 3, H, W) through tower and encoder: tokens (B, K, n_embd); DeepStack features,
+        a list of the same; the prompt's images, each a list of grids (h, w) of tokens; and which of these tokens were
+        kept, (B, K)."""
+        cfg, tower = self.cfg, self.vlm.model.visual
         images = resize(scene["images"].to(self.device), cfg)
         B, cameras, frames, _, H, W = images.shape
-        if cfg.view_embed and frames != cfg.frames:
+        if (cfg.view_embed or cfg.vision != "image") and frames != cfg.frames:
             raise ValueError(f"images: {frames} frames of each camera; this model reads {cfg.frames}")
         if cfg.pair_frames:
             images = images.view(-1, cfg.temporal_patch, 3, H, W)
         else:
             images = images.view(-1, 1, 3, H, W).expand(-1, cfg.temporal_patch, -1, -1, -1)
-        times, unit = len(images) // (B * cameras), cfg.patch * cfg.merge
-        tokens, deep = self.vlm.model.visual(images)  # (B * cameras * times, S, n_embd)
-        if cfg.view_embed:
-            view = self.view_embed[scene["camera_ids"].to(self.device)]  # (B, cameras, times, n_embd)
-            tokens = tokens + view.flatten(0, 2)[:, None].to(tokens.dtype)
-        tokens, *deep = (x.reshape(B, -1, cfg.n_embd) for x in (tokens, *deep))
-        return tokens, deep, (times, H // unit, W // unit)
+        times, h, w = len(images) // (B * cameras), H // (cfg.patch * cfg.merge), W // (cfg.patch * cfg.merge)
+        x, deep, kept = tower(images, B, cfg.keep)
+        view, camera_ids = (cameras, times, h, w), scene["camera_ids"].to(self.device)
+        if cfg.vision == "image":
+            tokens = tower.merger(x)
+            deep = [merger(x) for merger, x in zip(tower.deepstack_merger_list, deep)]
+            if cfg.view_embed:
+                views = self.view_embed[camera_ids].flatten(1, 2)  # (B, cameras * times, n_embd)
+                tokens = tokens + take(views, kept // (h * w)).to(tokens.dtype)
+            return tokens, deep, [[(h, w)]] * (cameras * times), kept
+        if cfg.vision == "flex":
+            tokens, grids = tower.flex(x, kept, view, camera_ids), [[(1, 1)] * cfg.flex_tokens]
+        else:
+            lens = [scene[k].to(self.device) for k in ("intrinsics", "camera_to_ego") if k in scene]
+            if len(lens) < 2:
+                raise ValueError("vision = triplane: the scene's cameras are not calibrated (intrinsics, camera_to_ego)")
+            tokens, grids = tower.triplane(x, kept, view, *lens), [tower.triplane.grids()] * times
+        return tokens, [], grids, torch.arange(tokens.shape[1], device=self.device).expand(B, -1)
 
     def embed_prompt(self, scene, reason=True):
-        """The prompt's embeddings (B, P, n_embd), M-RoPE positions (3, P), where DeepStack adds what, and ids (B, P)."""
+        """The prompt's embeddings (B, P, n_embd), M-RoPE positions (3, B, P), where DeepStack adds what, and ids (B, P).
+        What was pruned is not in it; what was kept has the position that it would have had among all."""
         cfg, vocab, device = self.cfg, self.vocabulary, self.device
-        tokens, deep, (times, h, w) = self.look(scene)
+        tokens, deep, images, kept = self.look(scene)
         cameras = scene["camera_ids"]
         if (cameras != cameras[0]).any():
             raise ValueError("camera_ids: the scenes of a batch must have the same cameras in the same order")
         routes = scene["route"] if cfg.route and "route" in scene else [""] * len(tokens)
-        every = [self.prompt_ids(cameras[0].tolist(), times, h * w, reason, route) for route in routes]
+        every = [self.prompt_ids(cameras[0].tolist(), images, reason, route) for route in routes]
         if len({len(ids) for ids in every}) > 1:
             raise ValueError("route: the routes of a batch must have the same number of tokens, or none of them any")
-        positions = image_positions(every[0], vocab["image_pad"], h, w).to(device)
-        where = (every[0] == vocab["image_pad"]).nonzero()[:, 0].to(device)
-        ego = (every[0] == vocab["traj_history"]).nonzero()[:, 0].to(device)
-        ids = torch.stack(every).to(device)  # (B, P)
+        positions = image_positions(every[0], vocab["image_pad"], sum(images, [])).to(device)
+        ids = torch.stack(every).to(device)  # (B, all), of which some images may be pruned
+        is_image = ids[0] == vocab["image_pad"]
+        places = is_image.nonzero()[:, 0][kept]  # (B, K), in the prompt of all
+        stay = torch.cat([(~is_image).nonzero()[:, 0].expand(len(kept), -1), places], 1).sort().values  # (B, P)
+        ids, positions, where = ids.gather(1, stay), positions[:, stay], torch.searchsorted(stay, places)
+        ego = (ids[0] == vocab["traj_history"]).nonzero()[:, 0]  # behind all images, so at the same places in all scenes
         if cfg.ego == "deltas":
             ids[:, ego] = history_bins(scene["ego_history_xyz"].to(device), cfg.history_bins) + vocab.first_history
         x = self.vlm.model.language_model.embed_tokens(ids)
         if cfg.ego == "kinematics":
             x = x.index_copy(1, ego, self.ego_embed(scene["ego_kinematics"].to(device)).to(x.dtype))
-        return x.index_copy(1, where, tokens.to(x.dtype)), positions, (where, deep), ids
+        x = x.scatter(1, where[..., None].expand_as(tokens), tokens.to(x.dtype))
+        return x, positions, (where, deep), ids
 
     # ------------------------------------------------------------------------------------------------------ the losses
 
@@ -961,8 +1197,8 @@ class Alpamayo(nn.Module):
             read = torch.where(hidden & (ids >= first) & (ids < first + cfg.bins), self.vocabulary["traj_future"], read)
         x = torch.cat([x, self.vlm.model.language_model.embed_tokens(read)], 1)  # (B, P + R, C)
         start = positions.max() + 1
-        positions = torch.cat([positions, (start + torch.arange(R, device=device)).expand(3, -1)], 1)
-        cos, sin = rope(positions[:, None], cfg, x.dtype)
+        positions = torch.cat([positions, (start + torch.arange(R, device=device)).expand(3, B, -1)], 2)
+        cos, sin = rope(positions, cfg, x.dtype)
         x, cache = self.vlm.model.language_model(x, cos, sin, seen=seen)
 
         losses = {}
@@ -1023,8 +1259,11 @@ class Alpamayo(nn.Module):
 
         x, positions, seen, _ = self.embed_prompt(scene, reason)
         seconds["vision"] = clock.lap()
-        cos, sin = rope(positions[:, None], cfg, x.dtype)
-        x, prompt = lm(x, cos, sin, seen=seen)  # prompt: keys and values (B, G, P, d) a layer
+        cos, sin = rope(positions, cfg, x.dtype)
+        where, P = seen[0], x.shape[1]
+        ask = P - 1 - int(where.max()) if reason and cfg.retrieve < 1 else 0  # the words behind all images
+        x, prompt = lm(x, cos, sin, seen=seen, ask=ask)  # prompt: keys and values (B, G, P, d) a layer
+        read = [retrieve(*kvs, where, cfg.retrieve) for kvs in prompt] if ask else prompt  # what the reasoning reads of it
         B, N, start = len(x), len(x) * n, int(positions.max()) + 1
         seconds["prefill"] = clock.lap()
 
@@ -1043,7 +1282,7 @@ class Alpamayo(nn.Module):
             tokens.append(token)
             length = torch.where(token == vocab["traj_future_start"], len(tokens), length)
             cos, sin = rope(torch.full((3, 1, 1), start + len(tokens) - 1, device=device), cfg, x.dtype)
-            past = [(k0, v0, None, k1, v1, None) for (k0, v0), (k1, v1) in zip(prompt, tail)]
+            past = [(k0, v0, None, k1, v1, None) for (k0, v0), (k1, v1) in zip(read, tail)]
             x, tail = lm(lm.embed_tokens(token)[:, None], cos, sin, past)
         seconds["reasoning"] = clock.lap()
 
@@ -1051,7 +1290,7 @@ class Alpamayo(nn.Module):
         S = len(tokens)
         own = torch.arange(S + HORIZON, device=device) >= S  # the 64 action tokens, behind the S generated ones
         mask = ((torch.arange(S + HORIZON, device=device) < length[:, None]) | own)[:, None]  # (N, 1, S + 64)
-        past = [(k0, v0, None, k1, v1, mask) for (k0, v0), (k1, v1) in zip(prompt, tail)]
+        past = [(k0, v0, None, k1, v1, mask) for (k0, v0, *_), (k1, v1) in zip(prompt, tail)]
         x = torch.randn(N, HORIZON, 2, generator=generator, device=device) if noise is None else noise.to(device)
         if x.shape != (N, HORIZON, 2):
             raise ValueError(f"noise: shape {tuple(x.shape)}; {B} scenes of {n} samples need {(N, HORIZON, 2)}")
@@ -1073,6 +1312,17 @@ class Alpamayo(nn.Module):
         by_scene = lambda a: a.unflatten(0, (B, n))
         return Rollout([texts[i : i + n] for i in range(0, N, n)], by_scene(tokens), by_scene(actions), by_scene(xyz),
                        by_scene(rot), torch.stack(flow).unflatten(1, (B, n)), seconds)  # fmt: skip
+
+
+def retrieve(k, v, salience, where, share):
+    """SparseVILA's second half: of a layer's keys and values (B, G, P, d) those of all words and of the share of the image
+    tokens, at `where` (B, V), that the words behind them attend to most (salience (B, P)), as they stand. Each layer
+    chooses for itself, for all its heads: ours, since its authors do not say. The rest stays in the cache."""
+    B, P = salience.shape
+    drop = where.shape[1] - max(1, round(share * where.shape[1]))
+    least = take(where, take(salience, where).topk(drop, largest=False).indices)  # (B, drop)
+    stay = torch.ones_like(salience, dtype=torch.bool).scatter(1, least, False).nonzero()[:, 1].view(B, P - drop)
+    return take(k.transpose(1, 2), stay).transpose(1, 2), take(v.transpose(1, 2), stay).transpose(1, 2)
 
 
 def pick(logits, temperature, top_p, generator=None):
@@ -1106,8 +1356,9 @@ ACTION_FIELDS = ("accel_mean", "accel_std", "curvature_mean", "curvature_std")
 FIT = dict(a_lambda=1e-4, a_ridge=1e-4, kappa_lambda=1e-4, kappa_ridge=1e-4, theta_lambda=1e-6, theta_ridge=1e-8,
            v_lambda=1e-6, v_ridge=1e-4, n_waypoints=HORIZON, dt=DT)  # fmt: skip
 MAY_BE_ZERO = ("min_pixels", "max_pixels", "history_bins")
-EXTRA_FIELDS = ("words", "cameras", "frames", "frame_dt", "ego", "chat", "pair_frames", "view_embed", "route",
-                "reasoning")
+EXTRA_FIELDS = ("words", "cameras", "frames", "frame_dt", "ego", "chat", "pair_frames", "view_embed", "route", "reasoning",
+                "vision", "keep", "keep_at", "retrieve", "planes", "planes_patch", "planes_reach", "planes_embd", "flex_tokens",
+                "flex_layer")  # fmt: skip
 NAMED = ("include_camera_ids", "include_frame_nums")  # fields of Alpamayo-1.5's config.json: name_cameras
 QWEN3_VL_8B = ("Qwen3-VL-8B", "Cosmos-Reason2-8B")
 
@@ -1270,7 +1521,10 @@ def read_config(folder) -> Config:
         if not isinstance(value, kind) or (kind is int and value < (f.name not in MAY_BE_ZERO)):
             raise ValueError(f"{folder}: {value!r} in config.json or vlm/config.json cannot be {f.name} ({type(f.default).__name__})")
     numbers = {k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()}
-    cfg = Config(**numbers | {"v_grid": math.isqrt(numbers["v_grid"])})
+    try:
+        cfg = Config(**numbers | {"v_grid": math.isqrt(numbers["v_grid"])})
+    except ValueError as e:
+        raise ValueError(f"{release.path}: field extra.{e}") from None
     if sum(cfg.mrope_section) != cfg.head_dim // 2 or cfg.v_embd % cfg.v_head:
         raise ValueError(f"{path}: mrope_section must add up to head_dim / 2, and num_heads divide the tower's hidden_size")
     # What follows from these numbers, and what this code does in one way only, must be what the files say.

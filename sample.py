@@ -4,6 +4,7 @@ Look, think, drive, and see what came of it: a picture of one scene, or a table 
     python sample.py                           the shipped nano on a scene of the built-in world, drawn into out/
     python sample.py --situation pedestrian    the first held-out scene of that kind
     python sample.py --clip FOLDER --t0 3      a real clip, in any layout that data.py reads
+    python sample.py --keep 0.5                with half of the image tokens; any checkpoint, no retraining
     python sample.py --eval                    512 held-out scenes: a Markdown table, then all its numbers as JSON
     python sample.py --drive                   64 scenarios of 20 s in closed loop, and the table of how it went
     python sample.py --drive --split tail      the same, or --eval, in combinations that training never showed
@@ -552,6 +553,9 @@ def parse_flags():
     add("--gallery", metavar="FOLDER", help="draw a sheet of the world's situations and a film of a drive into it")
     add("--batch", type=int, default=32, help="with --eval and --drive: scenes at a time")
     add("--cache", metavar="FOLDER", default="data", help="with --eval: where rendered scenes are kept")
+    add("--keep", type=float, metavar="SHARE", help="of the image tokens, the most looked at (default: the checkpoint's)")
+    add("--retrieve", type=float, metavar="SHARE",
+        help="of the prompt's image tokens, for the reasoning to read back (default: the checkpoint's)")  # fmt: skip
     args = p.parse_args()
     if (args.eval is not None or args.drive is not None) and (args.clip or args.situation):
         p.error("--eval and --drive are over the world's scenes; they take no --clip and no --situation")
@@ -560,12 +564,12 @@ def parse_flags():
     return args
 
 
-def load_model(folder):
+def load_model(folder, **switches):
     """The checkpoint where it runs best: the GPU if there is one, and there the release's size in bfloat16."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     large = read_config(folder).max_pixels > 0
     dtype = torch.bfloat16 if large and device == "cuda" else torch.float32
-    return Alpamayo.from_pretrained(folder, dtype, device)
+    return Alpamayo.from_pretrained(folder, dtype, device, **switches)
 
 
 def world_view(cfg, args):
@@ -630,7 +634,8 @@ def main():
     for flag in ("n", "steps", "batch", "eval", "drive"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}: expected 1 or more")
-    model = load_model(args.checkpoint)
+    switches = {k: getattr(args, k) for k in ("keep", "retrieve") if getattr(args, k) is not None}
+    model = load_model(args.checkpoint, **switches)
     args.reason = args.reason and model.cfg.reasoning == "on"  # after stage `action` a model cannot think yet
     if args.eval is not None:
         rows = evaluate(model, args)

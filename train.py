@@ -5,6 +5,7 @@ Train: the paper's stages, from scratch, from a checkpoint, or on from where a r
     torchrun --nproc_per_node 8 train.py --preset mini ... the same for several GPUs, or processes of a CPU
     python train.py --resume out/nano                      go on after a kill; the losses are those of an unbroken run
     python train.py --stage reason --init FOLDER --data CLIPS --steps 500      fine-tune a checkpoint on your own clips
+    python train.py --vision flex --flex-tokens 8          another way to see; --keep 0.5: with half of what it sees
 
 Stage `action` teaches the language model the 128 action tokens and the expert flow matching; stage `reason` puts the
 Chain of Causation in front of both; `all` runs one after the other. The loss is
@@ -19,6 +20,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
 
@@ -48,6 +50,12 @@ def parse_flags():
     add("--data", default="world", help="`world`, or a folder of clips that data.py can read")
     add("--scenes", type=int, default=8000, help="training scenes of the world, rendered once to disk")
     add("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="pixels of the world's images")
+    same = dict(default=argparse.SUPPRESS)  # those not given stay what --init's config or the preset's says
+    add("--vision", choices=("image", "triplane", "flex"), help="each image its own tokens | planes of space | scene tokens; "
+        "another one than --init's starts untrained, behind its tower (default: --init's, or image)", **same)
+    add("--planes-patch", type=int, nargs=3, metavar=("X", "Y", "Z"), help="with --vision triplane: cells to a token", **same)
+    add("--flex-tokens", type=int, help="with --vision flex: scene tokens", **same)
+    add("--keep", type=float, help="share of the image tokens that is kept; the least looked at are pruned", **same)
     add("--cache", metavar="FOLDER", default="data", help="where rendered scenes are kept")
     add("--steps", type=int, default=600, help="optimiser steps")
     add("--batch", type=int, default=32, help="scenes a step, over all processes")
@@ -142,9 +150,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimisers(model, flags):
-    """Muon gets the two-dimensional weights of layers, blocks and mergers; AdamW everything else."""
+    """Muon gets the two-dimensional weights of layers, blocks, mergers and planes; AdamW everything else."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    inside = lambda n, p: flags.muon_lr and p.ndim == 2 and any(k in n for k in (".layers.", ".blocks.", "merger"))
+    inside = lambda n, p: flags.muon_lr and p.ndim == 2 and any(k in n for k in (".layers.", ".blocks.", "merger", ".triplane."))
     hidden = [p for n, p in named if inside(n, p)]
     matrices = dict(params=[p for n, p in named if p.ndim > 1 and not inside(n, p)], weight_decay=flags.weight_decay)
     vectors = dict(params=[p for n, p in named if p.ndim <= 1], weight_decay=0.0)
@@ -316,6 +324,12 @@ def main():
     source = flags.resume or flags.init
     model = Alpamayo.from_pretrained(source, device=device) if source else None
     cfg = model.cfg if model else PRESETS[flags.preset]
+    if not flags.resume:  # else the checkpoint says how it sees
+        seeing = {k: getattr(flags, k) for k in ("vision", "planes_patch", "flex_tokens", "keep") if k in flags}
+        cfg = replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in seeing.items()})
+        if model and cfg != model.cfg:
+            model, fresh = seeing_anew(model, cfg, flags)
+            say(f"{flags.init}: all tensors but {fresh} new ones, which see by {cfg.vision}")
     if rank == 0:
         load_scenes(flags, cfg)  # renders what is not yet on disk
     if world_size > 1:
@@ -404,6 +418,17 @@ def main():
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def seeing_anew(model, cfg, flags):
+    """The model with another way to see, and how many of its tensors are new: tower, language model and expert are taken
+    over by their names, the encoder starts from nothing."""
+    other = Alpamayo(cfg, model.vocabulary)
+    other.init_weights(torch.Generator().manual_seed(flags.seed))
+    old, new = model.state_dict(), other.state_dict()
+    taken = {k: old[k] for k in new if k in old and old[k].shape == new[k].shape}
+    other.load_state_dict(new | taken)
+    return other.to(model.device), len(new) - len(taken)
 
 
 def load_scenes(flags, cfg):

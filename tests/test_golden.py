@@ -57,7 +57,7 @@ def rollout(model, golden):
 def test_prompt_and_its_positions(model, golden):
     _, positions, _, ids = model.embed_prompt(golden["scene"])
     assert torch.equal(ids, golden["input_ids"])
-    assert torch.equal(positions, golden["position_ids"][:, 0])
+    assert torch.equal(positions, golden["position_ids"])
     assert positions.max() + 1 - P == golden["rope_deltas"]
 
 
@@ -68,8 +68,8 @@ def test_patches(model, golden):
 
 @torch.no_grad()
 def test_vision_tokens_and_deepstack(model, golden):
-    tokens, deep, grid = model.look(golden["scene"])
-    assert grid == (4, 2, 3)  # frames, rows, columns
+    tokens, deep, images, _ = model.look(golden["scene"])
+    assert images == [[(2, 3)]] * 4  # rows and columns of each frame
     assert relative_error(tokens[0], golden["vision_tokens"]) < 1e-5
     assert relative_error(torch.cat(deep), golden["deepstack"]) < 1e-5
 
@@ -77,7 +77,7 @@ def test_vision_tokens_and_deepstack(model, golden):
 @torch.no_grad()
 def test_logits_after_the_prompt(model, golden):
     x, positions, seen, _ = model.embed_prompt(golden["scene"])
-    x, _ = model.vlm.model.language_model(x, *rope(positions[:, None], model.cfg, x.dtype), seen=seen)
+    x, _ = model.vlm.model.language_model(x, *rope(positions, model.cfg, x.dtype), seen=seen)
     assert relative_error(model.vlm.lm_head(x[:, -1]), golden["prompt_logits_last"]) < 1e-5
 
 

@@ -77,9 +77,9 @@ def pixels(model, scene):
 
 
 def test_vision_tokens_and_deepstack(model, oracle, scene, pixels):
-    tokens, deep, grid = model.look(scene)
+    tokens, deep, images, _ = model.look(scene)
     theirs, their_deep = oracle.model.visual(pixels["pixel_values"], pixels["image_grid_thw"])
-    assert grid == (FRAMES, 3, 5)
+    assert images == [[(3, 5)]] * (CAMERAS * FRAMES)
     assert relative_error(tokens.flatten(0, 1), theirs) < 1e-5
     assert len(deep) == len(their_deep) == 3
     for ours, theirs in zip(deep, their_deep):
@@ -127,18 +127,18 @@ def test_positions(model, oracle, images, h, w):
     ids = torch.tensor(vocab.encode(text))
     grids = torch.tensor([[1, h * model.cfg.merge, w * model.cfg.merge]] * images)
     theirs, _ = oracle.model.get_rope_index(ids[None], grids)
-    assert torch.equal(image_positions(ids, vocab["image_pad"], h, w), theirs[:, 0])
+    assert torch.equal(image_positions(ids, vocab["image_pad"], [(h, w)] * images), theirs[:, 0])
 
 
 def test_positions_of_images_side_by_side():
     """Without the release's words between them (chat=False), the second image starts where the first one ends."""
-    positions = image_positions(torch.tensor([9, 9, 9, 9, 9, 9, 1]), image_pad=9, h=1, w=3)
+    positions = image_positions(torch.tensor([9, 9, 9, 9, 9, 9, 1]), image_pad=9, grids=[(1, 3)] * 2)
     assert positions.tolist() == [[0, 0, 0, 3, 3, 3, 6], [0, 0, 0, 3, 3, 3, 6], [0, 1, 2, 3, 4, 5, 6]]
 
 
 def read(model, x, positions, **how):
-    """Embeddings x (N, T, C) at positions (3, T) through the language model: logits (N, T, vocab), keys and values."""
-    x, cache = model.vlm.model.language_model(x, *rope(positions[:, None], model.cfg, x.dtype), **how)
+    """Embeddings x (N, T, C) at positions (3, N or 1, T) through the language model: logits (N, T, vocab), keys and values."""
+    x, cache = model.vlm.model.language_model(x, *rope(positions, model.cfg, x.dtype), **how)
     return model.vlm.lm_head(x), cache
 
 
@@ -156,18 +156,18 @@ def test_cached_samples_are_separate_uncached_runs(model, scene):
     lm = model.vlm.model.language_model
     said = lm.embed_tokens(torch.randint(0, 256, (SCENES * n, T), generator=torch.Generator().manual_seed(0)))
     x, positions, (where, deep), _ = model.embed_prompt(scene)
-    after = (positions.max() + 1 + torch.arange(T)).expand(3, -1)
+    after = (positions.max() + 1 + torch.arange(T)).expand(3, SCENES * n, -1)
 
     _, prompt = read(model, x, positions, seen=(where, deep))
     tail, cached = [(None, None)] * model.cfg.n_layer, []
     for t in range(T):
         past = [(k0, v0, None, k1, v1, None) for (k0, v0), (k1, v1) in zip(prompt, tail)]
-        logits, tail = read(model, said[:, t : t + 1], after[:, t : t + 1], past=past)
+        logits, tail = read(model, said[:, t : t + 1], after[..., t : t + 1], past=past)
         cached.append(logits)
 
     whole = torch.cat([x.repeat_interleave(n, 0), said], 1)
-    seen = where, [d.repeat_interleave(n, 0) for d in deep]
-    uncached, _ = read(model, whole, torch.cat([positions, after], 1), seen=seen)
+    seen = where.repeat_interleave(n, 0), [d.repeat_interleave(n, 0) for d in deep]
+    uncached, _ = read(model, whole, torch.cat([positions.repeat_interleave(n, 1), after], 2), seen=seen)
     assert relative_error(torch.cat(cached, 1), uncached[:, -T:]) < 1e-5
 
 

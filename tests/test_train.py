@@ -50,7 +50,8 @@ def test_it_learns_and_leaves_a_checkpoint_that_drives(unbroken):
     lines = log(unbroken)
     assert sorted(lines) == list(range(1, 11))
     assert [lines[i]["stage"] for i in (3, 4)] == ["action", "reason"]
-    assert lines[9]["text"] < lines[4]["text"] - 1 and lines[9]["flow"] < lines[1]["flow"]
+    assert lines[9]["text"] < lines[4]["text"] - 1
+    assert lines[10]["val"]["action"] < lines[4]["val"]["action"] - 0.3  # for the flow ten steps are too few to tell
     assert "text" not in lines[10]  # every eighth step drives without reasoning
     assert 0 <= lines[10]["val"]["right"] <= 1 and lines[10]["val"]["ade"] > 0
     model = Alpamayo.from_pretrained(str(unbroken))
