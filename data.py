@@ -51,8 +51,8 @@ from tqdm import tqdm
 
 from alpamayo import LOW_SPEED, project, unwrap, write_json, yaw_of
 from world import (
-    COMBINATIONS, DT, FUTURE, HISTORY, LEFT, PAST, RARE, RIG, RIGHT, SEEDS, SITUATIONS, WHEELBASE, WORLD_VERSION, World, draw,
-    rays, rig_camera)
+    COMBINATIONS, DT, FUTURE, HISTORY, LEFT, PAST, RARE, RIG, RIGHT, SEEDS, SITUATIONS, WHEELBASE, WORLD_VERSION, World,
+    draw, rays, rig_camera)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,7 +86,8 @@ CAUSES = {
     "cut-in": ("yield", "keep lane", "critical object", "a car cuts in from the {side}"),
     "cones": ("keep speed", "straddle {other}", "critical object", "cones block the {side} side of the lane"),
     "parked car": ("keep speed", "nudge {other}", "critical object", "a parked car reaches into the lane from the {side}"),
-    "double-parked car": ("keep speed", "straddle {other}", "critical object", "a parked car blocks the {side} side of the lane"),
+    "double-parked car": ("keep speed", "straddle {other}", "critical object",
+                          "a parked car blocks the {side} side of the lane"),
     "oncoming car": ("yield", "keep lane", "critical object", "an oncoming car blocks the way around the parked car"),
     "lane closed": ("keep speed", "change lane {side}", "critical object", "barriers close the lane"),
     "gap search": ("search a gap", "keep lane", "critical object", "a car on the {side} blocks the way around the barriers"),
