@@ -150,9 +150,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimisers(model, flags):
-    """Muon gets the two-dimensional weights of layers, blocks, mergers and planes; AdamW everything else."""
+    """Muon gets the two-dimensional weights of layers, blocks, mergers and encoders; AdamW everything else."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    inside = lambda n, p: flags.muon_lr and p.ndim == 2 and any(k in n for k in (".layers.", ".blocks.", "merger", ".triplane."))
+    inside = lambda n, p: flags.muon_lr and p.ndim == 2 and any(k in n for k in (".layers.", ".blocks.", "merger", ".triplane.", ".flex."))
     hidden = [p for n, p in named if inside(n, p)]
     matrices = dict(params=[p for n, p in named if p.ndim > 1 and not inside(n, p)], weight_decay=flags.weight_decay)
     vectors = dict(params=[p for n, p in named if p.ndim <= 1], weight_decay=0.0)
