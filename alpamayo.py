@@ -796,7 +796,7 @@ def prefix_attention(q, k0, v0, k1, v1, mask0=None, mask1=None):
     if mask1 is not None:
         score1 = score1.masked_fill(~mask1[:, None].repeat(1, 1, R // mask1.shape[1], 1), -torch.inf)
     score0 = score0.view(B, G, N // B, R, -1).transpose(1, 2).reshape(N, G, R, -1)
-    w = torch.cat([score0, score1], -1).float().softmax(-1).to(q.dtype)
+    w = torch.cat([score0, score1], -1).to(torch.promote_types(q.dtype, torch.float32)).softmax(-1).to(q.dtype)
     w0, w1 = w.split([k0.shape[2], k1.shape[2]], -1)
     w0 = w0.view(B, N // B, G, R, -1).transpose(1, 2).reshape(B, G, N // B * R, -1)
     y0 = (w0 @ v0).view(B, G, N // B, R, d).transpose(1, 2).reshape(N, G, R, d)
@@ -955,6 +955,24 @@ def flow_time(n, generator=None, device=None):
     return 0.999 * (1 - u ** (1 / 1.5))
 
 
+def flow_step(x, velocity, t, dt, eta=0.0):
+    """One step of the sampler from x_t (..., 64, 2) at flow time t by dt: the mean of x_{t + dt} and its standard deviation.
+
+    The straight line through x_t has its data end at d = x_t + (1 - t) v and its noise end at e = x_t - t v. Euler goes on
+    along it, s d + (1 - s) e with s = t + dt. Reinforcement learning needs a step that has a probability, so a share of
+    the noise is drawn anew, and the two coefficients stay what training showed (Coefficients-Preserving Sampling, arXiv
+    2509.05952): s d + (1 - s) (cos(a) e + sin(a) n), with a = eta pi / 2 and n ~ N(0, I). eta = 0 is Euler, to the bit;
+    the last step, to s = 1, is always Euler's."""
+    s, a = t + dt, eta * math.pi / 2
+    mean = x + dt * velocity - (1 - s) * (1 - math.cos(a)) * (x - t * velocity)
+    return mean, max(1 - s, 0.0) * math.sin(a)
+
+
+def gaussian_log_prob(x, mean, std):
+    """log N(x; mean, std^2 I) of (..., 64, 2), summed over the last two dimensions."""
+    return (-0.5 * ((x - mean) / std) ** 2 - math.log(std * math.sqrt(2 * math.pi))).sum((-2, -1))
+
+
 class ActionSpace(nn.Module):
     """Controls <-> numbers of mean 0 and standard deviation about 1."""
 
@@ -999,11 +1017,12 @@ class Rollout:
     """n samples of B scenes: what the model thought and where it would drive."""
 
     reasoning: list  # B lists of n str
-    tokens: torch.Tensor  # (B, n, T): generated ids up to <|traj_future_start|>, then padding
+    tokens: torch.Tensor  # (B, n, T): generated ids up to <|traj_future_start|>, or the last action token; then padding
+    log_probs: torch.Tensor  # (B, n, T): of these tokens, as they were drawn; 0 where there is padding
     actions: torch.Tensor  # (B, n, 64, 2): m/s^2, 1/m
     xyz: torch.Tensor  # (B, n, 64, 3): m, ego frame at t0
     rot: torch.Tensor  # (B, n, 64, 3, 3)
-    flow: torch.Tensor  # (steps + 1, B, n, 64, 2): normalised controls on their way from noise to data
+    flow: torch.Tensor  # (steps + 1, B, n, 64, 2): normalised controls on their way from noise to data; no steps: tokens
     seconds: dict  # vision, prefill, reasoning, flow
 
 
@@ -1240,21 +1259,26 @@ class Alpamayo(nn.Module):
         positions = (start[:, None] + torch.arange(HORIZON, device=x_t.device)).expand(3, -1, -1)
         x = self.action_in_proj(x_t, t)
         cos, sin = rope(positions, self.cfg, x.dtype)
-        return self.action_out_proj(self.expert(x, cos, sin, past)).float()
+        return self.action_out_proj(self.expert(x, cos, sin, past)).to(x_t.dtype)
 
     # -------------------------------------------------------------------------------------------------------- sampling
 
     @torch.no_grad()
     def sample(
-        self, scene, n=6, temperature=0.6, top_p=0.98, steps=10, max_new_tokens=256, noise=None, seed=None, reason=None
-    ):
+        self, scene, n=6, temperature=0.6, top_p=0.98, steps=10, max_new_tokens=256, noise=None, seed=None, reason=None,
+        decode="flow", eta=0.0,
+    ):  # fmt: skip
         """Look, think, drive: n samples of each of B scenes, each with its own reasoning (Sec. 5.1).
 
         temperature 0 is greedy; top_p keeps the likeliest tokens that together have that probability; steps of Euler
         from noise (B * n, 64, 2), drawn where not given; seed fixes both. reason=False drives without thinking.
+        decode "flow": the expert drives; "tokens": the language model says its 128 action tokens, which is slow, and what
+        the paper's reinforcement learning scores. eta: how stochastic the flow is, see flow_step.
         The prompt's keys and values are stored once for all n samples. Returns a Rollout."""
         if min(n, steps, max_new_tokens) < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise ValueError("sample: n, steps and max_new_tokens must be 1 or more, temperature 0 or more, top_p in (0, 1]")
+        if decode not in ("flow", "tokens") or not 0 <= eta <= 1:
+            raise ValueError(f"sample: decode must be flow or tokens, eta in [0, 1], not {decode!r} and {eta}")
         cfg, vocab, device = self.cfg, self.vocabulary, self.device
         lm, reason = self.vlm.model.language_model, cfg.reasoning == "on" if reason is None else reason
         generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
@@ -1271,50 +1295,109 @@ class Alpamayo(nn.Module):
         seconds["prefill"] = clock.lap()
 
         # Reasoning, token by token, until every sample has said <|traj_future_start|>, whose keys and values belong to
-        # what the expert reads. A sample that is done says padding, which nobody will see.
-        tokens, tail = [], [(None, None)] * cfg.n_layer
+        # what the expert reads; then, if asked, the action tokens. A sample that is done says padding: nobody will see it.
+        tokens, log_probs, tail = [], [], [(None, None)] * cfg.n_layer
         length = torch.zeros(N, dtype=torch.long, device=device)  # generated tokens up to <|traj_future_start|>
+        thinking = torch.full((N,), reason, device=device)
+        due = 2 * HORIZON if decode == "tokens" else 0  # action tokens
         x = x[:, -1:].repeat_interleave(n, 0)
-        while reason and (not tokens or (length == 0).any()):
-            logits = self.vlm.lm_head(x[:, -1]).float()  # (N, vocab)
-            logits[:, vocab.first_action : vocab.first_history + cfg.history_bins] = -torch.inf  # no trajectory here
+        while (busy := thinking | (len(tokens) - length < due)).any():
+            logits = self.allowed(self.vlm.lm_head(x[:, -1]).float(), ~thinking)  # (N, vocab)
             token = pick(logits, temperature, top_p, generator)
-            if len(tokens) == max_new_tokens - 1:
-                token[:] = vocab["traj_future_start"]  # out of time to think: drive
-            token = torch.where(length > 0, vocab["endoftext"], token)
+            if len(tokens) == max_new_tokens - 1:  # out of time to think: drive
+                token = torch.where(thinking, vocab["traj_future_start"], token)
+            log_probs.append(token_log_probs(logits, token, temperature, top_p) * busy)
+            token = torch.where(busy, token, vocab["endoftext"])
             tokens.append(token)
-            length = torch.where(token == vocab["traj_future_start"], len(tokens), length)
+            length = torch.where(thinking, len(tokens), length)
+            thinking = thinking & (token != vocab["traj_future_start"])
             cos, sin = rope(torch.full((3, 1, 1), start + len(tokens) - 1, device=device), cfg, x.dtype)
             past = [(k0, v0, None, k1, v1, None) for (k0, v0), (k1, v1) in zip(read, tail)]
             x, tail = lm(lm.embed_tokens(token)[:, None], cos, sin, past)
         seconds["reasoning"] = clock.lap()
+        tokens, log_probs = (torch.stack(a, 1) if a else torch.zeros(N, 0, device=device) for a in (tokens, log_probs))
+        tokens = tokens.long()
 
-        # Driving: Euler steps from noise to controls, then the unicycle.
-        S = len(tokens)
-        own = torch.arange(S + HORIZON, device=device) >= S  # the 64 action tokens, behind the S generated ones
-        mask = ((torch.arange(S + HORIZON, device=device) < length[:, None]) | own)[:, None]  # (N, 1, S + 64)
-        past = [(k0, v0, None, k1, v1, mask) for (k0, v0, *_), (k1, v1) in zip(prompt, tail)]
-        x = torch.randn(N, HORIZON, 2, generator=generator, device=device) if noise is None else noise.to(device)
+        # Driving: Euler steps from noise to controls, or the action tokens' bins; then the unicycle.
+        if decode == "tokens":
+            after = length[:, None] + torch.arange(due, device=device)
+            bins = (tokens.gather(1, after) - vocab.first_action).view(N, HORIZON, 2)
+            x = from_bins(bins, -cfg.bin_range, cfg.bin_range, cfg.bins)
+            steps = 0
+        else:
+            x = torch.randn(N, HORIZON, 2, generator=generator, device=device) if noise is None else noise.to(device)
         if x.shape != (N, HORIZON, 2):
             raise ValueError(f"noise: shape {tuple(x.shape)}; {B} scenes of {n} samples need {(N, HORIZON, 2)}")
-        flow = [x]
+        past, flow = self.expert_past(prompt, tail, length), [x]
         for i in range(steps):
             t = torch.full((N,), i / steps, device=device)
-            x = x + self.velocity(x, t, past, start + length) / steps
+            velocity = self.velocity(x, t, past, start + length)
+            x, std = flow_step(x, velocity, i / steps, 1 / steps, eta)
+            if std:
+                x = x + std * torch.randn(N, HORIZON, 2, generator=generator, device=device)
             flow.append(x)
         actions = self.action_space.restore(x)
         v0 = initial_speed(scene["ego_history_xyz"].to(device), scene["ego_history_rot"].to(device))
         xyz, rot = roll_out(actions, v0.repeat_interleave(n))
         seconds["flow"] = clock.lap()
 
-        tokens = torch.stack(tokens, 1) if tokens else torch.zeros(N, 0, dtype=torch.long, device=device)
         texts = []
         for row, k in zip(tokens.tolist(), length.tolist()):
             k = row.index(vocab["cot_end"]) if vocab["cot_end"] in row else k
             texts.append(vocab.decode(row[:k]))
         by_scene = lambda a: a.unflatten(0, (B, n))
-        return Rollout([texts[i : i + n] for i in range(0, N, n)], by_scene(tokens), by_scene(actions), by_scene(xyz),
-                       by_scene(rot), torch.stack(flow).unflatten(1, (B, n)), seconds)  # fmt: skip
+        return Rollout([texts[i : i + n] for i in range(0, N, n)], by_scene(tokens), by_scene(log_probs), by_scene(actions),
+                       by_scene(xyz), by_scene(rot), torch.stack(flow).unflatten(1, (B, n)), seconds)  # fmt: skip
+
+    def allowed(self, logits, driving):
+        """Logits (N, vocab) of what may be said: no action tokens while thinking, nothing else where `driving` (N,)."""
+        first = self.vocabulary.first_action
+        token = torch.arange(logits.shape[-1], device=logits.device)
+        is_action = (token >= first) & (token < first + self.cfg.bins)
+        is_history = (token >= first + self.cfg.bins) & (token < first + self.cfg.bins + self.cfg.history_bins)
+        barred = torch.where(driving[..., None], ~is_action, is_action | is_history)
+        return logits.masked_fill(barred, -1e9)  # not -inf: what is sure to be 0 should have a gradient of 0, not NaN
+
+    def expert_past(self, prompt, tail, length):
+        """What the expert reads, for every layer: the shared prompt, of a sample's own tokens the first length (N,), and
+        its 64 action tokens."""
+        S = tail[0][0].shape[2] if tail[0][0] is not None else 0
+        own = torch.arange(S + HORIZON, device=length.device) >= S  # the 64 action tokens, behind the S generated ones
+        mask = ((torch.arange(S + HORIZON, device=length.device) < length[:, None]) | own)[:, None]  # (N, 1, S + 64)
+        return [(k0.detach(), v0.detach(), None, k1 if k1 is None else k1.detach(), v1 if v1 is None else v1.detach(), mask)
+                for (k0, v0, *_), (k1, v1) in zip(prompt, tail)]  # fmt: skip
+
+    def replay(self, scene, rollout, eta=0.0):
+        """The passes of a Rollout once more, all at once and with gradients: logits (N, T, vocab) of its tokens (what may
+        not be said is barred, as in sample) and the means (steps, N, 64, 2) of its flow's steps, see flow_step.
+
+        The prompt is read once, the n samples' tokens stand behind it side by side. No gradient of the expert reaches the
+        language model, as in `forward`. ValueError where reasoning reads only a share of the cache (retrieve < 1)."""
+        cfg, vocab, lm = self.cfg, self.vocabulary, self.vlm.model.language_model
+        if cfg.retrieve < 1:
+            raise ValueError(f"retrieve: replay reads the whole cache, not {cfg.retrieve} of it")
+        tokens, device = rollout.tokens.flatten(0, 1), self.device  # (N, T)
+        (N, T), n = tokens.shape, rollout.tokens.shape[1]
+        said_start = tokens == vocab["traj_future_start"]
+        reason = bool(said_start.any())
+        x, positions, seen, _ = self.embed_prompt(scene, reason)
+        start = int(positions.max()) + 1
+        x, prompt = lm(x, *rope(positions, cfg, x.dtype), seen=seen)
+        tail, logits = [(None, None)] * cfg.n_layer, x.new_zeros(N, 0, cfg.vocab)
+        length = said_start.int().argmax(1) + 1 if reason else torch.zeros(N, dtype=torch.long, device=device)
+        if T:
+            causal = torch.ones(T, T, dtype=torch.bool, device=device).tril().expand(N, -1, -1)
+            past = [(k0, v0, None, None, None, causal) for k0, v0 in prompt]
+            cos, sin = rope((start + torch.arange(T, device=device)).expand(3, 1, -1), cfg, x.dtype)
+            y, tail = lm(lm.embed_tokens(tokens), cos, sin, past)
+            y = torch.cat([x[:, -1:].repeat_interleave(n, 0), y[:, :-1]], 1)  # what each token was predicted from
+            driving = torch.arange(T, device=device) >= length[:, None]
+            logits = self.allowed(self.vlm.lm_head(y).float(), driving)
+        past, steps, means = self.expert_past(prompt, tail, length), len(rollout.flow) - 1, []
+        for i, x in enumerate(rollout.flow[:-1].flatten(1, 2)):
+            t = torch.full((N,), i / steps, device=device)
+            means.append(flow_step(x, self.velocity(x, t, past, start + length), i / steps, 1 / steps, eta)[0])
+        return logits, torch.stack(means) if means else None
 
 
 def retrieve(k, v, salience, where, share):
@@ -1328,14 +1411,34 @@ def retrieve(k, v, salience, where, share):
     return take(k.transpose(1, 2), stay).transpose(1, 2), take(v.transpose(1, 2), stay).transpose(1, 2)
 
 
+def nucleus(logits, temperature, top_p):
+    """Probabilities (..., vocab) at a temperature above 0, the largest first, and whose they are; 0 for all that the
+    likeliest tokens which together have top_p do not need."""
+    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    p[p.cumsum(-1) - p > top_p] = 0  # what comes before a token already has top_p
+    return p, order
+
+
 def pick(logits, temperature, top_p, generator=None):
     """One token of each row of logits (N, vocab): the likeliest at temperature 0, else drawn from the smallest set of
     likeliest tokens whose probabilities reach top_p."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    p[p.cumsum(-1) - p > top_p] = 0  # what comes before a token already has top_p
+    p, order = nucleus(logits, temperature, top_p)
     return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
+
+
+def token_log_probs(logits, tokens, temperature, top_p):
+    """Log-probabilities (...) of tokens (...) that `pick` drew from logits (..., vocab): of the tempered softmax over the
+    nucleus, to which the token itself is counted in any case. At temperature 0, where pick has no choice, those of
+    temperature 1."""
+    temperature = temperature or 1.0
+    logits = logits / temperature
+    if top_p < 1:
+        p, order = nucleus(logits.detach(), 1.0, top_p)
+        kept = torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, p > 0).scatter(-1, tokens[..., None], True)
+        logits = logits.masked_fill(~kept, -1e9)
+    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
 class Clock:

@@ -52,7 +52,7 @@ from tqdm import tqdm
 from alpamayo import LOW_SPEED, project, unwrap, write_json, yaw_of
 from world import (
     COMBINATIONS, DT, FUTURE, HISTORY, LEFT, PAST, RARE, RIG, RIGHT, SEEDS, SITUATIONS, WHEELBASE, WORLD_VERSION, World,
-    draw, rays, rig_camera)
+    draw, locate, rays, rig_camera)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,10 +220,7 @@ def make_scenes(seeds, camera_ids=(0, 1, 2, 6), size=(64, 128), frames=4, frame_
     """A batched Scene of these seeds; frames at t0 - k frame_dt, which must be steps of 0.1 s within the last 2 s."""
     world = World(seeds, device)
     recorder = Recorder(world, camera_ids, size, frames, frame_dt)
-    # Scenes that are shown late drive ahead, so that all of them arrive together.
-    late = (world.scene.late / DT).round()
-    for left in range(int(late.max()), 0, -1):
-        world.step(*world.expert(), which=late >= left)
+    _catch_up(world)
     for tick in range(PAST + 1):
         recorder.note(look=(PAST - tick) % recorder.every == 0 and (PAST - tick) // recorder.every < frames)
         if tick < PAST:
@@ -234,6 +231,34 @@ def make_scenes(seeds, camera_ids=(0, 1, 2, 6), size=(64, 128), frames=4, frame_
         recorder.note(look=False)
     scene["ego_future_xyz"], scene["ego_future_rot"] = recorder.local(PAST + 1, PAST + 1 + FUTURE, PAST)
     return scene
+
+
+def _catch_up(world):
+    """Scenes that are shown late drive ahead, so that all of them arrive at their t0 together."""
+    late = (world.scene.late / DT).round()
+    for left in range(int(late.max()), 0, -1):
+        world.step(*world.expert(), which=late >= left)
+
+
+@torch.no_grad()
+def drive_plans(seeds, plans, device="cpu"):
+    """
+    What comes of it if the cars of these scenes of the world drive so from t0 on: plans (n, m, T, 2) in m/s^2 and 1/m, m of
+    each scene. The others react to the car, see World.step.
+    Returns {name: (n, m)}: collision, close, off_road (bool; up to when the plan ends, see World.judge), and beside
+    (n, m, T), metres to the left of the line that the car should drive on.
+    """
+    world = World(seeds, device)
+    _catch_up(world)
+    for _ in range(PAST):
+        world.step(*world.expert())
+    world, beside, met = world.repeat(plans.shape[1]), [], {}
+    for controls in plans.to(device).flatten(0, 1).unbind(1):  # (n * m, 2), tick by tick
+        world.step(*controls.unbind(-1))
+        beside.append(locate(world.x, world.y, world.scene.route)[1])
+        for name, value in world.judge().items():
+            met[name] = met.get(name, torch.zeros_like(value)) | value
+    return {name: value.view(plans.shape[:2]) for name, value in met.items()} | {"beside": torch.stack(beside, -1).view(plans.shape[:3])}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -346,8 +371,9 @@ class WorldSet:
 
     def __init__(self, folder):
         with open(f"{folder}/set.json") as file:
-            self.texts = json.load(file)["texts"]
-        self.folder, self.reasoning, self.names = folder, self.texts["reasoning"], self.texts["name"]
+            about = json.load(file)
+        self.folder, self.texts, self.first_seed = folder, about["texts"], about["first_seed"]
+        self.reasoning, self.names = self.texts["reasoning"], self.texts["name"]
         self.arrays = {name[:-4]: np.load(f"{folder}/{name}", mmap_mode="r")
                        for name in sorted(os.listdir(folder)) if name.endswith(".npy")}
 
@@ -359,6 +385,10 @@ class WorldSet:
         # Indexing a memory map reads these rows and no others.
         scene = {key: torch.from_numpy(np.asarray(array[indices])) for key, array in self.arrays.items()}
         return scene | {key: [values[i] for i in indices] for key, values in self.texts.items()}
+
+    def drive_plans(self, indices, plans):
+        """See `drive_plans`, of scenes number `indices`."""
+        return drive_plans([self.first_seed + int(i) for i in indices], plans)
 
 
 def load_world(split="train", scenes=16000, camera_ids=(0, 1, 2, 6), size=(64, 128), frames=4, frame_dt=0.5,

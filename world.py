@@ -7,6 +7,7 @@ renderer. To add a situation: its name in SITUATIONS, a function in DRAW_CAUSE t
 data.py's CAUSES, and, if it can end or become another, a line in World.causes.
 Ego frame: origin at the rear axle on the ground, x forward, y left, z up; metres, seconds, yaw left-positive.
 """
+import copy
 import functools
 import math
 from dataclasses import dataclass, field, fields
@@ -651,6 +652,14 @@ class World:
         self.x, self.y, self.yaw = place(self.time * self.scene.cruise * moves, lateral, self.scene.route)
         self.accel, self.curvature = torch.zeros_like(self.x), torch.zeros_like(self.x)
         self.held, self.stood = self.scene.hold < FAR, torch.zeros_like(self.x)     # (n,) bool, s at a stop sign
+
+    def repeat(self, m):
+        """The World with each scene m times, side by side, as it is now."""
+        many, again = copy.copy(self), lambda part: {k: v.repeat_interleave(m, 0) for k, v in vars(part).items() if torch.is_tensor(v)}
+        many.__dict__ |= again(self)
+        many.scene, many.things = SimpleNamespace(**again(self.scene)), SimpleNamespace(**again(self.things))
+        many.draws = [one for one in self.draws for _ in range(m)]
+        return many
 
     def _wander(self):
         """Nobody drives like a ruler: small waves in speed (m/s) and in lateral offset (m), now."""
