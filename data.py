@@ -391,6 +391,26 @@ class WorldSet:
         return drive_plans([self.first_seed + int(i) for i in indices], plans)
 
 
+class Together:
+    """Several WorldSets as one: the scenes of the first, then those of the second, and so on."""
+
+    def __init__(self, sets):
+        self.places = [(one, i) for one in sets for i in range(len(one))]
+        self.reasoning, self.names = ([value for one in sets for value in getattr(one, key)] for key in ("reasoning", "names"))
+
+    def __len__(self):
+        return len(self.places)
+
+    def batch(self, indices):
+        scenes = [one.batch([i]) for one, i in (self.places[int(k)] for k in indices)]
+        return {key: torch.cat([scene[key] for scene in scenes]) if torch.is_tensor(value) else sum((scene[key] for scene in scenes), [])
+                for key, value in scenes[0].items()}
+
+    def drive_plans(self, indices, plans):
+        places = [self.places[int(k)] for k in indices]
+        return drive_plans([one.first_seed + i for one, i in places], plans)
+
+
 def load_world(split="train", scenes=16000, camera_ids=(0, 1, 2, 6), size=(64, 128), frames=4, frame_dt=0.5,
                folder="data", start=0, workers=2):
     """
