@@ -404,16 +404,16 @@ def draw(file, scene, out, views):
 
 
 def gallery(model, args):
-    """Write gallery.png, a scene of every kind with its label and the expert's path, and drive.gif, a drive in closed
-    loop, into the folder args.gallery."""
+    """Write drive.gif, a drive in closed loop, and gallery.png, a scene of every kind with its label and the expert's
+    path, into the folder args.gallery."""
     import matplotlib
 
     matplotlib.use("Agg")
     os.makedirs(args.gallery, exist_ok=True)
-    draw_sheet(os.path.join(args.gallery, "gallery.png"))
-    print(f"picture    {os.path.join(args.gallery, 'gallery.png')}")
     draw_film(os.path.join(args.gallery, "drive.gif"), model, args)
     print(f"film       {os.path.join(args.gallery, 'drive.gif')}")
+    draw_sheet(os.path.join(args.gallery, "gallery.png"))
+    print(f"picture    {os.path.join(args.gallery, 'gallery.png')}")
 
 
 def draw_sheet(file, size=(128, 256), columns=3):
