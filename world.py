@@ -611,7 +611,7 @@ def _draw_others(scene, does, rng):
 # ----------------------------------------------------------------------------------------------------------------------
 # The world that moves
 
-MAX_ACCEL, COMFORT, JERK, HEADWAY, GAP = 1.5, 3.0, 4.0, 0.8, 2.0    # m/s^2, m/s^2, m/s^3, s, m: the expert's manners
+MAX_ACCEL, COMFORT, JERK, HEADWAY, LEAST = 1.5, 3.0, 4.0, 0.8, 2.0  # m/s^2, m/s^2, m/s^3, s, m: the expert's manners
 BUMP_SPEED, MARGIN, FORESIGHT = 4.5, 0.3, 4.0               # m/s over a bump; m and s: what counts as in its way
 LONG_STOP, NEAR, ASIDE = 1.0, 0.25, 0.4                     # s at a stop sign; m: a close encounter, off one's line
 IMMATERIAL = (NOTHING, LIGHT, SIGN, BUMP)                   # kinds that nobody can run into
@@ -620,7 +620,7 @@ IMMATERIAL = (NOTHING, LIGHT, SIGN, BUMP)                   # kinds that nobody 
 def follow(gap, v, lead):
     """How much a driver slows for what is `gap` m ahead and moves at `lead` m/s, v being its own speed: the second term
     of the intelligent driver model (Treiber 2000), m/s^2, never positive."""
-    want = GAP + (v * HEADWAY + v * (v - lead) / (2 * math.sqrt(MAX_ACCEL * COMFORT))).clamp(min=0)   # m
+    want = LEAST + (v * HEADWAY + v * (v - lead) / (2 * math.sqrt(MAX_ACCEL * COMFORT))).clamp(min=0)   # m
     return -MAX_ACCEL * (want / gap.clamp(min=0.5)) ** 2
 
 
