@@ -386,15 +386,15 @@ def project(points, intrinsics):
     kind, width, height, cx, cy, a0, a1, a2, a3, a4 = intrinsics.unbind(-1)
     x, y, z = points.unbind(-1)
     rho = torch.hypot(x, y)
-    th = torch.atan2(rho, z)                                    # 0 ahead, pi behind: no division by z
+    th = torch.atan2(rho, z)  # 0 ahead, pi behind: no division by z
     radius = a0 + th * (a1 + th * (a2 + th * (a3 + th * a4)))
-    slope = a1 + th * (2 * a2 + th * (3 * a3 + th * 4 * a4))    # where it turns back the polynomial means nothing
+    slope = a1 + th * (2 * a2 + th * (3 * a3 + th * 4 * a4))  # where it turns back the polynomial means nothing
     scale = torch.where(rho > 0, radius / rho.clamp(min=1e-9), 0)
     depth = z.clamp(min=1e-6)
     pinhole = kind == 1
     u = cx + torch.where(pinhole, a0 * x / depth, scale * x)
     v = cy + torch.where(pinhole, a1 * y / depth, scale * y)
-    ahead = torch.where(pinhole, z > 1e-6, (slope > 0) & (th < 2.0))     # no lens here sees 115 degrees off its axis
+    ahead = torch.where(pinhole, z > 1e-6, (slope > 0) & (th < 2.0))  # no lens here sees 115 degrees off its axis
     visible = ahead & (u >= 0) & (u < width) & (v >= 0) & (v < height)
     return torch.stack([u, v], -1), visible
 
@@ -1060,7 +1060,7 @@ class Alpamayo(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
             if ".flex." in name and name.endswith("qkv.weight"):
-                p.data[: 2 * p.shape[1]] *= 2  # queries and keys: a scene token starts with a few image tokens, not all's mean
+                p.data[: 2 * p.shape[1]] *= 2  # queries, keys: a scene token starts with a few image tokens, not the mean
 
     @staticmethod
     def from_pretrained(folder, dtype=torch.float32, device="cpu", **switches):
@@ -1085,8 +1085,8 @@ class Alpamayo(nn.Module):
     # ------------------------------------------------------------------------------------------------------ the prompt
 
     def prompt_ids(self, camera_ids, images, reason, route=""):
-        """The prompt's ids (P,): placeholders of `images`, the grids of each, camera by camera, ego history, route (the paper
-        leaves its form open: here it is text between the release's route tokens), instruction."""
+        """The prompt's ids (P,): placeholders of `images`, the grids of each, camera by camera, ego history, route (the
+        paper leaves its form open: here it is text between the release's route tokens), instruction."""
         cfg = self.cfg
         pads = ["<|image_pad|>" * sum(h * w for h, w in grids) for grids in images]
         history = "<|traj_history|>" * cfg.ego_tokens
@@ -1462,9 +1462,9 @@ ACTION_FIELDS = ("accel_mean", "accel_std", "curvature_mean", "curvature_std")
 FIT = dict(a_lambda=1e-4, a_ridge=1e-4, kappa_lambda=1e-4, kappa_ridge=1e-4, theta_lambda=1e-6, theta_ridge=1e-8,
            v_lambda=1e-6, v_ridge=1e-4, n_waypoints=HORIZON, dt=DT)  # fmt: skip
 MAY_BE_ZERO = ("min_pixels", "max_pixels", "history_bins")
-EXTRA_FIELDS = ("words", "cameras", "frames", "frame_dt", "ego", "chat", "pair_frames", "view_embed", "route", "reasoning",
-                "vision", "keep", "keep_at", "retrieve", "planes", "planes_patch", "planes_reach", "planes_embd", "flex_tokens",
-                "flex_layer")  # fmt: skip
+EXTRA_FIELDS = ("words", "cameras", "frames", "frame_dt", "ego", "chat", "pair_frames", "view_embed", "route",
+                "reasoning", "vision", "keep", "keep_at", "retrieve", "planes", "planes_patch", "planes_reach",
+                "planes_embd", "flex_tokens", "flex_layer")  # fmt: skip
 NAMED = ("include_camera_ids", "include_frame_nums")  # fields of Alpamayo-1.5's config.json: name_cameras
 QWEN3_VL_8B = ("Qwen3-VL-8B", "Cosmos-Reason2-8B")
 
@@ -1585,7 +1585,8 @@ def read_config(folder) -> Config:
     elif any(known in name for known in QWEN3_VL_8B):
         vlm = Json("built-in Qwen3-VL-8B", vlm_config(Config()))
     else:
-        raise FileNotFoundError(f"{path}: missing, and config.json's vlm_name_or_path {name!r} is not {' or '.join(QWEN3_VL_8B)}")
+        known = " or ".join(QWEN3_VL_8B)
+        raise FileNotFoundError(f"{path}: missing, and config.json's vlm_name_or_path {name!r} is not {known}")
     text, see, tokens = vlm["text_config"], vlm["vision_config"], release["traj_tokenizer_cfg"]
     space, expert, embed = release["action_space_cfg"], release["expert_cfg"], release["action_in_proj_cfg"]
     for key, value in FIT.items():
@@ -1625,7 +1626,8 @@ def read_config(folder) -> Config:
         kind = list if isinstance(f.default, tuple) else (int, float) if isinstance(f.default, float) else type(f.default)
         value = numbers.get(f.name, [] if kind is list else f.default)
         if not isinstance(value, kind) or (kind is int and value < (f.name not in MAY_BE_ZERO)):
-            raise ValueError(f"{folder}: {value!r} in config.json or vlm/config.json cannot be {f.name} ({type(f.default).__name__})")
+            wanted = type(f.default).__name__
+            raise ValueError(f"{folder}: {value!r} in config.json or vlm/config.json cannot be {f.name} ({wanted})")
     numbers = {k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()}
     try:
         cfg = Config(**numbers | {"v_grid": math.isqrt(numbers["v_grid"])})

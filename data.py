@@ -20,8 +20,8 @@ Ego frame: origin at the rear axle on the ground, x forward, y left, z up; metre
 Camera axes: z out of the lens, x right, y down. All numbers are float32 unless said.
 
 The world (world.py) is our own traffic: it needs no download, and because we made the cause of every scene we know its
-label. The page reads: the words, scenes of the world, driving in it, its scenes on disk; motion in words; real clips, of
-NVIDIA, of KITTI and of one's own (see `read_folder`), and their labelling.
+label. The page reads: the words, scenes of the world, driving in it, its scenes on disk; motion in words; real clips,
+of NVIDIA, of KITTI and of one's own (see `read_folder`), and their labelling.
 
     python data.py --scenes 16000 --size 64 128             # make a training set
     python data.py --cost                                   # what a scene costs, by part
@@ -49,9 +49,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from alpamayo import LOW_SPEED, project, unwrap, write_json, yaw_of
+from alpamayo import DT, LOW_SPEED, project, rot_of, unwrap, write_json, yaw_of
 from world import (
-    COMBINATIONS, DT, FUTURE, HISTORY, LEFT, PAST, RARE, RIG, RIGHT, SEEDS, SITUATIONS, WHEELBASE, WORLD_VERSION, World,
+    COMBINATIONS, FUTURE, HISTORY, LEFT, PAST, RARE, RIG, RIGHT, SEEDS, SITUATIONS, WHEELBASE, WORLD_VERSION, World,
     draw, locate, rays, rig_camera)
 
 
@@ -85,12 +85,14 @@ CAUSES = {
     "waiting pedestrian": ("keep speed", "keep lane", "critical object", "the pedestrian on the {side} waits"),
     "cut-in": ("yield", "keep lane", "critical object", "a car cuts in from the {side}"),
     "cones": ("keep speed", "straddle {other}", "critical object", "cones block the {side} side of the lane"),
-    "parked car": ("keep speed", "nudge {other}", "critical object", "a parked car reaches into the lane from the {side}"),
+    "parked car": ("keep speed", "nudge {other}", "critical object",
+                   "a parked car reaches into the lane from the {side}"),
     "double-parked car": ("keep speed", "straddle {other}", "critical object",
                           "a parked car blocks the {side} side of the lane"),
     "oncoming car": ("yield", "keep lane", "critical object", "an oncoming car blocks the way around the parked car"),
     "lane closed": ("keep speed", "change lane {side}", "critical object", "barriers close the lane"),
-    "gap search": ("search a gap", "keep lane", "critical object", "a car on the {side} blocks the way around the barriers"),
+    "gap search": ("search a gap", "keep lane", "critical object",
+                   "a car on the {side} blocks the way around the barriers"),
     "speed bump": ("adapt speed", "keep lane", "road event", "a speed bump lies ahead"),
     "swerving car": ("yield", "nudge {other}", "critical object", "an oncoming car leaves its lane"),
     "turn": ("adapt speed", "turn {side}", "routing intent", "the route turns {side} at the crossing"),
@@ -106,13 +108,13 @@ class Label(NamedTuple):
     """A Chain of Causation as the paper structures it (Sec. 4): a decision a channel, what it rests on, the trace."""
     longitudinal: str
     lateral: str
-    components: list        # of dictionaries: component (of COMPONENTS), what, x, y (m, ego frame), uncertainty (low, high)
+    components: list        # of dictionaries: component (of COMPONENTS), what, x, y (m, ego), uncertainty (low, high)
     trace: str
 
 
 def compose(causes):
-    """(longitudinal, lateral, trace, which) of causes [(name, side)]. The most urgent longitudinal decision wins, and any
-    lateral one but keeping the lane; the trace names only `which` (list of int) causes the decisions that are taken
+    """(longitudinal, lateral, trace, which) of causes [(name, side)]. The most urgent longitudinal decision wins, and
+    any lateral one but keeping the lane; the trace names only `which` (list of int) causes the decisions that are taken
     (Table 4: proximate cause)."""
     rows = []
     for name, side in causes:
@@ -140,14 +142,11 @@ def decisions(text):
 
 def labels_of(world):
     """
-    The Label of each scene of a World at this moment, from what is there now and nothing of the future. Components are the
-    causes of what is decided, and no others (Table 2). Uncertainty is high where haze or distance hides more than half:
-    our rule, the paper gives none.
+    The Label of each scene of a World at this moment, from what is there now and nothing of the future. Components are
+    the causes of what is decided, and no others (Table 2). Uncertainty is high where haze or distance hides more than
+    half: our rule, the paper gives none.
     """
-    x, y, _ = world.poses()
-    cos, sin = torch.cos(world.yaw)[:, None], torch.sin(world.yaw)[:, None]
-    x, y = x - world.x[:, None], y - world.y[:, None]
-    x, y = (cos * x + sin * y).tolist(), (cos * y - sin * x).tolist()
+    x, y, _ = (value.tolist() for value in world.poses_to_ego())
     labels = []
     for i, causes in enumerate(world.causes()):
         longitudinal, lateral, trace, which = compose([(cause.name, cause.side) for cause in causes])
@@ -176,7 +175,8 @@ class Recorder:
         if size[0] < 2 or size[0] % 2 or size[1] < 1:
             raise ValueError(f"size: expected an even height, as the horizon lies between two rows, not {tuple(size)}")
         if frames < 1 or self.every < 1 or abs(self.every * DT - frame_dt) > 1e-6 or (frames - 1) * self.every > PAST:
-            raise ValueError(f"frames, frame_dt: expected steps of {DT} s in {PAST * DT:g} s, not {frames} of {frame_dt} s")
+            raise ValueError(
+                f"frames, frame_dt: expected steps of {DT} s in {PAST * DT:g} s, not {frames} of {frame_dt} s")
         self.world, self.size, self.frames = world, tuple(size), frames
         self.track, self.controls, self.images = [], [], {}                             # images by tick
 
@@ -191,14 +191,12 @@ class Recorder:
         self.controls.append(torch.stack([world.speed, world.accel, torch.atan(WHEELBASE * world.curvature)], -1))
 
     def local(self, first, last, origin):
-        """Poses of the ticks [first, last) in the ego frame of the tick `origin`: xyz (n, T, 3) and rot (n, T, 3, 3)."""
+        """Poses of the ticks [first, last) in the ego frame of the tick `origin`: xyz (n, T, 3), rot (n, T, 3, 3)."""
         x, y, yaw = torch.stack(self.track[first:last], -1)                             # (n, T) each, world frame
         x0, y0, turn = self.track[origin][..., None]
-        x, y, yaw, zero = x - x0, y - y0, yaw - turn, torch.zeros_like(x)
-        cos, sin = torch.cos(turn), torch.sin(turn)
-        xyz = torch.stack([cos * x + sin * y, cos * y - sin * x, zero], -1)
-        cos, sin = torch.cos(yaw), torch.sin(yaw)
-        return xyz, torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, zero + 1], -1).unflatten(-1, (3, 3))
+        x, y, cos, sin = x - x0, y - y0, torch.cos(turn), torch.sin(turn)
+        xyz = torch.stack([cos * x + sin * y, cos * y - sin * x, torch.zeros_like(x)], -1)
+        return xyz, rot_of(yaw - turn)
 
     def scene(self):
         """The batched Scene of the last tick, without its future."""
@@ -268,15 +266,13 @@ def drive_plans(seeds, plans, device="cpu"):
 COMFORT_BOUNDS = {
     "accel": (-4.05, 2.40), "lateral accel": (-4.89, 4.89), "jerk": (-8.37, 8.37), "longitudinal jerk": (-4.13, 4.13),
     "yaw accel": (-1.93, 1.93), "yaw rate": (-0.95, 0.95)}
-
-
 GRACE = 1.0             # s: how long after a scenario's end a collision still counts as its
 
 
 def comfort_of(speed, accel, curvature):
-    """Whether each of the quantities of COMFORT_BOUNDS stays within its bounds: {name: (n, T) bool}, of a drive with speed
-    (m/s), accel (m/s^2) and curvature (1/m), each (n, T) at 10 Hz. Jerk is the length of the change of the acceleration,
-    longitudinal and lateral."""
+    """Whether each of the quantities of COMFORT_BOUNDS stays within its bounds: {name: (n, T) bool}, of a drive with
+    speed (m/s), accel (m/s^2) and curvature (1/m), each (n, T) at 10 Hz. Jerk is the length of the change of the
+    acceleration, longitudinal and lateral."""
     change = lambda x: torch.diff(x, dim=1, prepend=x[:, :1]) / DT
     rate = curvature * speed
     lateral = rate * speed
@@ -291,20 +287,21 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, camera_ids=(0, 1, 2, 6), size
     Let a policy drive n scenes of the world in closed loop, and judge it.
 
     policy: a function of a batched Scene (without a future) that returns controls (n, T, 2) in m/s^2 and 1/m, of which
-    those of the next `replan` seconds are driven before it is asked again, with fresh images; or None, the expert. Up to
-    t0 the expert drives, who does not yet know the cause. The other cars react, see World.step. A scenario ends at
-    its first close encounter or when the ego leaves the road (as AlpaSim's do), else after `seconds`; whether it comes to
-    a collision is watched for GRACE seconds more.
+    those of the next `replan` seconds are driven before it is asked again, with fresh images; or None, the expert. Up
+    to t0 the expert drives, who does not yet know the cause. The other cars react, see World.step. A scenario ends at
+    its first close encounter or when the ego leaves the road (as AlpaSim's do), else after `seconds`; whether it comes
+    to a collision is watched for GRACE seconds more.
     film: a function that is given the world, the Scene and the controls at every replanning.
 
-    Returns {name: (n,)}: collision, close, at_fault, off_road (bool; see World.judge); ran, whether it crossed a stop line
-    at a red light or a sign at which it had not stood (no event: nobody comes from the side); km driven until the end;
-    progress, the metres as a share, at most 1, of those that the expert makes in the same time; comfort, the share of the
-    six COMFORT_BOUNDS that held to the end; seconds, when it ended. ValueError where steps do not fit.
+    Returns {name: (n,)}: collision, close, at_fault, off_road (bool; see World.judge); ran, whether it crossed a stop
+    line at a red light or a sign at which it had not stood (no event: nobody comes from the side); km driven until the
+    end; progress, the metres as a share, at most 1, of those that the expert makes in the same time; comfort, the share
+    of the six COMFORT_BOUNDS that held to the end; seconds, when it ended. ValueError where steps do not fit.
     """
     every, ticks = round(replan / DT), round(seconds / DT)
     if not 1 <= every <= FUTURE or abs(every * DT - replan) > 1e-6 or ticks < 1:
-        raise ValueError(f"seconds, replan: expected steps of {DT} s, replan at most {FUTURE * DT:g} s, not {seconds} and {replan}")
+        raise ValueError(f"seconds, replan: expected steps of {DT} s, replan at most {FUTURE * DT:g} s, "
+                         f"not {seconds} and {replan}")
     world, expert = World(seeds, device), World(seeds, device)
     recorder, n = Recorder(world, camera_ids, size, frames, frame_dt), len(world.x)
     tick_of_look = math.gcd(every, recorder.every)                  # every image that some Scene will show
@@ -332,28 +329,26 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, camera_ids=(0, 1, 2, 6), size
             continue
         now = world.judge() | {"ran": held & before & (world.bumper() >= world.scene.stop)}
         for name, value in now.items():
-            counts = alive | (left * DT < ended + GRACE) if name == "collision" else alive
-            met[name] = met.get(name, torch.zeros_like(alive)) | (value & counts)
+            watched = alive | (left * DT < ended + GRACE) if name == "collision" else alive
+            met[name] = met.get(name, torch.zeros_like(alive)) | (value & watched)
         metres, ideal = metres + DT * world.speed * alive, ideal + DT * expert.speed * alive
         driven.append(torch.stack([world.speed, world.accel, world.curvature, alive.float()], -1))
         over = alive & (now["close"] | now["off_road"])
         ended, alive = torch.where(over, (left + 1) * DT, ended), alive & ~over
         if (left * DT >= ended + GRACE).all():
             break
-    speed, accel, curvature, counts = torch.stack(driven, 1).unbind(-1)
-    held = [(ok | (counts == 0)).all(1) for ok in comfort_of(speed, accel, curvature).values()]
-    return dict(met, km=metres / 1000, progress=(metres / ideal.clamp(min=1)).clamp(max=1), comfort=torch.stack(held).float().mean(0),
-                seconds=ended)
+    speed, accel, curvature, was_alive = torch.stack(driven, 1).unbind(-1)              # (n, T) each
+    comfort = torch.stack([(ok | (was_alive == 0)).all(1) for ok in comfort_of(speed, accel, curvature).values()])
+    return dict(met, km=metres / 1000, progress=(metres / ideal.clamp(min=1)).clamp(max=1),
+                comfort=comfort.float().mean(0), seconds=ended)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The world on disk: made once, memory-mapped ever after
 
 SPLITS = tuple(SEEDS)[:-1]                      # train, val, and what training never shows: tail, rare
-BATCH = 32                                      # scenes that a worker makes at a time
-
-
 TEXTS = ("reasoning", "route", "name")          # the entries of a Scene that are lists of str
+BATCH = 32                                      # scenes that a worker makes at a time
 
 
 def _make_part(job):
@@ -927,8 +922,8 @@ class Motion:
 
 
 def steering_angle(speed, curvature):
-    """rad. A car that hardly moves shows no curvature: below 0.6 m/s the angle is 0."""
-    return np.arctan(WHEELBASE * np.where(np.abs(speed) < 0.6, 0.0, curvature))
+    """rad. A car that hardly moves shows no curvature: below LOW_SPEED the angle is 0."""
+    return np.arctan(WHEELBASE * np.where(np.abs(speed) < LOW_SPEED, 0.0, curvature))
 
 
 def spline_slopes(x, y):
@@ -1544,15 +1539,17 @@ def splits(scenes):
     """Of what the first scenes of each split are made, as Markdown: how many of each situation and weather."""
     rows = {name: "" for name in SITUATIONS}
     rows |= {name: " + ".join(causes or ("any",)) for name, causes in COMBINATIONS.items()}
-    rows |= {name: f"does as a {cause}" if cause == "pedestrian" else f"stands as {cause}" for name, cause in RARE.items()}
-    weather = {"day": (0, 0, 0), "dusk": (1, 0, 0), "rain": (0, 1, 0), "haze": (0, 0, 1), "both dusk and rain": (1, 1, 0)}
+    rows |= {name: f"does as a {cause}" if cause == "pedestrian" else f"stands as {cause}"
+             for name, cause in RARE.items()}
+    weather = {"day": (0, 0, 0), "dusk": (1, 0, 0), "rain": (0, 1, 0), "haze": (0, 0, 1),
+               "both dusk and rain": (1, 1, 0)}
     lines = ["| scene | combines | " + " | ".join(SPLITS) + " |", "| --- | --- |" + " ---: |" * len(SPLITS)]
     draws = [[draw(seed) for seed in range(SEEDS[split], SEEDS[split] + scenes)] for split in SPLITS]
     for name, combines in rows.items():
         lines.append([name, combines, *(sum(one.situation == name for one in some) for some in draws)])
+    weather_of = lambda one: (one.dusk > 0, one.rain > 0, one.rain == 0 and one.visibility < 150)
     for name, kind in weather.items():
-        lines.append([f"*{name}*", "", *(sum(
-            (one.dusk > 0, one.rain > 0, one.rain == 0 and one.visibility < 150) == kind for one in some) for some in draws)])
+        lines.append([f"*{name}*", "", *(sum(weather_of(one) == kind for one in some) for some in draws)])
     lines.append(["*shown after t0*", "", *(sum(one.late > 0 for one in some) for some in draws)])
     return "\n".join(line if isinstance(line, str) else "| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -1578,8 +1575,8 @@ def measure(camera_ids, size, pool, workers, scenes=32, frames=4):
     pool.map(_make_and_forget, jobs, chunksize=2)
     rate = len(jobs) * BATCH / (time.perf_counter() - begin)
     return {"cameras": len(camera_ids), "image": f"{size[0]} x {size[1]}", "drive, ms": round(drive, 2),
-            "ground, ms": round(ground, 2), "boxes, ms": round(full - ground, 2), "together, ms": round(drive + full, 2),
-            f"scenes/s, {workers} processes": round(rate, 1)}
+            "ground, ms": round(ground, 2), "boxes, ms": round(full - ground, 2),
+            "together, ms": round(drive + full, 2), f"scenes/s, {workers} processes": round(rate, 1)}
 
 
 def _make_and_forget(options):

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
+import world
 from alpamayo import PRESETS, Config, VisionTower, rope
 from sample import CAMERAS, PAST, STYLE, TRUTH, load_model, measure, world_scene, world_view
 
@@ -84,7 +85,7 @@ def train_missing(args):
     {row: [folder of each seed]}."""
     for split, count in (("train", args.scenes), ("val", 32)):  # once, before several processes would
         load_scenes(split, count, args)
-    wanted = {"steps": args.train_steps, "scenes": args.scenes, "size": list(args.size)}
+    wanted = {"steps": args.train_steps, "scenes": args.scenes, "size": list(args.size), "world": world.WORLD_VERSION}
     script = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")]
     rows, runs = {}, {}
     for way in WAYS:
@@ -97,6 +98,7 @@ def train_missing(args):
         if os.path.exists(saved):
             with safe_open(saved, "pt") as f:
                 step, flags = int(f.metadata()["step"]), json.loads(f.metadata()["flags"])
+                flags["world"] = int(f.metadata().get("world", 2))  # the last version that runs did not record
             for key, value in wanted.items():
                 if flags[key] != value:
                     raise ValueError(f"{folder}: was trained with {key} {flags[key]}, not {value}; choose another folder")
@@ -251,18 +253,19 @@ def draw(file, args):
     others = load_scenes("val", 32, args).batch(range(31))
     batch = {k: torch.cat([scene[k], others[k]]) for k in scene if torch.is_tensor(scene[k])}
     share, attention, planes = looked_at(single, scene)[0], looked_at(flex, scene)[0], looked_at(triplane, batch)
-    light = {0.1: 1, 0.25: 0.7, 0.5: 0.45, 0.75: 0.25, 1: 0.06}
+    K, light = flex.cfg.flex_tokens, {0.1: 1, 0.25: 0.7, 0.5: 0.45, 0.75: 0.25, 1: 0.06}
     rows = {
         "the newest pictures": torch.ones_like(attention),
         "pruning: keep 0.1 keeps what is fully lit, then, ever darker, 0.25, 0.5 and 0.75; what is black goes first":
             share.clone().apply_(lambda s: light[round(s, 2)]),
-        f"Flex: the lit is what its {flex.cfg.flex_tokens} scene tokens attend to in the last layer (root of the mean attention)":
+        f"Flex: the lit is what its {K} scene tokens attend to in the last layer (root of the mean attention)":
             0.06 + 0.94 * (attention / attention.max()).sqrt(),
     }  # fmt: skip
 
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(16, 10.4), dpi=100)
-        figure.text(0.02, 0.965, f"What each way of seeing looks at: {scene['name'][0]}", size=17, weight="bold", color=TRUTH)
+        title = f"What each way of seeing looks at: {scene['name'][0]}"
+        figure.text(0.02, 0.965, title, size=17, weight="bold", color=TRUTH)
         figure.text(0.02, 0.937, f"truth: {scene['reasoning'][0]}", size=12, color=PAST)
         grid = figure.add_gridspec(3, len(views), left=0.02, right=0.98, top=0.905, bottom=0.33, wspace=0.03, hspace=0.16)
         for r, (title, lit) in enumerate(rows.items()):
@@ -303,7 +306,7 @@ def parse_flags():
     p = argparse.ArgumentParser(description="Train every way to see and compare them.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     add = p.add_argument
-    add("--out", metavar="FOLDER", default="out/encoders", help="the trained models: what is missing is trained, the rest read")
+    add("--out", metavar="FOLDER", default="out/encoders", help="the models: what is missing is trained, the rest read")
     add("--train-steps", type=int, default=400, help="optimiser steps of each training")
     add("--scenes", type=int, default=8000, help="scenes to train with")
     add("--seeds", type=int, nargs="+", default=[0], help="trainings of each row")

@@ -27,7 +27,9 @@ from tqdm import tqdm
 
 import data
 import world
-from alpamayo import DT, HORIZON, LOW_SPEED, Alpamayo, fit_actions, initial_speed, project, read_config, roll_out, unwrap, yaw_of
+from alpamayo import (
+    DT, HORIZON, LOW_SPEED, Alpamayo, fit_actions, initial_speed, project, read_config, roll_out, unwrap, yaw_of
+)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Metrics, and what a driver scores who just goes on as before
@@ -170,12 +172,12 @@ def table(rows):
 DRIVES = {"close": "close encounter", "at_fault": "at fault", "collision": "collision", "off_road": "off the road",
           "ran": "ran a red light or stop sign", "progress": "progress", "comfort": "comfort"}  # shares
 DRIVE_NOTE = """\
-% of {n} scenarios of {seconds:g} s, mean ± standard error; a new plan from new images every {replan:g} s. Close encounter: something
-solid within 0.25 m of the car; at fault: all but what came from behind, or at a car that stood (others brake, so few do).
-A scenario ends at its first close encounter or off the road, and a collision counts until 1 s later. Nobody comes from the
-side: a light or sign that is run is counted, but no event. Progress: metres driven, as % (at most 100) of what the expert
-drives in the same time. Comfort: how many of the release's six bounds held. Score: kilometres between ends (> all that
-were driven, if none)."""
+% of {n} scenarios of {seconds:g} s, mean ± standard error; a new plan from new images every {replan:g} s. Close
+encounter: something solid within 0.25 m of the car; at fault: all but what came from behind, or at a car that stood
+(others brake, so few do). A scenario ends at its first close encounter or off the road, and a collision counts until 1 s
+later. Nobody comes from the side: a light or sign that is run is counted, but no event. Progress: metres driven, as % (at
+most 100) of what the expert drives in the same time. Comfort: how many of the release's six bounds held. Score:
+kilometres between ends (> all that were driven, if none)."""
 
 
 def policy_of(model, args):
@@ -194,14 +196,14 @@ def policy_of(model, args):
 def drive(model, args):
     """Rows of numbers over scenarios of the world in closed loop: {policy: {name: number, name_se: its standard error}}."""
     first = world.SEEDS[args.split] + args.seed * args.drive
-    seeds, view = range(first, first + args.drive), world_view(model.cfg, args)
+    seeds, view = range(first, first + args.drive), dict(device=model.device, **world_view(model.cfg, args))
     straight_on = lambda scene: torch.zeros(len(scene["name"]), HORIZON, 2)
     policies = {"expert": None, "constant velocity": straight_on, "model": policy_of(model, args)}
     rows = {}
     for name, policy in policies.items():
         parts = []
         for i in tqdm(range(0, args.drive, args.batch), desc=name):
-            parts.append(data.drive(policy, seeds[i : i + args.batch], args.seconds, args.replan, device=model.device, **view))
+            parts.append(data.drive(policy, seeds[i : i + args.batch], args.seconds, args.replan, **view))
         met = {key: torch.cat([part[key] for part in parts]).double().cpu() for key in parts[0]}  # (N,) each
         row = rows[name] = {"scenarios": args.drive}
         for key in DRIVES:
@@ -402,16 +404,16 @@ def draw(file, scene, out, views):
 
 
 def gallery(model, args):
-    """Write gallery.png, a scene of every kind with its label and the expert's path, and drive.gif, a drive in closed
-    loop, into the folder args.gallery."""
+    """Write drive.gif, a drive in closed loop, and gallery.png, a scene of every kind with its label and the expert's
+    path, into the folder args.gallery."""
     import matplotlib
 
     matplotlib.use("Agg")
     os.makedirs(args.gallery, exist_ok=True)
-    draw_sheet(os.path.join(args.gallery, "gallery.png"))
-    print(f"picture    {os.path.join(args.gallery, 'gallery.png')}")
     draw_film(os.path.join(args.gallery, "drive.gif"), model, args)
     print(f"film       {os.path.join(args.gallery, 'drive.gif')}")
+    draw_sheet(os.path.join(args.gallery, "gallery.png"))
+    print(f"picture    {os.path.join(args.gallery, 'gallery.png')}")
 
 
 def draw_sheet(file, size=(128, 256), columns=3):
@@ -492,18 +494,15 @@ def draw_above(ax, traffic, plan):
     """Scene 0 of a World from above, the ego at the origin and looking up: what stands or moves, and the plan (64, 3)."""
     from matplotlib.patches import Polygon
 
-    x, y, yaw = (value[0] for value in traffic.poses())
-    cos, sin = traffic.yaw[0].cos(), traffic.yaw[0].sin()
-    x, y = x - traffic.x[0], y - traffic.y[0]
-    x, y, yaw = cos * x + sin * y, cos * y - sin * x, yaw - traffic.yaw[0]
+    x, y, yaw = (value[0] for value in traffic.poses_to_ego())
     things, solid = traffic.things, traffic.solid(traffic.things.kind)[0]
     ax.set_facecolor("#eceff3")
     s = torch.linspace(-60, 160, 111) + world.locate(traffic.x, traffic.y, traffic.scene.road)[0]
     left, oncoming, right = traffic.scene.lanes[0].tolist()
     for lane in range(int(-right), int(left + oncoming) + 2):  # lane lines
         lx, ly, _ = world.place(s, torch.full_like(s, (lane - 0.5) * world.LANE), traffic.scene.road)
-        lx, ly = lx - traffic.x, ly - traffic.y
-        ax.plot(-(cos * ly - sin * lx), cos * lx + sin * ly, color="white", linewidth=1.5, zorder=0)
+        lx, ly = (value[0] for value in traffic.to_ego(lx, ly))
+        ax.plot(-ly, lx, color="white", linewidth=1.5, zorder=0)
 
     def rectangle(cx, cy, heading, size, colour):
         a, b = torch.tensor([1.0, 1, -1, -1]) * size[0] / 2, torch.tensor([1.0, -1, -1, 1]) * size[1] / 2
@@ -583,7 +582,8 @@ def world_scene(cfg, args):
     if args.situation:
         known = {"val": world.SITUATIONS, "tail": world.COMBINATIONS, "rare": world.RARE}[args.split]
         if args.situation not in known:
-            raise ValueError(f"--situation {args.situation!r}: not in split {args.split}; expected one of {', '.join(known)}")
+            known = ", ".join(known)
+            raise ValueError(f"--situation {args.situation!r}: not in split {args.split}; expected one of {known}")
         while world.draw(seed).situation != args.situation:
             seed += 1
     scene = data.make_scenes([seed], **world_view(cfg, args))
@@ -620,7 +620,8 @@ def report(scene, out, args):
     for i, said in enumerate(out.reasoning[0]):
         known = args.reason and data.decisions(true)
         mark = (" ✓" if is_right(said, true)[2] else " ✗") if known else ""
-        print(f"sample {i + 1:<2}{mark:2}  {readable(said) or '(no reasoning)'}" + (f"  ADE {errors[i]:.2f} m" if errors else ""))
+        error = f"  ADE {errors[i]:.2f} m" if errors else ""
+        print(f"sample {i + 1:<2}{mark:2}  {readable(said) or '(no reasoning)'}{error}")
     if errors:
         ctrv = ade(baselines(scene)["CTRV"], scene["ego_future_xyz"]).item()
         print(f"minADE     {min(errors):.2f} m, best of {args.n}; constant turn rate and velocity: {ctrv:.2f} m")
@@ -637,15 +638,17 @@ def main():
     switches = {k: getattr(args, k) for k in ("keep", "retrieve") if getattr(args, k) is not None}
     model = load_model(args.checkpoint, **switches)
     args.reason = args.reason and model.cfg.reasoning == "on"  # after stage `action` a model cannot think yet
+    ran = {"checkpoint": args.checkpoint, **{k: getattr(model.cfg, k) for k in ("keep", "retrieve")},
+           "split": args.split, "seed": args.seed}  # fmt: skip
     if args.eval is not None:
         rows = evaluate(model, args)
         print(table(rows) + "\n\n" + NOTE.format(n=args.n))
-        print(json.dumps({"checkpoint": args.checkpoint, "split": args.split, "samples": args.n, "seed": args.seed, "rows": rows}))
+        print(json.dumps({**ran, "samples": args.n, "rows": rows}))
         return
     if args.drive is not None:
         rows = drive(model, args)
         print(drive_table(rows) + "\n\n" + DRIVE_NOTE.format(n=args.drive, seconds=args.seconds, replan=args.replan))
-        print(json.dumps({"checkpoint": args.checkpoint, "split": args.split, "seed": args.seed, "rows": rows}))
+        print(json.dumps({**ran, "rows": rows}))
         return
     if args.gallery:
         gallery(model, args)

@@ -51,9 +51,11 @@ def parse_flags():
     add("--scenes", type=int, default=8000, help="training scenes of the world, rendered once to disk")
     add("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="pixels of the world's images")
     same = dict(default=argparse.SUPPRESS)  # those not given stay what --init's config or the preset's says
-    add("--vision", choices=("image", "triplane", "flex"), help="each image its own tokens | planes of space | scene tokens; "
-        "another one than --init's starts untrained, behind its tower (default: --init's, or image)", **same)
-    add("--planes-patch", type=int, nargs=3, metavar=("X", "Y", "Z"), help="with --vision triplane: cells to a token", **same)
+    add("--vision", choices=("image", "triplane", "flex"),
+        help="each image its own tokens | planes of space | scene tokens; another one than --init's starts untrained, "
+        "behind its tower (default: --init's, or image)", **same)
+    add("--planes-patch", type=int, nargs=3, metavar=("X", "Y", "Z"), help="with --vision triplane: cells to a token",
+        **same)
     add("--flex-tokens", type=int, help="with --vision flex: scene tokens", **same)
     add("--keep", type=float, help="share of the image tokens that is kept; the least looked at are pruned", **same)
     add("--cache", metavar="FOLDER", default="data", help="where rendered scenes are kept")
@@ -72,7 +74,8 @@ def parse_flags():
     add("--path-weight", type=float, default=0.2,
         help="weight of the metres between the path that the flow points at and the driven one; the paper has none")
     add("--action-every", type=int, default=2, help="the 128 action tokens join every so many steps; 1: always")
-    add("--hide-actions", type=float, default=0.5, help="share of the scenes whose action tokens are not read back, see forward")
+    add("--hide-actions", type=float, default=0.5,
+        help="share of the scenes whose action tokens are not read back, see forward")
     add("--drive-every", type=int, default=8,
         help="in stage `reason` one step in so many has no reasoning, so that the model can also drive at once; 0: none")
     add("--front-only", type=float, default=0.1,
@@ -80,7 +83,8 @@ def parse_flags():
     add("--routes", type=float, default=0.5, help="share of the steps that tell the route, so that a model can do without")
     add("--blind", action="store_true", help="grey images: what can be known without looking")
     add("--flow-samples", type=int, default=2, help="noise levels a scene, which share its cache")
-    add("--train", choices=("all", "vlm", "expert"), default="all", help="what learns; the release trains first vlm, then expert")
+    add("--train", choices=("all", "vlm", "expert"), default="all",
+        help="what learns; the release trains first vlm, then expert")
     add("--val-every", type=int, default=200, help="steps between validation passes")
     add("--val-scenes", type=int, default=128, help="scenes of a validation pass")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
@@ -143,16 +147,17 @@ class Muon(torch.optim.Optimizer):
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
                     self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                moments = torch.stack([p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params])  # Nesterov
+                nesterov = [p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params]
                 scale = max(1, shape[0] / shape[1]) ** 0.5
-                for p, update in zip(params, orthogonalise(moments)):
+                for p, update in zip(params, orthogonalise(torch.stack(nesterov))):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
 
 
 def make_optimisers(model, flags):
     """Muon gets the two-dimensional weights of layers, blocks, mergers and encoders; AdamW everything else."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    inside = lambda n, p: flags.muon_lr and p.ndim == 2 and any(k in n for k in (".layers.", ".blocks.", "merger", ".triplane.", ".flex."))
+    parts = (".layers.", ".blocks.", "merger", ".triplane.", ".flex.")
+    inside = lambda n, p: flags.muon_lr and p.ndim == 2 and any(part in n for part in parts)
     hidden = [p for n, p in named if inside(n, p)]
     matrices = dict(params=[p for n, p in named if p.ndim > 1 and not inside(n, p)], weight_decay=flags.weight_decay)
     vectors = dict(params=[p for n, p in named if p.ndim <= 1], weight_decay=0.0)
@@ -273,7 +278,7 @@ def save(model, optimisers, step, flags):
     for optimiser, _ in optimisers:
         for p, state in optimiser.state.items():
             tensors |= {f"{k}.{names[p]}": torch.as_tensor(v).contiguous() for k, v in state.items()}
-    settings = {"flags": json.dumps(vars(flags)), "step": str(step)}
+    settings = {"flags": json.dumps(vars(flags)), "step": str(step), "world": str(world.WORLD_VERSION)}
     write_atomically(os.path.join(flags.out, "training.safetensors"), lambda part: save_file(tensors, part, settings))
 
 
@@ -315,7 +320,8 @@ def main():
     if world_size > 1:  # the others wait while the first renders the world
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     if flags.batch % (world_size * flags.accumulate):
-        raise ValueError(f"--batch {flags.batch}: must be a multiple of processes x --accumulate = {world_size * flags.accumulate}")
+        pieces = world_size * flags.accumulate
+        raise ValueError(f"--batch {flags.batch}: must be a multiple of processes x --accumulate = {pieces}")
     # One detected precision: bfloat16 arithmetic with float32 weights on a GPU, float32 on a CPU, where it is faster.
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=cuda)
     say = print if rank == 0 else lambda *a, **k: None
@@ -400,7 +406,8 @@ def main():
             if k in line:
                 shown[k] = line[k] if k not in shown else 0.95 * shown[k] + 0.05 * line[k]
         speed = tokens / (time.time() - begin)
-        bar.set_postfix({"stage": stage, **{k: f"{v:.3f}" for k, v in shown.items()}, "tok/s": f"{speed:.0f}"}, refresh=False)
+        smooth = {k: f"{v:.3f}" for k, v in shown.items()}
+        bar.set_postfix({"stage": stage, **smooth, "tok/s": f"{speed:.0f}"}, refresh=False)
         bar.update()
         last = step + 1 == flags.steps
         if (step + 1) % flags.val_every == 0 or last:

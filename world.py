@@ -3,8 +3,8 @@ A small world of traffic, for machines that have no data: it needs no download, 
 scene it knows the label. It also knows what it never shows in training: the long tail.
 
 The page reads in the data's order: cameras, roads, what a seed draws, the world that moves, drives and judges, its
-renderer. To add a situation: its name in SITUATIONS, a function in DRAW_CAUSE that draws its things, its words in
-data.py's CAUSES, and, if it can end or become another, a line in World.causes.
+renderer. To add a situation: a function that draws its things, its name in DRAW_CAUSE, its words in data.py's CAUSES,
+and, if it can end or become another, a line in World.causes.
 Ego frame: origin at the rear axle on the ground, x forward, y left, z up; metres, seconds, yaw left-positive.
 """
 import copy
@@ -17,11 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from alpamayo import project
+from alpamayo import DT, HORIZON, project
 
 WORLD_VERSION = 2       # raise it whenever a seed gives another scene: caches carry it in their name
-DT = 0.1                # s, the step of everything
-HISTORY, FUTURE = 16, 64
+HISTORY, FUTURE = 16, HORIZON           # steps of a Scene, up to t0 and after it
 PAST = 20               # steps of a scene before t0
 WHEELBASE = 2.8         # m
 FRONT, WIDTH, LENGTH = 3.7, 1.9, 4.7    # m: rear axle to front bumper, and the ego's size
@@ -72,6 +71,7 @@ def rig_camera(camera_id, H, W, rig=RIG):
     pose[:3, 3] = torch.tensor(position)
     return torch.tensor([0, W, H, W / 2, H / 2, 0, W / fov, 0, 0, 0]), pose
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Roads: a line is straight, then an arc, then straight again. s runs along it, d is the distance to its left.
 # Roads and the ego's route are lines (..., 3): where the arc starts (m), its curvature (1/m, never 0), its length (m).
@@ -101,12 +101,8 @@ def locate(x, y, line):
 # ----------------------------------------------------------------------------------------------------------------------
 # What a seed draws: a road, its causes, and a crowd of things that ask for no reaction
 
-# What asks a driver for an answer, after the paper's tables of key frames (Table 3). Each is shown alone in training.
-SITUATIONS = (
-    "free", "curve", "slower lead", "braking lead", "stopped lead", "red light", "resume", "green light", "stop sign",
-    "pedestrian", "waiting pedestrian", "cut-in", "cones", "parked car", "double-parked car", "oncoming car",
-    "lane closed", "gap search", "speed bump", "swerving car", "turn")
-# The long tail: what no training seed ever draws. Known causes in new combinations, and known causes by other things.
+# The long tail: what no training seed ever draws. Known causes (see DRAW_CAUSE) in new combinations, and known causes
+# by other things.
 COMBINATIONS = {
     "pedestrian behind a parked car": ("double-parked car", "pedestrian"),
     "pedestrian at a speed bump": ("speed bump", "pedestrian"),
@@ -160,7 +156,7 @@ class Thing(NamedTuple):
 
 class Cause(NamedTuple):
     """Why the driver does what it does."""
-    name: str                                   # of SITUATIONS or RARE
+    name: str                                   # of SITUATIONS or RARE, or "aside", see World.causes
     side: int
     thing: int                                  # its first thing; -1: it has none
     until: float                                # m, s of the route from which on the rear axle has it behind
@@ -185,7 +181,7 @@ class Draw:
     route: tuple = STRAIGHT
     crossing: float = FAR                       # s of the side road's centre
     stop: float = FAR                           # s of the stop line
-    hold: float = FAR                           # s that the expert may not pass while something holds it, see World.held
+    hold: float = FAR                           # s not to be passed while something holds, see World._release
     bump: float = FAR                           # s of a speed bump
     nudge: tuple = (0.0, 0.0, 1.0, 2.0, 3.0)    # offset to the left; s where it begins, is full, ends, is gone
     standing: float = 0.0                       # 1: the ego stands at first
@@ -247,10 +243,10 @@ def draw(seed):
 
 def _draw_lesson(scene, rng):
     """
-    Training scenes only. An expert who never errs teaches nobody to correct an error, and one who is only seen at t0 not
-    what comes after the first answer. So some scenes are shown later, and in most of them the driver drifts aside for a
-    while, at most 1.3 m, and is back on his line or on the way there at t0: what a learner will need in closed loop, where
-    its own small errors add up.
+    Training scenes only. An expert who never errs teaches nobody to correct an error, and one who is only seen at t0
+    not what comes after the first answer. So some scenes are shown later, and in most of them the driver drifts aside
+    for a while, at most 1.3 m, and is back on his line or on the way there at t0: what a learner will need in closed
+    loop, where its own small errors add up.
     """
     if rng.random() < 0.4:
         scene.late = round(rng.uniform(0.5, 9), 1)
@@ -355,7 +351,8 @@ def _stopped_lead(scene, does, rng):            # hazard lights, not brake light
 
 
 def _light(scene, s, signal, **script):
-    return Thing(LIGHT, s + 1, _lines(scene.lanes)[0] - 1.4, size=LIGHT_SIZE, colour=(0.1, 0.1, 0.1), signal=signal, **script)
+    d = _lines(scene.lanes)[0] - 1.4
+    return Thing(LIGHT, s + 1, d, size=LIGHT_SIZE, colour=(0.1, 0.1, 0.1), signal=signal, **script)
 
 
 def _red_light(scene, does, rng):               # some are stood at; all turn green, after all that a Scene shows
@@ -381,7 +378,7 @@ def _green_light(scene, does, rng):             # with a pedestrian, before him
 
 def _stop_sign(scene, does, rng):
     scene.stop = scene.hold = FRONT + 3 + scene.braking(rng.uniform(2.3, 3.1))
-    sign = Thing(SIGN, scene.stop + 0.5, _lines(scene.lanes)[0] - 1.2, size=SIGN_SIZE, colour=(0.8, 0.05, 0.08))
+    sign = Thing(SIGN, scene.stop + 0.5, _lines(scene.lanes)[0] - 1.2, size=SIGN_SIZE)
     scene.add("stop sign", [sign], until=scene.stop - FRONT)
 
 
@@ -400,8 +397,9 @@ def _pedestrian(scene, does, rng):              # on the road or at its edge, ah
         where = scene.stop + 2.5
     elif "speed bump" in does:
         where = scene.bump + rng.uniform(1.5, 4)
-    scene.add("pedestrian", [_person(rng, where, side * (away + walk * since), drift=-side * walk,
-                                     t_drift=-NEVER if since > 1 else -since, d_end=-side * (far + 1))], until=where + 1)
+    scene.add("pedestrian", [_person(
+        rng, where, side * (away + walk * since), drift=-side * walk, t_drift=-NEVER if since > 1 else -since,
+        d_end=-side * (far + 1))], until=where + 1)
 
 
 def _waiting_pedestrian(scene, does, rng):      # at the edge of the road; he does not walk
@@ -424,8 +422,8 @@ def _cut_in(scene, does, rng):                  # signals and starts about now, 
 
 
 def _go_around(scene, name, things, offset, first, last, begin):
-    """A cause to go around: out before `first`, back after `last` (s of its ends), as gently back as out. Once the ego is
-    out the decision is done."""
+    """A cause to go around: out before `first`, back after `last` (s of its ends), as gently back as out. Once the ego
+    is out the decision is done."""
     full, end = first - FRONT - 1, last + 2
     scene.nudge = (offset, begin, full, end, end + full - begin)
     scene.add(name, things, until=full)
@@ -508,6 +506,7 @@ def _turn(scene, does, rng):                    # half of the drivers forget to 
     scene.add("turn", until=start + radius * math.pi / 2)
 
 
+# What asks a driver for an answer, after the paper's tables of key frames (Table 3). Each is shown alone in training.
 DRAW_CAUSE = {
     "free": _free, "curve": _curve, "slower lead": _slower_lead, "braking lead": _braking_lead,
     "stopped lead": _stopped_lead, "red light": _red_light, "resume": _resume, "green light": _green_light,
@@ -515,6 +514,7 @@ DRAW_CAUSE = {
     "cones": _cones, "parked car": _parked_car, "double-parked car": _double_parked_car, "oncoming car": _oncoming_car,
     "lane closed": _lane_closed, "gap search": _gap_search, "speed bump": _speed_bump, "swerving car": _swerving_car,
     "turn": _turn}
+SITUATIONS = tuple(DRAW_CAUSE)
 
 
 def _make_rare(scene, name):
@@ -580,8 +580,9 @@ def _draw_others(scene, does, rng):
     def put(count, low, high, make, length=0.0):
         for s in uniform(low, high, count):
             one = make(s)
-            free = all(abs(one.s - t.s) > (one.size[0] + t.size[0]) / 2 or abs(one.d - t.d) > (one.size[1] + t.size[1]) / 2
-                       for t in things if t.v == 0)
+            apart = lambda t: (abs(one.s - t.s) > (one.size[0] + t.size[0]) / 2
+                               or abs(one.d - t.d) > (one.size[1] + t.size[1]) / 2)
+            free = all(apart(t) for t in things if t.v == 0)
             if free and abs(s - scene.crossing) > SIDE_ROAD + FILLET + length / 2:
                 things.append(one)
 
@@ -611,16 +612,16 @@ def _draw_others(scene, does, rng):
 # ----------------------------------------------------------------------------------------------------------------------
 # The world that moves
 
-MAX_ACCEL, COMFORT, HEADWAY, JERK = 1.5, 3.0, 0.8, 4.0      # m/s^2, m/s^2, s, m/s^3: the expert's manners
+MAX_ACCEL, COMFORT, JERK, HEADWAY, LEAST = 1.5, 3.0, 4.0, 0.8, 2.0  # m/s^2, m/s^2, m/s^3, s, m: the expert's manners
 BUMP_SPEED, MARGIN, FORESIGHT = 4.5, 0.3, 4.0               # m/s over a bump; m and s: what counts as in its way
 LONG_STOP, NEAR, ASIDE = 1.0, 0.25, 0.4                     # s at a stop sign; m: a close encounter, off one's line
 IMMATERIAL = (NOTHING, LIGHT, SIGN, BUMP)                   # kinds that nobody can run into
 
 
-def follow(gap, v, lead, least=2.0):
+def follow(gap, v, lead):
     """How much a driver slows for what is `gap` m ahead and moves at `lead` m/s, v being its own speed: the second term
     of the intelligent driver model (Treiber 2000), m/s^2, never positive."""
-    want = least + (v * HEADWAY + v * (v - lead) / (2 * math.sqrt(MAX_ACCEL * COMFORT))).clamp(min=0)   # m
+    want = LEAST + (v * HEADWAY + v * (v - lead) / (2 * math.sqrt(MAX_ACCEL * COMFORT))).clamp(min=0)   # m
     return -MAX_ACCEL * (want / gap.clamp(min=0.5)) ** 2
 
 
@@ -699,6 +700,17 @@ class World:
         swerve = torch.where(t.kind == DEER, torch.atan2(t.drift, t.v), swerve)
         return x, y, yaw + math.pi * t.oncoming + swerve
 
+    def to_ego(self, x, y):
+        """Points x, y (n, k) of the world's frame in the ego's: x, y (n, k), m."""
+        x, y = x - self.x[:, None], y - self.y[:, None]
+        cos, sin = torch.cos(self.yaw)[:, None], torch.sin(self.yaw)[:, None]
+        return cos * x + sin * y, cos * y - sin * x
+
+    def poses_to_ego(self):
+        """`poses` in the ego frame: x, y (m) and yaw (rad), (n, things) each."""
+        x, y, yaw = self.poses()
+        return *self.to_ego(x, y), yaw - self.yaw[:, None]
+
     def solid(self, kind):
         """Which kinds one can run into: (...) bool."""
         return ~torch.isin(kind, torch.tensor(IMMATERIAL, device=self.device).float())
@@ -708,7 +720,8 @@ class World:
         scripts, the cars among them with an eye on what is before them. which (n,) bool: scenes that move, the others
         wait."""
         which = torch.ones_like(self.held) if which is None else which
-        before = {name: getattr(self, name) for name in ("x", "y", "yaw", "speed", "accel", "curvature", "held", "stood", "time")}
+        ego = ("x", "y", "yaw", "speed", "accel", "curvature", "held", "stood", "time")
+        before = {name: getattr(self, name) for name in ego}
         things = {name: getattr(self.things, name) for name in ("s", "d", "v", "slows")}
         self._step_things()
         speed = (self.speed + DT * accel).clamp(min=0)
@@ -726,8 +739,8 @@ class World:
                 setattr(self.things, name, torch.where(which[:, None], getattr(self.things, name), old))
 
     def _step_things(self):
-        """The things' scripts, and the manners of the cars that drive: they slow for the nearest thing, or the ego, that
-        is before them in their lane, and speed up again behind it."""
+        """The things' scripts, and the manners of the cars that drive: they slow for the nearest thing, or the ego,
+        that is before them in their lane, and speed up again behind it."""
         t = self.things
         begun = self._since(t.t_accel) & ~self._since(t.t_go)
         want = torch.where(begun, t.v_end, t.start_v)
@@ -785,12 +798,13 @@ class World:
     def causes(self):
         """
         What the driver of each scene has to answer to now: n lists of Causes. Nothing of the future is looked at. What
-        is over is gone, and some causes become others: a car that has cut in is a slower lead. Where nothing else asks for
-        anything, a car that is ASIDE of its line has to go back to it.
+        is over is gone, and some causes become others: a car that has cut in is a slower lead. Where nothing else asks
+        for anything, a car that is ASIDE of its line has to go back to it.
         """
         s, d, _ = locate(self.x, self.y, self.scene.route)
         s, d, aside = s.tolist(), d.tolist(), (d - self._nudge(s)[0]).tolist()
-        thing = {name: getattr(self.things, name).tolist() for name in ("s", "d", "v")} | {"brakes": self.braking().tolist()}
+        thing = {name: getattr(self.things, name).tolist() for name in ("s", "d", "v")}
+        thing["brakes"] = self.braking().tolist()
         signals, held, speed = self.signals().tolist(), self.held.tolist(), self.speed.tolist()
         every = []
         for i, scene in enumerate(self.draws):
@@ -865,8 +879,8 @@ class World:
         return accel, self.curvature + 0.33 * (curvature.clamp(-limit, limit) - self.curvature)
 
     def _in_the_way(self, bumper, aware):
-        """Gap (m, FAR if there is none) and speed (m/s, along the route) of each thing (n, things) that is where the ego
-        will drive, or will have walked or drifted there within FORESIGHT, and that it knows of."""
+        """Gap (m, FAR if there is none) and speed (m/s, along the route) of each thing (n, things) that is where the
+        ego will drive, or will have walked or drifted there within FORESIGHT, and that it knows of."""
         t, scene = self.things, self.scene
         x, y, yaw = self.poses()
         s, d, heading = locate(x, y, scene.route[:, None])
@@ -903,13 +917,10 @@ class World:
             at_fault    close, unless the thing came from behind or the ego stood still
             off_road    a corner of it is beyond asphalt
         """
-        t, (x, y, yaw) = self.things, self.poses()
-        cos, sin = torch.cos(self.yaw), torch.sin(self.yaw)
-        middle = FRONT - LENGTH / 2                                                         # m, of the ego from its axle
-        dx, dy = x - (self.x + middle * cos)[:, None], y - (self.y + middle * sin)[:, None]
-        turned, (long, wide) = yaw - self.yaw[:, None], (t.size[..., 0] / 2, t.size[..., 1] / 2)
+        t, (x, left, turned) = self.things, self.poses_to_ego()
+        ahead = x - (FRONT - LENGTH / 2)                                                    # of the middle of the ego
+        long, wide = t.size[..., 0] / 2, t.size[..., 1] / 2
         c, s = torch.cos(turned), torch.sin(turned)
-        ahead, left = cos[:, None] * dx + sin[:, None] * dy, cos[:, None] * dy - sin[:, None] * dx      # the ego's axes
         along, beside = c * ahead + s * left, c * left - s * ahead                                      # the thing's
         c, s = c.abs(), s.abs()
 
@@ -921,6 +932,7 @@ class World:
         solid = self.solid(t.kind)
         near = solid & ~apart(NEAR)
         from_behind = (ahead < -LENGTH / 2) & (t.v > self.speed[:, None])
+        cos, sin = torch.cos(self.yaw), torch.sin(self.yaw)
         corners = [(FRONT, WIDTH / 2), (FRONT, -WIDTH / 2), (FRONT - LENGTH, WIDTH / 2), (FRONT - LENGTH, -WIDTH / 2)]
         paved = [self.paved(self.x + cos * a - sin * b, self.y + sin * a + cos * b) for a, b in corners]
         return dict(collision=(solid & ~apart(0.0)).any(1), close=near.any(1),
@@ -1119,12 +1131,8 @@ def _paint_ground(world, air, part, bend, cross, dusk, view):
 def _boxes(world):
     """Everything that stands, as boxes in the ego frame: a dictionary of (n, 2 things) and (n, 2 things, 3)."""
     t = world.things
-    x, y, yaw = world.poses()                                                           # (n, things), world frame
+    x, y, yaw = (value[..., None] for value in world.poses_to_ego())                    # (n, things, 1)
     kind = torch.where((t.kind == CAR) & (t.size[..., 2] > 2.2), TRUCK, t.kind).long()  # a high car is a truck
-    yaw = (yaw - world.yaw[:, None])[..., None]                                         # (n, things, 1), ego frame
-    x, y = x - world.x[:, None], y - world.y[:, None]
-    cos, sin = torch.cos(world.yaw)[:, None], torch.sin(world.yaw)[:, None]
-    x, y = (cos * x + sin * y)[..., None], (cos * y - sin * x)[..., None]
     cos, sin, size = torch.cos(yaw), torch.sin(yaw), t.size[:, :, None]
     back, length, width, low, high = PARTS.to(world.device)[kind].unbind(-1)   # (n, things, 2)
     back = back * size[..., 0]
@@ -1162,7 +1170,6 @@ def _rectangles(boxes, view):
     angle = torch.acos(((offset @ view.pose[:, :3, 2, None])[..., 0] / distance).clamp(-1, 1))
     around = distance <= radius
     seen = around | (angle - torch.asin((radius / distance).clamp(max=1)) < 1.2)
-    edge = torch.tensor([W, H], device=origin.device)
     low = (low - margin).floor().clamp(min=0).minimum(edge).long().masked_fill(around[..., None], 0)
     high = torch.where(around[..., None], edge, (high + margin).ceil().clamp(min=0).minimum(edge).long())
     size = (high - low) * seen[..., None]

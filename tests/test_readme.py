@@ -10,7 +10,8 @@ from conftest import ROOT
 
 README = open(os.path.join(ROOT, "README.md")).read()
 LINKS = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
-COMMANDS = [line.strip().split("#")[0].strip() for line in README.splitlines() if re.match(r"    (python|torchrun|pip|python3) ", line)]
+LINES = re.sub(r" \\\n +", " ", README).splitlines()  # a command may go on in the next line
+COMMANDS = [line.split("#")[0].strip() for line in LINES if re.match(r"    (python|torchrun|pip|python3) ", line)]
 
 
 @pytest.mark.parametrize("name, file, line", LINKS)

@@ -118,7 +118,9 @@ def test_table(checkpoint, tmp_path):
     flags = ("--checkpoint", checkpoint, "--eval", 6, "--n", 2, "--steps", 2, "--batch", 4, "--blind", checkpoint)
     code, said, trouble = run(tmp_path, *flags)
     assert code == 0, trouble
-    rows = json.loads(said[-1])["rows"]
+    record = json.loads(said[-1])
+    rows = record.pop("rows")
+    assert record == {"checkpoint": checkpoint, "keep": 1, "retrieve": 1, "split": "val", "samples": 2, "seed": 0}
     assert rows["all"]["scenes"] == sum(row["scenes"] for name, row in rows.items() if name in world.SITUATIONS) == 6
     assert 0 < rows["all"]["minade"] <= rows["all"]["ade"] and rows["all"]["best"] <= rows["all"]["CTRV"]
     assert rows["trained blind"] == rows["no images (grey)"]  # the same weights, shown the same grey
@@ -136,10 +138,13 @@ def test_errors_are_one_line(checkpoint, tmp_path, flag, value):
 
 
 def test_drive(checkpoint, tmp_path):
-    flags = ("--checkpoint", checkpoint, "--drive", 3, "--split", "tail", "--seconds", 2, "--steps", 2, "--batch", 2)
+    flags = ("--checkpoint", checkpoint, "--drive", 3, "--split", "tail", "--seconds", 2, "--steps", 2, "--batch", 2,
+             "--keep", 0.5, "--retrieve", 0.8)  # fmt: skip
     code, said, trouble = run(tmp_path, *flags)
     assert code == 0, trouble
-    rows = json.loads(said[-1])["rows"]
+    record = json.loads(said[-1])
+    rows = record.pop("rows")
+    assert record == {"checkpoint": checkpoint, "keep": 0.5, "retrieve": 0.8, "split": "tail", "seed": 0}
     assert list(rows) == ["expert", "constant velocity", "model"] and said[: len(rows) + 2] == drive_table(rows).splitlines()
     expert = rows["expert"]
     assert expert["close"] == expert["off_road"] == expert["events"] == expert["ran"] == 0 and expert["progress"] == 1 and expert["km"] > 0.01

@@ -505,8 +505,9 @@ def test_trained_saved_loaded_and_driven(flags, cache, tmp_path, monkeypatch, ca
 
 
 def test_the_table_trains_what_is_missing_and_goes_on(cache, tmp_path, monkeypatch, capsys):
-    """Two trainings, three rows; a second call trains nothing more; another number of steps is refused."""
+    """Two trainings, three rows; a second call trains nothing more; another number of steps or world is refused."""
     trained = []
+    monkeypatch.setattr(world, "WORLD_VERSION", 7)
 
     def run(command, **_):  # train.py in this process
         trained.append(command)
@@ -526,6 +527,9 @@ def test_the_table_trains_what_is_missing_and_goes_on(cache, tmp_path, monkeypat
     rows = json.loads(said[-1])["rows"]
     assert len(trained) == 2 and list(rows) == [way.name for way in encoders.WAYS]
     assert encoders.train_missing(args)[ways[9].name] == [f"{tmp_path}/image-0"] and len(trained) == 2
+    monkeypatch.setattr(world, "WORLD_VERSION", 8)
+    with pytest.raises(ValueError, match="image-0: was trained with world 7, not 8"):
+        encoders.train_missing(args)
     args.train_steps = 2
     with pytest.raises(ValueError, match="was trained with steps 1, not 2"):
         encoders.train_missing(args)

@@ -273,6 +273,36 @@ def test_training_is_also_shown_what_comes_later():
     assert scene["ego_kinematics"][..., 1].min() < -1  # some of them are braking already
 
 
+def test_lessons_err_and_come_back():
+    """Training scenes whose driver drifts aside: off the line at t0, told so where nothing else asks for anything, back on
+    it within 4 s, and without any harm on the way."""
+    seeds = [seed for seed in range(800) if world.draw(seed).lapse[0]]
+    traffic = world.World(seeds)
+
+    def off():  # m, left of the line that the driver means to keep to
+        s, d, _ = world.locate(traffic.x, traffic.y, traffic.scene.route)
+        return d - traffic._nudge(s)[0]
+
+    ticks = (traffic.scene.late / world.DT).round() + world.PAST  # until t0, when it is shown
+    for left in range(int(ticks.max()), 0, -1):
+        traffic.step(*traffic.expert(), which=ticks >= left)
+    offset, since, until = traffic.scene.lapse.unbind(-1)
+    errs = (offset.abs() > 0.3) & (traffic.time > since + 1.2) & (traffic.time <= until) & (traffic.speed > 5)
+    assert errs.sum() > 15 and (off() / offset)[errs].min() > 0.4
+    labels = data.labels_of(traffic)
+    told, free = (torch.tensor([label.components[0]["what"] == what for label in labels]) for what in ("aside", "free"))
+    assert told.sum() > 15 and off()[told].abs().min() > 0.4 and off()[free].abs().max() <= 0.4
+    for i in told.nonzero()[:, 0].tolist():
+        assert f"the car is on the {'left' if off()[i] > 0 else 'right'} side" in labels[i].trace, seeds[i]
+    for _ in range(40):
+        traffic.step(*traffic.expert())
+    moving = traffic.speed > 2
+    assert (moving & (told | errs)).sum() > 25 and off()[moving & (told | errs)].abs().max() < 0.25
+    met = data.drive(None, seeds)
+    for name in ("collision", "close", "off_road"):
+        assert not met[name].any(), (name, [seeds[i] for i in met[name].nonzero()[:, 0].tolist()])
+
+
 def corners(x, y, yaw, length, width):
     """Corners and edge midpoints (..., 8, 2) of rectangles."""
     a = torch.tensor([1.0, 1, 1, 0, 0, -1, -1, -1]) * length[..., None] / 2
