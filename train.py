@@ -6,6 +6,7 @@ Train: the paper's stages, from scratch, from a checkpoint, or on from where a r
     python train.py --resume out/nano                      go on after a kill; the losses are those of an unbroken run
     python train.py --stage reason --init FOLDER --data CLIPS --steps 500      fine-tune a checkpoint on your own clips
     python train.py --vision flex --flex-tokens 8          another way to see; --keep 0.5: with half of what it sees
+    python train.py --plan --preset alpamayo-r1-10b ...    what this would need of a GPU's memory; runs and allocates nothing
 
 Stage `action` teaches the language model the 128 action tokens and the expert flow matching; stage `reason` puts the
 Chain of Causation in front of both; `all` runs one after the other. The loss is
@@ -31,8 +32,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
+import plan
 import world
-from alpamayo import PRESETS, Alpamayo, Vocabulary, with_words, write_atomically
+from alpamayo import (
+    PRESETS, Alpamayo, Vocabulary, add_adapters, checkpoint_activations, read_config, with_words, write_atomically,
+)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -41,9 +45,9 @@ from alpamayo import PRESETS, Alpamayo, Vocabulary, with_words, write_atomically
 def parse_flags():
     p = argparse.ArgumentParser(description="Train Alpamayo-R1.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
-    add("--stage", choices=("action", "reason", "all"), default="all",
-        help="action tokens and expert | reasoning in front of them | one after the other")
-    add("--preset", choices=("nano", "mini"), default="nano", help="size of a model from scratch")
+    add("--stage", choices=("action", "reason", "rl", "all"), default="all",
+        help="action tokens and expert | reasoning in front of them | with --plan: reinforcement learning | the first two in turn")
+    add("--preset", choices=tuple(PRESETS), default="nano", help="size of a model from scratch; the largest is for --plan")
     add("--init", metavar="FOLDER", help="start from the weights of this checkpoint, ours or the release's")
     add("--resume", metavar="FOLDER", help="go on with the run that was writing FOLDER; takes no other flag")
     add("--out", metavar="FOLDER", help="where checkpoints and log.jsonl go (default: out/PRESET, or out/INIT-STAGE)")
@@ -85,6 +89,13 @@ def parse_flags():
     add("--flow-samples", type=int, default=2, help="noise levels a scene, which share its cache")
     add("--train", choices=("all", "vlm", "expert"), default="all",
         help="what learns; the release trains first vlm, then expert")
+    add("--lora", type=int, default=0, metavar="RANK", help="of the vlm only adapters of this rank learn, in the language model's "
+        "layers; checkpoints have them merged. The expert learns as --train says. 0: everything, in full")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of weights that do not learn; what learns is always float32. --init's are rounded to it")
+    add("--checkpointing", action="store_true", help="compute activations again in backward instead of keeping them")
+    add("--plan", choices=("gpu", "cpu"), nargs="?", const="gpu",
+        help="print the memory that these flags need, of a GPU (bfloat16 arithmetic) or a CPU (float32), and stop")
     add("--val-every", type=int, default=200, help="steps between validation passes")
     add("--val-scenes", type=int, default=128, help="scenes of a validation pass")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
@@ -101,13 +112,22 @@ def parse_flags():
         except (OSError, SafetensorError, TypeError, KeyError) as e:
             p.error(f"{path}: no run to resume ({e})")
         return argparse.Namespace(**{**vars(flags), **saved, "resume": flags.resume, "out": flags.resume})
-    if flags.stage == "reason" and not flags.init:
-        p.error("--stage reason starts from a checkpoint of stage action: give it with --init, or run --stage all")
+    if flags.lora < 0 or (flags.lora and flags.train == "expert"):
+        p.error(f"--lora {flags.lora} --train {flags.train}: expected a rank of 1 or more, and the vlm among what learns")
+    if not flags.plan:
+        if flags.preset == "alpamayo-r1-10b" or flags.stage == "rl":
+            p.error(f"--preset {flags.preset} --stage {flags.stage}: so far this can only be planned, with --plan")
+        if flags.stage == "reason" and not flags.init:
+            p.error("--stage reason starts from a checkpoint of stage action: give it with --init, or run --stage all")
+        if flags.lora and not flags.init:
+            p.error("--lora adapts a model that has learned: give it with --init")
     for k in ("steps", "batch", "accumulate", "action_every", "flow_samples", "val_every", "val_scenes", "save_every"):
         if getattr(flags, k) < 1:
             p.error(f"--{k.replace('_', '-')} {getattr(flags, k)}: expected 1 or more")
     name = f"{os.path.basename(os.path.abspath(flags.init))}-{flags.stage}" if flags.init else flags.preset
     flags.out = flags.out or os.path.join("out", name)
+    if flags.lora and flags.init and os.path.realpath(flags.init) == os.path.realpath(flags.out):
+        p.error(f"--out {flags.out}: must be another folder than --init, whose weights a run with --lora needs to go on")
     return flags
 
 
@@ -154,10 +174,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimisers(model, flags):
-    """Muon gets the two-dimensional weights of layers, blocks, mergers and encoders; AdamW everything else."""
+    """Muon gets the two-dimensional weights of layers, blocks, mergers and encoders; AdamW everything else. Adapters are
+    AdamW's: a step of Muon is equally long in all directions, those of a B that is still zero included."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    parts = (".layers.", ".blocks.", "merger", ".triplane.", ".flex.")
-    inside = lambda n, p: flags.muon_lr and p.ndim == 2 and any(part in n for part in parts)
+    of_muon = (".layers.", ".blocks.", "merger", ".triplane.", ".flex.")
+    inside = lambda n, p: flags.muon_lr and p.ndim == 2 and any(k in n for k in of_muon) and "lora_" not in n
     hidden = [p for n, p in named if inside(n, p)]
     matrices = dict(params=[p for n, p in named if p.ndim > 1 and not inside(n, p)], weight_decay=flags.weight_decay)
     vectors = dict(params=[p for n, p in named if p.ndim <= 1], weight_decay=0.0)
@@ -229,6 +250,40 @@ def total_loss(losses, flags):
     weights = {"text": 1.0, "action": flags.action_weight, "flow": 1.0, "ade": flags.path_weight}
     parts = {"all": weights, "vlm": ("text", "action"), "expert": ("flow", "ade")}[flags.train]
     return sum(weights[k] * losses[k] for k in parts if k in losses)
+
+
+def prepare(model, flags):
+    """Say what learns, --train's part, or of the language model only its adapters; and how. Returns that and its optimisers."""
+    if flags.lora:
+        add_adapters(model, flags.lora, torch.Generator().manual_seed(flags.seed))
+    if flags.checkpointing:
+        checkpoint_activations(model)
+    for name, p in model.named_parameters():
+        of_expert = name.startswith(("expert.", "action_in_proj.", "action_out_proj."))
+        chosen = flags.train == "all" or of_expert == (flags.train == "expert")
+        p.requires_grad_(chosen and (of_expert or not flags.lora or "lora_" in name))
+        p.data = p.data.to(torch.float32 if p.requires_grad else getattr(torch, flags.dtype))
+    return [p for p in model.parameters() if p.requires_grad], make_optimisers(model, flags)
+
+
+def backward(model, scene, lesson, tail, flags, generator, autocast):
+    """The losses of a piece of the batch; their gradients are added to those of the pieces before."""
+    with autocast:
+        losses = model(scene, lesson, tail, flags.flow_samples, generator=generator, hide_actions=flags.hide_actions)
+        loss = total_loss(losses, flags) / flags.accumulate
+    loss.backward()
+    return losses
+
+
+def update(params, optimisers, step, flags):
+    """Move the parameters along their gradients, at this step's rates. Returns the gradients' norm."""
+    norm = torch.nn.utils.clip_grad_norm_(params, flags.clip)
+    for optimiser, full in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = full * rate(step, flags)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+    return norm
 
 
 def average_gradients(params, world_size):
@@ -310,6 +365,8 @@ def restore(model, optimisers, flags):
 
 def main():
     flags = parse_flags()
+    if flags.plan:
+        return print_plan(flags)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -323,19 +380,26 @@ def main():
         pieces = world_size * flags.accumulate
         raise ValueError(f"--batch {flags.batch}: must be a multiple of processes x --accumulate = {pieces}")
     # One detected precision: bfloat16 arithmetic with float32 weights on a GPU, float32 on a CPU, where it is faster.
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=cuda)
+    halved = cuda or flags.dtype == "bfloat16"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=halved)
     say = print if rank == 0 else lambda *a, **k: None
 
     # The model decides how it wants to be shown scenes, so it comes first; its words come from the scenes' reasoning.
-    source = flags.resume or flags.init
-    model = Alpamayo.from_pretrained(source, device=device) if source else None
+    source = flags.init if flags.lora else flags.resume or flags.init  # adapters go on from the weights without them
+    model = Alpamayo.from_pretrained(source, getattr(torch, flags.dtype), device) if source else None
     cfg = model.cfg if model else PRESETS[flags.preset]
-    if not flags.resume:  # else the checkpoint says how it sees
-        seeing = {k: getattr(flags, k) for k in ("vision", "planes_patch", "flex_tokens", "keep") if k in flags}
-        cfg = replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in seeing.items()})
+    if not flags.resume or flags.lora:  # else the checkpoint says how it sees
+        cfg = seen_by(cfg, flags)
         if model and cfg != model.cfg:
             model, fresh = seeing_anew(model, cfg, flags)
             say(f"{flags.init}: all tensors but {fresh} new ones, which see by {cfg.vision}")
+            if fresh and flags.lora:
+                raise ValueError(f"--lora: an untrained encoder, --vision {cfg.vision}, would never learn; train it first without")
+    if flags.lora:
+        base = sum_of_bits(model)
+        if getattr(flags, "base", base) != base:
+            raise ValueError(f"{flags.init}: other weights than those that this run began with; its adapters do not fit them")
+        flags.base = base
     if rank == 0:
         load_scenes(flags, cfg)  # renders what is not yet on disk
     if world_size > 1:
@@ -346,16 +410,12 @@ def main():
         model = Alpamayo(cfg, Vocabulary(cfg))
         model.init_weights(torch.Generator().manual_seed(flags.seed))
         model.to(device)
-    for name, p in model.named_parameters():
-        of_expert = name.startswith(("expert.", "action_in_proj.", "action_out_proj."))
-        p.requires_grad_(flags.train == "all" or of_expert == (flags.train == "expert"))
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimisers = make_optimisers(model, flags)
+    params, optimisers = prepare(model, flags)
     first = restore(model, optimisers, flags) if flags.resume else 0
 
     say(f"{flags.preset if not source else source}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{sum(p.numel() for p in params):,} learn; {len(train)} scenes; {world_size} x {device.type}, "
-        f"{'bfloat16' if cuda else 'float32'}; steps {first} to {flags.steps}; writes {flags.out}")  # fmt: skip
+        f"{'bfloat16' if halved else 'float32'}; steps {first} to {flags.steps}; writes {flags.out}")  # fmt: skip
     os.makedirs(flags.out, exist_ok=True)
     log_path = os.path.join(flags.out, "log.jsonl")
     if rank == 0:  # a new run starts a new log; a resumed one forgets what it will do again
@@ -383,22 +443,14 @@ def main():
                 scene = front_only(scene)
             if torch.rand(1, generator=generator, device=device) >= flags.routes:
                 scene = without_route(scene)
-            with autocast:
-                losses = model(scene, lesson, tail, flags.flow_samples, generator=generator, hide_actions=flags.hide_actions)
-                loss = total_loss(losses, flags) / flags.accumulate
+            losses = backward(model, scene, lesson, tail, flags, generator, autocast)
             for name, value in losses.items():
                 means[name] = means.get(name, 0.0) + value.item() / flags.accumulate
                 if not value.isfinite():
                     raise FloatingPointError(f"step {step}: loss `{name}` is {value.item()}; the last checkpoint is intact")
-            loss.backward()
         if world_size > 1:
             average_gradients(params, world_size)
-        norm = torch.nn.utils.clip_grad_norm_(params, flags.clip)
-        for optimiser, full in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = full * rate(step, flags)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        norm = update(params, optimisers, step, flags)
 
         tokens += means.pop("tokens") * flags.accumulate * world_size
         line = {"step": step + 1, "stage": stage, **means, "grad_norm": norm.item()}
@@ -425,6 +477,56 @@ def main():
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def print_plan(flags):
+    """The memory of a step with these flags, found out by plan.py."""
+    cfg = seen_by(read_config(flags.init) if flags.init else PRESETS[flags.preset], flags)
+    text, size = " word" * (plan.THOUGHT - 2), (1080, 1920)  # NVIDIA's cameras
+    if not cfg.max_pixels:
+        texts, size = [data.sentence(cause, world.LEFT) for cause in data.CAUSES], tuple(flags.size)
+        text = max(texts, key=len)
+        cfg = cfg if flags.init else with_words(cfg, texts + list(data.ROUTES.values()))
+    halved, rl = flags.plan == "gpu" or flags.dtype == "bfloat16", flags.stage == "rl"
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=halved)
+    fake = plan.FakeTensorMode(allow_non_fake_inputs=True)
+    model = plan.model_without_weights(cfg, fake)
+    params, optimisers = prepare(model, flags)
+    for group in optimisers[0][0].param_groups:
+        group["foreach"] = flags.plan == "gpu"  # PyTorch's choice there
+    scene = plan.made_up_scene(cfg, 1 if rl else flags.batch // flags.accumulate, size, text)
+    scene["images"] = fake.from_tensor(scene["images"])
+    phases = {"update": lambda: update(params, optimisers, 0, flags)}
+    reference = None
+    if rl:
+        if not flags.lora:
+            reference = plan.model_without_weights(cfg, fake)
+            for p in reference.parameters():
+                p.data = p.data.to(getattr(torch, flags.dtype))
+        rollouts, learn = autocast(plan.rollouts), autocast(plan.learn_from_rollouts)
+        phases = {"rollouts": lambda: rollouts(model, scene, plan.GROUP),
+                  "losses": lambda: learn(model, scene, plan.GROUP, flags.accumulate, reference)} | phases  # fmt: skip
+    else:
+        lesson, generator = "action" if flags.stage == "action" else "reason", torch.Generator().manual_seed(flags.seed)
+        phases = {"losses": lambda: backward(model, scene, lesson, True, flags, generator, autocast)} | phases
+    found = plan.peaks(model, [optimiser for optimiser, _ in optimisers], phases, reference)
+    print(f"{flags.init or flags.preset}, stage {flags.stage}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{sum(p.numel() for p in params):,} learn; "
+          f"{f'a scene of {plan.GROUP} rollouts' if rl else f'{flags.batch // flags.accumulate} scenes'} at a time, "
+          f"{'bfloat16' if halved else 'float32'}")  # fmt: skip
+    print(plan.table(found))
+
+
+def seen_by(cfg, flags):
+    """The Config as the flags say that the model sees."""
+    seeing = {k: getattr(flags, k) for k in ("vision", "planes_patch", "flex_tokens", "keep") if k in flags}
+    return replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in seeing.items()})
+
+
+def sum_of_bits(model):
+    """A number that tells whether weights are the same, to the last bit and on any device."""
+    integers = {2: torch.int16, 4: torch.int32}
+    return sum(p.detach().view(integers[p.element_size()]).sum().item() for p in model.parameters())
 
 
 def seeing_anew(model, cfg, flags):

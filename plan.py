@@ -1,0 +1,195 @@
+"""
+What a run needs of memory, found out without the memory.
+
+    python train.py --plan                                                      nano, learning from nothing, on a GPU
+    python train.py --plan cpu --preset mini --size 128 256 --batch 8           mini on a CPU
+    python train.py --plan --preset alpamayo-r1-10b --stage rl --train vlm --lora 16 --dtype bfloat16 --checkpointing --batch 1
+
+There is no formula here that could go stale. The code that trains runs, forward, backward and optimisers, on tensors that
+have a shape and a type and no contents (PyTorch's FakeTensor); every storage that it makes is counted from its birth to
+its death. A GPU is planned as a CPU that does its matrix products in bfloat16 and its optimisers' arithmetic for all
+tensors at once, as on a GPU they are.
+
+Not counted: what a kernel takes and gives back by itself, CUDA's own share, gaps between storages. On a GPU leave a
+tenth and a GiB for these. Counted per process: under torchrun each has all this for its share of the batch, and, while
+they are averaged, its gradients twice more.
+
+The page reads: counting; a scene and a model without contents; a step of reinforcement learning; the table.
+"""
+import weakref
+from collections import Counter
+from dataclasses import replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from alpamayo import HORIZON, ActionSpace, Alpamayo, Vocabulary, pick, rope, split_words, without_adapters
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Counting
+
+
+class Tracker(TorchDispatchMode):
+    """Bytes of all storages alive, by kind: `now`, and at the moment when they were most: `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, Counter(), Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten.index.Tensor:  # a choice by True and False has a size that only contents tell: choose by places
+            places = [i.nonzero().unbind(1) if torch.is_tensor(i) and i.dtype == torch.bool else (i,) for i in args[1]]
+            args = (args[0], sum(map(tuple, places), ()))
+        out = op(*args, **kwargs or {})
+        self.count(out)
+        return out
+
+    def count(self, tensors, kind=None):
+        """See these tensors, in whatever nest of lists; with a kind, that is what they are from now on."""
+        for t in tree_leaves(tensors):
+            if not torch.is_tensor(t):
+                continue
+            storage = t.untyped_storage()
+            if id(storage) not in self.alive:
+                self.alive[id(storage)] = "activations", storage.nbytes()
+                self.now["activations"] += storage.nbytes()
+                weakref.finalize(storage, self.forget, id(storage))
+            if kind:
+                old, size = self.alive[id(storage)]
+                self.alive[id(storage)] = kind, size
+                self.now[old] -= size
+                self.now[kind] += size
+        if self.now.total() > self.peak.total():
+            self.peak = self.now.copy()
+
+    def forget(self, storage):
+        kind, size = self.alive.pop(storage)
+        self.now[kind] -= size
+
+
+def peaks(model, optimisers, phases, reference=None):
+    """Run the phases of a step, {name: function} of which the last is "update", and return {name: Counter of bytes by
+    kind, when they were most}. It is the second step, by which all moments of the optimisers exist. Real tensors are
+    counted as well as those without contents."""
+    stay, learn = ([p for p in model.parameters() if p.requires_grad == yes] for yes in (False, True))
+    for p in learn:
+        p.grad = torch.zeros_like(p)
+    phases["update"]()
+    with Tracker() as tracker:
+        tracker.count([stay, list(model.buffers())], "weights that stay")
+        tracker.count(learn, "weights that learn")
+        tracker.count([list(state.values()) for o in optimisers for state in o.state.values()], "optimiser")
+        tracker.count(list(reference.parameters()) if reference else [], "reference model")
+        hooks = [p.register_post_accumulate_grad_hook(lambda p: tracker.count(p.grad, "gradients")) for p in learn]
+        hooks += [lm.register_forward_hook(lambda lm, args, out: tracker.count(out[1], "keys and values"))
+                  for lm in (m.vlm.model.language_model for m in (model, reference) if m)]  # fmt: skip
+        found = {}
+        for name, phase in phases.items():
+            tracker.peak = Counter()
+            phase()
+            found[name] = tracker.peak
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A model and a scene without contents
+
+
+def model_without_weights(cfg, fake):
+    """The model, its weights without contents. Its vocabulary takes every word for one token: no tokenizer is needed."""
+    vocabulary = Vocabulary(replace(cfg, chat=False))
+    vocabulary.text.encode = lambda text: [0] * len(split_words(text))
+    with fake:
+        model = Alpamayo(cfg, vocabulary)
+    model.action_space = ActionSpace(cfg)  # four numbers: with them action are numbers too
+    return model
+
+
+def made_up_scene(cfg, batch, size, text):
+    """A Scene (data.py): a straight drive at 10 m/s, black images of `size` (H, W), `text` as its reasoning."""
+    path = lambda first, last: torch.stack([torch.arange(first, last) * 1.0, torch.zeros(last - first), torch.zeros(last - first)], -1)
+    cameras, many = len(cfg.cameras), lambda t: t.expand(batch, *t.shape).contiguous()
+    return {
+        "images": torch.zeros(batch, cameras, cfg.frames, 3, *size, dtype=torch.uint8), "reasoning": [text] * batch,
+        "camera_ids": many(torch.tensor(cfg.cameras)), "route": ["turn left"] * batch,
+        "ego_history_xyz": many(path(-15, 1)), "ego_history_rot": many(torch.eye(3).expand(16, 3, 3)),
+        "ego_future_xyz": many(path(1, 65)), "ego_future_rot": many(torch.eye(3).expand(64, 3, 3)),
+        "ego_kinematics": many(torch.tensor([10.0, 0, 0, 0]).expand(20, 4)),
+        "camera_to_ego": many(torch.eye(4).expand(cameras, 4, 4)), "intrinsics": torch.ones(batch, cameras, 10),
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A step of reinforcement learning on the tokens of one scene. How it is planned is how rl.py must do it: the prompt once,
+# its gradient once, the group's tokens against it in pieces.
+
+GROUP = 12  # rollouts of a scene, as the release
+THOUGHT = 40  # tokens of reasoning, as in the paper's table of latencies
+SAID = THOUGHT + 2 * HORIZON  # and the action tokens
+
+
+@torch.no_grad()
+def rollouts(model, scene, n):
+    """The last token of n rollouts, when their caches are largest."""
+    lm = model.vlm.model.language_model
+    x, positions, seen, _ = model.embed_prompt(scene)
+    x, prompt = lm(x, *rope(positions, model.cfg, x.dtype), seen=seen)
+    token = pick(model.vlm.lm_head(x[:, -1]).float().repeat_interleave(n, 0), 0.6, 0.98)
+    tails = [[a.new_zeros(n, a.shape[1], SAID - 1, a.shape[3]) for a in kv] for kv in prompt]
+    past = [(*kv, None, *tail, None) for kv, tail in zip(prompt, tails)]
+    at = torch.full((3, 1, 1), int(positions.max()) + SAID)
+    x, tails = lm(lm.embed_tokens(token)[:, None], *rope(at, model.cfg, x.dtype), past)
+    pick(model.vlm.lm_head(x[:, -1]).float(), 0.6, 0.98)
+
+
+def read_prompt(model, scene):
+    """Keys and values of a scene's prompt, and the position behind it."""
+    x, positions, seen, _ = model.embed_prompt(scene)
+    _, prompt = model.vlm.model.language_model(x, *rope(positions, model.cfg, x.dtype), seen=seen)
+    return prompt, int(positions.max()) + 1
+
+
+def log_probs(model, tokens, prompt, start):
+    """Log-probabilities (n, T) of tokens (n, T) behind a prompt that they share. (The first one's, which the prompt's last
+    place tells, is taken from the wrong place here: it has the same size.)"""
+    T, lm = tokens.shape[1], model.vlm.model.language_model
+    causal = torch.ones(1, T, T, dtype=torch.bool).tril()
+    at = (start + torch.arange(T)).expand(3, 1, T)
+    x = lm.embed_tokens(tokens)
+    x, _ = lm(x, *rope(at, model.cfg, x.dtype), [(k, v, None, None, None, causal) for k, v in prompt])
+    return model.vlm.lm_head(x).float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+
+def learn_from_rollouts(model, scene, n, pieces, reference):
+    """Forward and backward of n rollouts. reference: the model of the KL term; None: this one without its adapters."""
+    tokens = torch.zeros(n, SAID, dtype=torch.long).split(n // pieces)
+    with torch.no_grad(), without_adapters(model):
+        prompt, start = read_prompt(reference or model, scene)
+        expected = [log_probs(reference or model, piece, prompt, start) for piece in tokens]
+        del prompt
+    prompt, start = read_prompt(model, scene)
+    leaves = [[a.detach().requires_grad_(a.requires_grad) for a in kv] for kv in prompt]  # collect the pieces' gradients
+    for piece, said in zip(tokens, expected):
+        now = log_probs(model, piece, leaves, start)
+        ((said - now).exp() - 2 * now).mean().backward()  # any loss of them
+    pairs = [(a, leaf.grad) for kv, kvs in zip(prompt, leaves) for a, leaf in zip(kv, kvs) if a.requires_grad]
+    torch.autograd.backward(*zip(*pairs))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+
+KINDS = ("weights that stay", "weights that learn", "reference model", "gradients", "optimiser", "keys and values", "activations")
+
+
+def table(found):
+    """A table in GiB of what `peaks` found: a column a phase, when it needs most."""
+    row = lambda name, cells: f"{name:20}" + "".join(f"{cell:>14}" for cell in cells)
+    gib = lambda cells: [f"{cell / 2**30:.3f}" for cell in cells]
+    lines = [row("GiB, at the peak of", found)]
+    lines += [row(kind, gib(peak[kind] for peak in found.values())) for kind in KINDS if any(p[kind] for p in found.values())]
+    return "\n".join([*lines, row("total", gib(peak.total() for peak in found.values()))])
