@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import data
 import world
-from alpamayo import DT, HORIZON, Alpamayo, gaussian_log_prob, token_log_probs, yaw_of
+from alpamayo import DT, HORIZON, Alpamayo, gaussian_log_prob, token_log_probs, without_adapters, yaw_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rewards (Sec. 5.3.2). The paper gives no weights; these and the thresholds below are ours, chosen in our world.
@@ -177,7 +177,7 @@ def rewards_of(scene, out, scenes, numbers, flags, judge=None):
     """All that is rewarded in a Rollout of scenes number `numbers`, {part: (B, G)}: reason 0 to 5, consistency 0 or 1,
     trajectory up to 0; what is looked at beside them: collision, ade (m), comfort 0 to 1; and `total`, the weighted sum of
     the parts in flags.rewards (reason as a share of 5)."""
-    xyz, rot, truth = out.xyz.cpu().float(), out.rot.cpu().float(), scene["ego_future_xyz"]
+    xyz, rot, truth = out.xyz.cpu().float(), out.rot.cpu().float(), scene["ego_future_xyz"].cpu()
     met = scenes.drive_plans(numbers, out.actions.cpu()) if hasattr(scenes, "drive_plans") else {}  # a clip cannot be driven
     pairs = [(said, true) for row, true in zip(out.reasoning, scene["reasoning"]) for said in row]
     scores = judge(pairs) if judge else [grade(*pair) for pair in pairs]
@@ -334,7 +334,7 @@ def choose(known, step, count, flags):
 # The loop
 
 
-def make_optimiser(model, flags):
+def make_optimisers(model, flags):
     """AdamW, with a rate of its own for the expert. No Muon: its steps are all of one size, and RL wants small ones."""
     of_expert = lambda name: name.startswith(("expert.", "action_in_proj.", "action_out_proj."))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -356,7 +356,7 @@ def loss_of(model, reference, scene, out, rewards, flags, old=None):
     ours = decisions_of(logits, means, out, flags)
     kl = [torch.zeros_like(rewards)] * 2
     if reference:
-        with torch.no_grad():
+        with torch.no_grad(), without_adapters(reference):
             its = reference.replay(scene, out, flags.eta)
         kl = kl_of(logits, means, *its, out, flags)
     loss = 0.0
@@ -376,19 +376,21 @@ def loss_of(model, reference, scene, out, rewards, flags, old=None):
     return loss, [a if a is None else a.detach() for a in ours], {k: float(v.detach()) for k, v in look.items()}
 
 
-def rl_step(model, reference, optimisers, scenes, step, known, flags, device, autocast, judge=None):
-    """Try out, reward, learn: one step. `known` (scenes,), the divergences, is brought up to date. Returns the log's line."""
-    numbers, drawn = choose(known, step, len(scenes), flags)
+def step(model, reference, optimisers, scenes, number, known, flags, device, autocast, judge=None):
+    """Try out, reward, learn: step `number` of a run. `known` (scenes,), the divergences, is brought up to date. Returns
+    what the log says of it."""
+    model.cfg.reasoning = "on"
+    numbers, drawn = choose(known, number, len(scenes), flags)
     piece, line, groups = max(1, len(numbers) // flags.accumulate), {}, []
     for i in range(0, len(numbers), piece):  # seeds of the rollouts are a function of run, step and piece
         part = numbers[i : i + piece]
-        scene = scenes.batch(part)
+        scene = {k: v.to(device) if torch.is_tensor(v) else v for k, v in scenes.batch(part).items()}
         with autocast:
-            out = try_out(model, scene, flags, seed=(flags.seed * 1_000_003 + step) * 1_003 + i)
+            out = try_out(model, scene, flags, seed=(flags.seed * 1_000_003 + number) * 1_003 + i)
         parts = rewards_of(scene, out, scenes, part, flags, judge)
         for name, value in parts.items():
             if not value.isfinite().all():
-                raise FloatingPointError(f"step {step}: reward `{name}` is not finite; the last checkpoint is intact")
+                raise FloatingPointError(f"step {number}: reward `{name}` is not finite; the last checkpoint is intact")
         rewards = parts["total"].to(device)
         divergences = divergence(out.log_probs.sum(2), rewards, flags.beta).cpu()
         known[part] = divergences
@@ -400,7 +402,7 @@ def rl_step(model, reference, optimisers, scenes, step, known, flags, device, au
             if update == 0:
                 line.setdefault("old", []).append(decided)
             if not loss.isfinite():
-                raise FloatingPointError(f"step {step}: loss `{flags.objective}` is {loss.item()}; the last checkpoint is intact")
+                raise FloatingPointError(f"step {number}: loss `{flags.objective}` is {loss.item()}; the last checkpoint is intact")
             (loss / len(groups)).backward()
             for k, v in look.items():
                 line[k] = line.get(k, 0.0) + v / len(groups) / flags.updates
@@ -408,13 +410,13 @@ def rl_step(model, reference, optimisers, scenes, step, known, flags, device, au
             params = [p for group in optimiser.param_groups for p in group["params"]]
             line[name] = torch.nn.utils.clip_grad_norm_(params, flags.clip).item()
             if not math.isfinite(line[name]):
-                raise FloatingPointError(f"step {step}: `{name}` is {line[name]}; the last checkpoint is intact")
+                raise FloatingPointError(f"step {number}: `{name}` is {line[name]}; the last checkpoint is intact")
             for group in optimiser.param_groups:
-                group["lr"] = full * min(1.0, (step + 1) / max(flags.warmup, 1))
+                group["lr"] = full * min(1.0, (number + 1) / max(flags.warmup, 1))
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
     line.pop("old")
-    line |= {"step": step + 1}
+    line |= {"step": number + 1, "stage": "rl", "tokens": float(sum(out.tokens.numel() for _, out, *_ in groups))}
     for name in groups[0][3]:
         values = torch.cat([parts[name] for *_, parts, _ in groups])
         line[name] = values.mean().item()
@@ -425,6 +427,11 @@ def rl_step(model, reference, optimisers, scenes, step, known, flags, device, au
     line["divergence_chosen"] = divergences[:drawn].mean().item() if drawn else None
     line["divergence_random"] = divergences[drawn:].mean().item() if drawn < len(divergences) else None
     return line
+
+
+def validate(model, scenes, flags, judge=None):
+    """Means of `likeliest` over the held-out scenes."""
+    return {name: value.mean().item() for name, value in likeliest(model, scenes, min(flags.val_scenes, len(scenes)), flags, judge).items()}
 
 
 @torch.no_grad()
@@ -447,8 +454,9 @@ def likeliest(model, scenes, count, flags, judge=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # Its flags and its curves
 
-FLAGS = dict(  # of train.py's own, what stage rl sets otherwise where a flag does not say
-    init=os.path.join("checkpoints", "nano"), scenes=1000, steps=150, batch=16, lr=2e-4, warmup=5, val_every=25, save_every=25)  # fmt: skip
+START = 100_000  # the first scene of a split that is tried out; validation and tables take the first ones
+# What train.py's own flags are in stage rl where they are not given.
+DEFAULTS = dict(scenes=1000, steps=150, batch=16, lr=1e-4, warmup=5, val_every=25, save_every=25)
 
 
 def add_flags(p):
@@ -460,7 +468,8 @@ def add_flags(p):
     add("--rewards", nargs="+", choices=tuple(WEIGHTS), default=list(WEIGHTS), help="parts of the reward")
     add("--judge", metavar="URL", help="grade reasoning by a language model behind this OpenAI-compatible endpoint, not by rule")
     add("--judge-model", metavar="NAME", default="judge", help="its name there")
-    add("--split", choices=data.SPLITS, default="tail", help="scenes of the world to try out; validation takes others of it")
+    add("--split", nargs="+", choices=data.SPLITS, default=["tail", "train"], help="scenes of the world to try out, --scenes of each; "
+        "validation takes others of the first")  # fmt: skip
     add("--group", type=int, default=12, help="rollouts of a scene")
     add("--temperature", type=float, default=1.5, help="of the rollouts' reasoning; a well-taught model says one thing at 0.6")
     add("--top-p", type=float, default=1.0, help="likeliest tokens that together have this probability")

@@ -5,6 +5,7 @@ Train: the paper's stages, from scratch, from a checkpoint, or on from where a r
     torchrun --nproc_per_node 8 train.py --preset mini ... the same for several GPUs, or processes of a CPU
     python train.py --resume out/nano                      go on after a kill; the losses are those of an unbroken run
     python train.py --stage reason --init FOLDER --data CLIPS --steps 500      fine-tune a checkpoint on your own clips
+    python train.py --stage rl                             from the shipped nano: try out, be rewarded, do better
     python train.py --vision flex --flex-tokens 8          another way to see; --keep 0.5: with half of what it sees
     python train.py --plan --preset alpamayo-r1-10b ...    what this would need of a GPU's memory; runs and allocates nothing
 
@@ -13,7 +14,9 @@ Chain of Causation in front of both; `all` runs one after the other. The loss is
 
     text + --action-weight * action + flow + --path-weight * ade    nats a token, nats a token, mean squared velocity, m
 
-Everything random (the order of scenes, noise, flow times) is a function of the seed and the step, so a run needs no
+Stage `rl` (rl.py) is reinforcement learning, with losses and flags of its own.
+
+Everything random (the order of scenes, noise, flow times, rollouts) is a function of the seed and the step, so a run needs no
 random state to go on, only its weights and its optimiser's moments.
 """
 import argparse
@@ -33,6 +36,7 @@ from tqdm import tqdm
 
 import data
 import plan
+import rl
 import world
 from alpamayo import (
     PRESETS, Alpamayo, Vocabulary, add_adapters, checkpoint_activations, read_config, with_words, write_atomically,
@@ -45,8 +49,9 @@ from alpamayo import (
 def parse_flags():
     p = argparse.ArgumentParser(description="Train Alpamayo-R1.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
-    add("--stage", choices=("action", "reason", "rl", "all"), default="all",
-        help="action tokens and expert | reasoning in front of them | with --plan: reinforcement learning | the first two in turn")
+    add("--stage", choices=("action", "reason", "all", "rl"), default="all",
+        help="action tokens and expert | reasoning in front of them | one after the other | reinforcement learning, with "
+        + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in rl.DEFAULTS.items()) + " where not given")
     add("--preset", choices=tuple(PRESETS), default="nano", help="size of a model from scratch; the largest is for --plan")
     add("--init", metavar="FOLDER", help="start from the weights of this checkpoint, ours or the release's")
     add("--resume", metavar="FOLDER", help="go on with the run that was writing FOLDER; takes no other flag")
@@ -101,6 +106,9 @@ def parse_flags():
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--seed", type=int, default=0, help="of weights, order and noise")
     add("--threads", type=int, default=0, help="CPU threads of each process; 0: PyTorch's choice")
+    rl.add_flags(p)
+    if p.parse_known_args()[0].stage == "rl":
+        p.set_defaults(**rl.DEFAULTS)
     flags = p.parse_args()
     if flags.resume:
         if len(sys.argv) != (2 if "=" in sys.argv[1] else 3):
@@ -115,10 +123,16 @@ def parse_flags():
     if flags.lora < 0 or (flags.lora and flags.train == "expert"):
         p.error(f"--lora {flags.lora} --train {flags.train}: expected a rank of 1 or more, and the vlm among what learns")
     if not flags.plan:
-        if flags.preset == "alpamayo-r1-10b" or flags.stage == "rl":
-            p.error(f"--preset {flags.preset} --stage {flags.stage}: so far this can only be planned, with --plan")
+        if flags.preset == "alpamayo-r1-10b":
+            p.error(f"--preset {flags.preset}: this can only be planned, with --plan; start from the release with --init")
         if flags.stage == "reason" and not flags.init:
             p.error("--stage reason starts from a checkpoint of stage action: give it with --init, or run --stage all")
+        if flags.stage == "rl" and not flags.init and flags.preset != "nano":
+            p.error("--stage rl starts from a checkpoint of stage reason: give it with --init")
+        if flags.stage == "rl" and not flags.init:
+            flags.init = os.path.join(os.path.dirname(os.path.abspath(__file__)), "checkpoints", "nano")
+        if flags.stage == "rl":
+            rl.check_flags(flags, p.error)
         if flags.lora and not flags.init:
             p.error("--lora adapts a model that has learned: give it with --init")
     for k in ("steps", "batch", "accumulate", "action_every", "flow_samples", "val_every", "val_scenes", "save_every"):
@@ -263,7 +277,36 @@ def prepare(model, flags):
         chosen = flags.train == "all" or of_expert == (flags.train == "expert")
         p.requires_grad_(chosen and (of_expert or not flags.lora or "lora_" in name))
         p.data = p.data.to(torch.float32 if p.requires_grad else getattr(torch, flags.dtype))
-    return [p for p in model.parameters() if p.requires_grad], make_optimisers(model, flags)
+    make = rl.make_optimisers if flags.stage == "rl" else make_optimisers
+    return [p for p in model.parameters() if p.requires_grad], make(model, flags)
+
+
+def supervised_step(model, params, optimisers, scenes, step, flags, rank, world_size, device, autocast):
+    """A step of the stages `action` and `reason`. Returns what the log says of it, `tokens` and all."""
+    stage = stage_at(step, flags)
+    model.cfg.reasoning = "on" if stage == "reason" else "off"
+    at_once = flags.drive_every and step % flags.drive_every == 1 % flags.drive_every
+    lesson = "action" if at_once else stage
+    # The action tokens are costly; without reasoning they are all that the language model learns from.
+    tail = at_once or step % flags.action_every == 0 or (flags.train == "vlm" and lesson == "action")
+    generator = generator_for(step, rank, flags, device)
+    numbers = scene_numbers(step, rank, world_size, len(scenes), flags)
+    piece, means = len(numbers) // flags.accumulate, {}
+    for i in range(0, len(numbers), piece):
+        scene = to_device(scenes.batch(numbers[i : i + piece]), device, flags)
+        if torch.rand(1, generator=generator, device=device) < flags.front_only:
+            scene = front_only(scene)
+        if torch.rand(1, generator=generator, device=device) >= flags.routes:
+            scene = without_route(scene)
+        losses = backward(model, scene, lesson, tail, flags, generator, autocast)
+        for name, value in losses.items():
+            means[name] = means.get(name, 0.0) + value.item() / flags.accumulate
+            if not value.isfinite():
+                raise FloatingPointError(f"step {step}: loss `{name}` is {value.item()}; the last checkpoint is intact")
+    if world_size > 1:
+        average_gradients(params, world_size)
+    norm = update(params, optimisers, step, flags)
+    return {"step": step + 1, "stage": stage, **means, "grad_norm": norm.item()}
 
 
 def backward(model, scene, lesson, tail, flags, generator, autocast):
@@ -324,21 +367,23 @@ def validate(model, scenes, stage, flags, rank, world_size, device, autocast):
     return {k: v / sums[-1].item() for k, v in zip(keys, sums.tolist())}
 
 
-def save(model, optimisers, step, flags):
+def save(model, optimisers, step, flags, known=None):
     """The checkpoint to use, and then one file with what has been learned and is needed to go on. Each is written whole
-    or not at all."""
+    or not at all. known: what stage `rl` knows of its scenes."""
     model.save_pretrained(flags.out)
     names = {p: n for n, p in model.named_parameters()}
     tensors = {f"model.{n}": p.detach().contiguous() for p, n in names.items() if p.requires_grad}
     for optimiser, _ in optimisers:
         for p, state in optimiser.state.items():
             tensors |= {f"{k}.{names[p]}": torch.as_tensor(v).contiguous() for k, v in state.items()}
+    if known is not None:
+        tensors["rl.known"] = known
     settings = {"flags": json.dumps(vars(flags)), "step": str(step), "world": str(world.WORLD_VERSION)}
     write_atomically(os.path.join(flags.out, "training.safetensors"), lambda part: save_file(tensors, part, settings))
 
 
-def restore(model, optimisers, flags):
-    """Weights and moments of a stopped run, into place. Returns the step to go on with."""
+def restore(model, optimisers, flags, known=None):
+    """Weights and moments of a stopped run, into place, and `known`. Returns the step to go on with."""
     path = os.path.join(flags.out, "training.safetensors")
     try:
         with safe_open(path, "pt") as f:
@@ -346,6 +391,8 @@ def restore(model, optimisers, flags):
     except SafetensorError as e:
         raise ValueError(f"{path}: not a whole safetensors file ({e})") from None
     names = {p: n for n, p in model.named_parameters()}
+    if known is not None:
+        known.copy_(tensors["rl.known"])
     with torch.no_grad():
         for p, n in names.items():
             if p.requires_grad:
@@ -376,6 +423,8 @@ def main():
         torch.cuda.set_device(device)
     if world_size > 1:  # the others wait while the first renders the world
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+    if flags.stage == "rl" and world_size > 1:
+        raise ValueError("--stage rl runs in one process")
     if flags.batch % (world_size * flags.accumulate):
         pieces = world_size * flags.accumulate
         raise ValueError(f"--batch {flags.batch}: must be a multiple of processes x --accumulate = {pieces}")
@@ -410,8 +459,15 @@ def main():
         model = Alpamayo(cfg, Vocabulary(cfg))
         model.init_weights(torch.Generator().manual_seed(flags.seed))
         model.to(device)
+    reference = known = judge = None
+    if flags.stage == "rl":
+        known = torch.full((len(train),), torch.nan)
+        judge = flags.judge and rl.Judge(flags.judge, flags.judge_model, os.path.join(flags.out, "judge.jsonl"))
+        if flags.kl:  # to the model as it was before it learned: with adapters, itself without them
+            reference = model if flags.lora else Alpamayo.from_pretrained(flags.init, getattr(torch, flags.dtype), device)
+            reference.cfg = model.cfg
     params, optimisers = prepare(model, flags)
-    first = restore(model, optimisers, flags) if flags.resume else 0
+    first = restore(model, optimisers, flags, known) if flags.resume else 0
 
     say(f"{flags.preset if not source else source}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{sum(p.numel() for p in params):,} learn; {len(train)} scenes; {world_size} x {device.type}, "
@@ -428,32 +484,13 @@ def main():
     shown, begin, tokens = {}, time.time(), 0
 
     for step in range(first, flags.steps):
-        stage = stage_at(step, flags)
-        model.cfg.reasoning = "on" if stage == "reason" else "off"
-        at_once = flags.drive_every and step % flags.drive_every == 1 % flags.drive_every
-        lesson = "action" if at_once else stage
-        # The action tokens are costly; without reasoning they are all that the language model learns from.
-        tail = at_once or step % flags.action_every == 0 or (flags.train == "vlm" and lesson == "action")
-        generator = generator_for(step, rank, flags, device)
-        numbers = scene_numbers(step, rank, world_size, len(train), flags)
-        piece, means = len(numbers) // flags.accumulate, {}
-        for i in range(0, len(numbers), piece):
-            scene = to_device(train.batch(numbers[i : i + piece]), device, flags)
-            if torch.rand(1, generator=generator, device=device) < flags.front_only:
-                scene = front_only(scene)
-            if torch.rand(1, generator=generator, device=device) >= flags.routes:
-                scene = without_route(scene)
-            losses = backward(model, scene, lesson, tail, flags, generator, autocast)
-            for name, value in losses.items():
-                means[name] = means.get(name, 0.0) + value.item() / flags.accumulate
-                if not value.isfinite():
-                    raise FloatingPointError(f"step {step}: loss `{name}` is {value.item()}; the last checkpoint is intact")
-        if world_size > 1:
-            average_gradients(params, world_size)
-        norm = update(params, optimisers, step, flags)
-
-        tokens += means.pop("tokens") * flags.accumulate * world_size
-        line = {"step": step + 1, "stage": stage, **means, "grad_norm": norm.item()}
+        if flags.stage == "rl":
+            line = rl.step(model, reference, optimisers, train, step, known, flags, device, autocast, judge)
+            bar.write(rl.line_of(line))
+        else:
+            line = supervised_step(model, params, optimisers, train, step, flags, rank, world_size, device, autocast)
+        stage = line["stage"]
+        tokens += line.pop("tokens") * flags.accumulate * world_size
         for k in ("text", "action", "flow", "ade"):
             if k in line:
                 shown[k] = line[k] if k not in shown else 0.95 * shown[k] + 0.05 * line[k]
@@ -463,7 +500,11 @@ def main():
         bar.update()
         last = step + 1 == flags.steps
         if (step + 1) % flags.val_every == 0 or last:
-            values = validate(model, val, stage, flags, rank, world_size, device, autocast)
+            if flags.stage == "rl":
+                with autocast:
+                    values = rl.validate(model, val, flags, judge)
+            else:
+                values = validate(model, val, stage, flags, rank, world_size, device, autocast)
             line["val"] = values
             if rank == 0:
                 bar.write(f"step {step + 1:6} {stage:6} validation: " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()))
@@ -471,7 +512,9 @@ def main():
             with open(log_path, "a") as f:
                 f.write(json.dumps(line) + "\n")
             if (step + 1) % flags.save_every == 0 or last:
-                save(model, optimisers, step + 1, flags)
+                save(model, optimisers, step + 1, flags, known)
+            if flags.stage == "rl" and "val" in line:
+                rl.draw_curves(log_path, os.path.join(flags.out, "curves.png"))
     bar.close()
     say(f"done in {(time.time() - begin) / 60:.1f} minutes; look at it: python sample.py --checkpoint {flags.out}")
     if world_size > 1:
@@ -487,18 +530,18 @@ def print_plan(flags):
         texts, size = [data.sentence(cause, world.LEFT) for cause in data.CAUSES], tuple(flags.size)
         text = max(texts, key=len)
         cfg = cfg if flags.init else with_words(cfg, texts + list(data.ROUTES.values()))
-    halved, rl = flags.plan == "gpu" or flags.dtype == "bfloat16", flags.stage == "rl"
+    halved, learns_by_trying = flags.plan == "gpu" or flags.dtype == "bfloat16", flags.stage == "rl"
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=halved)
     fake = plan.FakeTensorMode(allow_non_fake_inputs=True)
     model = plan.model_without_weights(cfg, fake)
     params, optimisers = prepare(model, flags)
     for group in optimisers[0][0].param_groups:
         group["foreach"] = flags.plan == "gpu"  # PyTorch's choice there
-    scene = plan.made_up_scene(cfg, 1 if rl else flags.batch // flags.accumulate, size, text)
+    scene = plan.made_up_scene(cfg, 1 if learns_by_trying else flags.batch // flags.accumulate, size, text)
     scene["images"] = fake.from_tensor(scene["images"])
     phases = {"update": lambda: update(params, optimisers, 0, flags)}
     reference = None
-    if rl:
+    if learns_by_trying:
         if not flags.lora:
             reference = plan.model_without_weights(cfg, fake)
             for p in reference.parameters():
@@ -512,7 +555,7 @@ def print_plan(flags):
     found = plan.peaks(model, [optimiser for optimiser, _ in optimisers], phases, reference)
     print(f"{flags.init or flags.preset}, stage {flags.stage}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{sum(p.numel() for p in params):,} learn; "
-          f"{f'a scene of {plan.GROUP} rollouts' if rl else f'{flags.batch // flags.accumulate} scenes'} at a time, "
+          f"{f'a scene of {plan.GROUP} rollouts' if learns_by_trying else f'{flags.batch // flags.accumulate} scenes'} at a time, "
           f"{'bfloat16' if halved else 'float32'}")  # fmt: skip
     print(plan.table(found))
 
@@ -548,6 +591,10 @@ def load_scenes(flags, cfg):
     view = dict(frames=cfg.frames, frame_dt=cfg.frame_dt)
     if flags.data == "world":
         view |= dict(camera_ids=cfg.cameras, size=tuple(flags.size), folder=flags.cache, workers=os.cpu_count())
+        if flags.stage == "rl":
+            sets = [data.load("world", split=split, scenes=flags.scenes, start=rl.START, **view) for split in flags.split]
+            held_out = data.load("world", split=flags.split[0], scenes=flags.val_scenes, **view)
+            return data.Together(sets), held_out
         counts = {"train": flags.scenes, "val": flags.val_scenes}
         return [data.load("world", split=split, scenes=count, **view) for split, count in counts.items()]
     of_world = {} if cfg.max_pixels else dict(size=tuple(flags.size), rig=world.RIG)  # it knows only the world's cameras

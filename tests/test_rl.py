@@ -392,7 +392,7 @@ def few():
 
 def one_step(model, few, flags, judge=None, reference=None, step=0):
     known = torch.full((len(few),), torch.nan)
-    line = rl.rl_step(model, reference, rl.make_optimiser(model, flags), few, step, known, flags, CPU, contextlib.nullcontext(), judge)
+    line = rl.step(model, reference, rl.make_optimisers(model, flags), few, step, known, flags, CPU, contextlib.nullcontext(), judge)
     return line, known
 
 
