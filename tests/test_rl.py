@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import sys
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
+from test_train import assert_same_run, killed_and_resumed, log, run
 from test_vision import H, TINY, W
 
 import data
@@ -436,3 +438,64 @@ def test_what_is_not_a_number_stops_the_run_and_says_where(few):
     model.action_out_proj.weight.data[0, 0] = math.nan
     with pytest.raises(FloatingPointError, match="step 0: "):
         one_step(model, few, flags)
+
+
+# ---------------------------------------------------------------------------------------------- as a user runs it
+
+TRY = "--stage rl --scenes 8 --batch 2 --group 3 --flow-steps 2 --max-new-tokens 30 --val-scenes 4 --val-every 2 --save-every 1 --threads 1".split()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("scenes"))
+
+
+def rl_command(cache, out, *more):
+    return [sys.executable, os.path.join(ROOT, "train.py"), *TRY, "--cache", cache, "--out", str(out), *more]
+
+
+def test_a_killed_run_goes_on_with_the_same_rewards(cache, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = run(rl_command(cache, whole, "--steps", "5", "--kl", "0.01"))
+    assert "reason" in done.stderr + done.stdout and "validation:" in done.stderr + done.stdout
+    killed_and_resumed(rl_command(cache, broken, "--steps", "5", "--kl", "0.01"), broken, after=2, of=5)
+    assert_same_run(broken, whole)
+    lines = log(whole)
+    assert sorted(lines) == [1, 2, 3, 4, 5] and lines[3]["divergence_chosen"] is not None
+    for name in ("total", "reason", "consistency", "trajectory", "silent", "length", "entropy", "kl", "grad_norm", "grad_norm_expert"):
+        assert all(math.isfinite(line[name]) for line in lines.values())
+    assert all(line["mismatch"] < 1e-4 for line in lines.values())
+    assert (whole / "curves.png").stat().st_size > 10_000
+    Alpamayo.from_pretrained(str(whole))  # a checkpoint as any other
+
+
+def test_adapters_alone_learn_by_trying(cache, tmp_path):
+    """--lora with the KL to the model without its adapters, the paper's objective and the paper's policy."""
+    run(rl_command(cache, tmp_path, "--steps", "2", "--lora", "4", "--train", "vlm", "--kl", "0.1", "--objective", "paper",
+                   "--policy", "tokens", "--checkpointing"))  # fmt: skip
+    lines = log(tmp_path)
+    assert lines[1]["kl"] == 0 < lines[2]["kl"] and lines[2]["mismatch"] < 1e-3
+    before, after = (load_file(os.path.join(folder, "model.safetensors")) for folder in (os.path.join(ROOT, "checkpoints", "nano"), tmp_path))
+    changed = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+    assert changed and all(".language_model.layers." in name for name in changed)
+
+
+def test_flags_that_cannot_be_meant_are_one_line(cache, tmp_path):
+    for more, line in (
+        (("--group", "1"), "--group 1: expected 2 or more"),
+        (("--eta", "0"), "--eta 0.0: expected more than 0"),
+        (("--preset", "mini"), "--stage rl starts from a checkpoint of stage reason: give it with --init"),
+        (("--judge", "http://127.0.0.1:9/v1", "--steps", "1"), "train.py: --judge http://127.0.0.1:9/v1/chat/completions: no grade"),
+    ):
+        done = run(rl_command(cache, tmp_path, *more), ok=False)
+        assert line in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_the_table_is_made_of_checkpoints(cache, tmp_path):
+    nano = os.path.join(ROOT, "checkpoints", "nano")
+    done = run([sys.executable, os.path.join(ROOT, "rl.py"), f"SFT={nano}", f"twice={nano},{nano}", "--eval", "4", "--drive", "2",
+                "--seconds", "0.5", "--cache", cache])  # fmt: skip
+    lines = done.stdout.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith(("| SFT", "| twice"))]
+    assert cells[0][1] == "SFT" and cells[1][1] == "twice" and "± 0.00" in cells[1][2] and cells[1][2].startswith(cells[0][2])
+    assert json.loads(lines[-1])["SFT"][0]["tail reason"] <= 5

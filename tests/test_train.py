@@ -62,15 +62,14 @@ def test_it_learns_and_leaves_a_checkpoint_that_drives(unbroken):
     assert not [f for f in os.listdir(unbroken) if f.endswith(".part")]
 
 
-def killed_and_resumed(args, folder):
+def killed_and_resumed(args, folder, after=5, of=10):
     """Run, kill with SIGKILL after five steps, and go on."""
     running = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     path = folder / "log.jsonl"
-    while running.poll() is None and not (path.exists() and len(path.read_text().splitlines()) >= 5):
-        time.sleep(0.02)
+    while running.poll() is None and not (path.exists() and len(path.read_text().splitlines()) X.sleep(0.02)
     running.send_signal(signal.SIGKILL)
     running.wait()
-    assert len(log(folder)) < 10, "the run ended before it could be killed"
+    assert len(log(folder)) < of, "the run ended before it could be killed"
     run([sys.executable, os.path.join(ROOT, "train.py"), "--resume", str(folder)])
 
 
