@@ -66,7 +66,8 @@ def killed_and_resumed(args, folder, after=5, of=10):
     """Run, kill with SIGKILL after five steps, and go on."""
     running = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     path = folder / "log.jsonl"
-    while running.poll() is None and not (path.exists() and len(path.read_text().splitlines()) X.sleep(0.02)
+    while running.poll() is None and not (path.exists() and len(path.read_text().splitlines()) >= after):
+        time.sleep(0.02)
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert len(log(folder)) < of, "the run ended before it could be killed"
