@@ -14,7 +14,7 @@ Not counted: what a kernel takes and gives back by itself, CUDA's own share, gap
 tenth and a GiB for these. Counted per process: under torchrun each has all this for its share of the batch, and, while
 they are averaged, its gradients twice more.
 
-The page reads: counting; a scene and a model without contents; a step of reinforcement learning; the table.
+The page reads: counting; a scene and a model without contents; rollouts; the table.
 """
 import weakref
 from collections import Counter
@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from alpamayo import HORIZON, ActionSpace, Alpamayo, Vocabulary, pick, rope, split_words, without_adapters
+from alpamayo import HORIZON, ActionSpace, Alpamayo, Rollout, Vocabulary, pick, rope, split_words
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Counting
@@ -124,60 +124,30 @@ def made_up_scene(cfg, batch, size, text):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A step of reinforcement learning on the tokens of one scene. How it is planned is how rl.py must do it: the prompt once,
-# its gradient once, the group's tokens against it in pieces.
-
-GROUP = 12  # rollouts of a scene, as the release
-THOUGHT = 40  # tokens of reasoning, as in the paper's table of latencies
-SAID = THOUGHT + 2 * HORIZON  # and the action tokens
+# Reinforcement learning: the rollouts of a scene when their caches are largest, and what the update is given
 
 
 @torch.no_grad()
-def rollouts(model, scene, n):
-    """The last token of n rollouts, when their caches are largest."""
-    lm = model.vlm.model.language_model
+def last_token(model, scene, group, said):
+    """What `sample` does at the last of `said` tokens of a group's rollouts of each scene: its loop cannot be run without
+    contents, since it ends where they say so."""
+    lm, n = model.vlm.model.language_model, len(scene["route"]) * group
     x, positions, seen, _ = model.embed_prompt(scene)
     x, prompt = lm(x, *rope(positions, model.cfg, x.dtype), seen=seen)
-    token = pick(model.vlm.lm_head(x[:, -1]).float().repeat_interleave(n, 0), 0.6, 0.98)
-    tails = [[a.new_zeros(n, a.shape[1], SAID - 1, a.shape[3]) for a in kv] for kv in prompt]
+    token = pick(model.vlm.lm_head(x[:, -1]).float().repeat_interleave(group, 0), 0.6, 0.98)
+    tails = [[a.new_zeros(n, a.shape[1], said - 1, a.shape[3]) for a in kv] for kv in prompt]
     past = [(*kv, None, *tail, None) for kv, tail in zip(prompt, tails)]
-    at = torch.full((3, 1, 1), int(positions.max()) + SAID)
+    at = torch.full((3, 1, 1), int(positions.max()) + said)
     x, tails = lm(lm.embed_tokens(token)[:, None], *rope(at, model.cfg, x.dtype), past)
     pick(model.vlm.lm_head(x[:, -1]).float(), 0.6, 0.98)
 
 
-def read_prompt(model, scene):
-    """Keys and values of a scene's prompt, and the position behind it."""
-    x, positions, seen, _ = model.embed_prompt(scene)
-    _, prompt = model.vlm.model.language_model(x, *rope(positions, model.cfg, x.dtype), seen=seen)
-    return prompt, int(positions.max()) + 1
-
-
-def log_probs(model, tokens, prompt, start):
-    """Log-probabilities (n, T) of tokens (n, T) behind a prompt that they share. (The first one's, which the prompt's last
-    place tells, is taken from the wrong place here: it has the same size.)"""
-    T, lm = tokens.shape[1], model.vlm.model.language_model
-    causal = torch.ones(1, T, T, dtype=torch.bool).tril()
-    at = (start + torch.arange(T)).expand(3, 1, T)
-    x = lm.embed_tokens(tokens)
-    x, _ = lm(x, *rope(at, model.cfg, x.dtype), [(k, v, None, None, None, causal) for k, v in prompt])
-    return model.vlm.lm_head(x).float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-
-
-def learn_from_rollouts(model, scene, n, pieces, reference):
-    """Forward and backward of n rollouts. reference: the model of the KL term; None: this one without its adapters."""
-    tokens = torch.zeros(n, SAID, dtype=torch.long).split(n // pieces)
-    with torch.no_grad(), without_adapters(model):
-        prompt, start = read_prompt(reference or model, scene)
-        expected = [log_probs(reference or model, piece, prompt, start) for piece in tokens]
-        del prompt
-    prompt, start = read_prompt(model, scene)
-    leaves = [[a.detach().requires_grad_(a.requires_grad) for a in kv] for kv in prompt]  # collect the pieces' gradients
-    for piece, said in zip(tokens, expected):
-        now = log_probs(model, piece, leaves, start)
-        ((said - now).exp() - 2 * now).mean().backward()  # any loss of them
-    pairs = [(a, leaf.grad) for kv, kvs in zip(prompt, leaves) for a, leaf in zip(kv, kvs) if a.requires_grad]
-    torch.autograd.backward(*zip(*pairs))
+def made_up_rollout(model, scenes, group, thought, steps):
+    """A Rollout of thoughts of `thought` tokens, and of flow steps, or, for no steps, of 128 action tokens."""
+    tokens = torch.full((scenes, group, thought + (0 if steps else 2 * HORIZON)), model.vocabulary.first_action)
+    tokens[..., :thought], tokens[..., thought - 1] = 0, model.vocabulary["traj_future_start"]
+    flow = torch.zeros(steps + 1, scenes, group, HORIZON, 2)
+    return Rollout([], tokens, torch.full(tokens.shape, -1.0), flow[0], None, None, flow, {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -351,7 +351,7 @@ def try_out(model, scene, flags, seed):
 
 def loss_of(model, reference, scene, out, rewards, flags, old=None):
     """The loss of a batch of groups; the log-probabilities of its decisions, tokens (B, G, T) and flow steps (B, G, S) or
-    None; and what to look at, {name: float}. old: those log-probabilities before the first update."""
+    None; and what to look at, {name: scalar}. old: those log-probabilities before the first update."""
     logits, means = model.replay(scene, out, flags.eta)
     ours = decisions_of(logits, means, out, flags)
     kl = [torch.zeros_like(rewards)] * 2
@@ -373,7 +373,7 @@ def loss_of(model, reference, scene, out, rewards, flags, old=None):
     entropy = (-(p.exp() * p).sum(-1) * said).sum() / said.sum().clamp(min=1)
     look = {"length": said.sum() / said.shape[0], "entropy": entropy, "kl": kl[0].mean(), "kl_flow": kl[1].mean(),
             "mismatch": (ours[0].detach() - out.log_probs).abs().max()}  # fmt: skip
-    return loss, [a if a is None else a.detach() for a in ours], {k: float(v.detach()) for k, v in look.items()}
+    return loss, [a if a is None else a.detach() for a in ours], {k: v.detach() for k, v in look.items()}
 
 
 def step(model, reference, optimisers, scenes, number, known, flags, device, autocast, judge=None):
@@ -405,7 +405,7 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
                 raise FloatingPointError(f"step {number}: loss `{flags.objective}` is {loss.item()}; the last checkpoint is intact")
             (loss / len(groups)).backward()
             for k, v in look.items():
-                line[k] = line.get(k, 0.0) + v / len(groups) / flags.updates
+                line[k] = line.get(k, 0.0) + v.item() / len(groups) / flags.updates
         for (optimiser, full), name in zip(optimisers, ("grad_norm", "grad_norm_expert")):
             params = [p for group in optimiser.param_groups for p in group["params"]]
             line[name] = torch.nn.utils.clip_grad_norm_(params, flags.clip).item()

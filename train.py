@@ -525,7 +525,7 @@ def main():
 def print_plan(flags):
     """The memory of a step with these flags, found out by plan.py."""
     cfg = seen_by(read_config(flags.init) if flags.init else PRESETS[flags.preset], flags)
-    text, size = " word" * (plan.THOUGHT - 2), (1080, 1920)  # NVIDIA's cameras
+    text, size = " word" * 38, (1080, 1920)  # NVIDIA's cameras
     if not cfg.max_pixels:
         texts, size = [data.sentence(cause, world.LEFT) for cause in data.CAUSES], tuple(flags.size)
         text = max(texts, key=len)
@@ -537,25 +537,28 @@ def print_plan(flags):
     params, optimisers = prepare(model, flags)
     for group in optimisers[0][0].param_groups:
         group["foreach"] = flags.plan == "gpu"  # PyTorch's choice there
-    scene = plan.made_up_scene(cfg, 1 if learns_by_trying else flags.batch // flags.accumulate, size, text)
+    piece = max(1, flags.batch // flags.accumulate)
+    scene = plan.made_up_scene(cfg, piece, size, text)
     scene["images"] = fake.from_tensor(scene["images"])
     phases = {"update": lambda: update(params, optimisers, 0, flags)}
     reference = None
     if learns_by_trying:
-        if not flags.lora:
-            reference = plan.model_without_weights(cfg, fake)
-            for p in reference.parameters():
+        if flags.kl:
+            reference = model if flags.lora else plan.model_without_weights(cfg, fake)
+            for p in reference.parameters() if not flags.lora else ():
                 p.data = p.data.to(getattr(torch, flags.dtype))
-        rollouts, learn = autocast(plan.rollouts), autocast(plan.learn_from_rollouts)
-        phases = {"rollouts": lambda: rollouts(model, scene, plan.GROUP),
-                  "losses": lambda: learn(model, scene, plan.GROUP, flags.accumulate, reference)} | phases  # fmt: skip
+        tokens = flags.policy == "tokens"
+        out = plan.made_up_rollout(model, piece, flags.group, flags.max_new_tokens, 0 if tokens else flags.flow_steps)
+        try_out, learn = autocast(plan.last_token), autocast(rl.loss_of)
+        phases = {"rollouts": lambda: try_out(model, scene, flags.group, out.tokens.shape[2]),
+                  "losses": lambda: learn(model, reference, scene, out, torch.zeros(piece, flags.group), flags)[0].backward()} | phases  # fmt: skip
     else:
         lesson, generator = "action" if flags.stage == "action" else "reason", torch.Generator().manual_seed(flags.seed)
         phases = {"losses": lambda: backward(model, scene, lesson, True, flags, generator, autocast)} | phases
-    found = plan.peaks(model, [optimiser for optimiser, _ in optimisers], phases, reference)
+    found = plan.peaks(model, [optimiser for optimiser, _ in optimisers], phases, None if flags.lora else reference)
     print(f"{flags.init or flags.preset}, stage {flags.stage}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{sum(p.numel() for p in params):,} learn; "
-          f"{f'a scene of {plan.GROUP} rollouts' if learns_by_trying else f'{flags.batch // flags.accumulate} scenes'} at a time, "
+          f"{piece} scene{'s' * (piece > 1)}{f' of {flags.group} rollouts' if learns_by_trying else ''} at a time, "
           f"{'bfloat16' if halved else 'float32'}")  # fmt: skip
     print(plan.table(found))
 
