@@ -479,7 +479,7 @@ def add_flags(p):
     add("--beta", type=float, default=2.0, help="sharpness of the paper's weights, and of curation's")
     add("--kl", type=float, default=0.0, help="weight of the KL to the model that the run starts from")
     add("--flow-weight", type=float, default=1.0, help="of the flow's loss beside the reasoning's")
-    add("--expert-lr", type=float, default=1e-4, help="AdamW's learning rate of the expert")
+    add("--expert-lr", type=float, default=5e-5, help="AdamW's learning rate of the expert")
     add("--updates", type=int, default=1, help="updates on a batch of rollouts")
     add("--curate", type=float, default=0.5, help="share of the scenes chosen because rewards and model disagreed on them")
 
