@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import data
 import plan
+import rl
 import train
 import world
 from alpamayo import PRESETS, Alpamayo, Vocabulary, add_adapters, with_words
@@ -53,27 +54,26 @@ def test_a_planned_step_takes_what_pytorch_allocates(monkeypatch, capsys):
     assert total == pytest.approx(most / 2**30, rel=0.1)
 
 
-@pytest.mark.parametrize("rank", (0, 4))
-def test_a_planned_step_of_rl_is_that_of_real_tensors(monkeypatch, capsys, rank):
-    table = planned(monkeypatch, capsys, f"cpu --stage rl --train vlm --lora {rank} --accumulate 3")
+@pytest.mark.parametrize("more", ("--kl 0.1", "--policy tokens --train vlm --lora 4 --kl 0.1", "--policy tokens --checkpointing"))
+def test_a_planned_step_of_rl_is_that_of_real_tensors(monkeypatch, capsys, more):
+    """The same loss of rl.py on tensors that have contents."""
+    more = f"--stage rl --batch 2 --group 3 --max-new-tokens 12 {more}"
+    table = planned(monkeypatch, capsys, "cpu " + more)
     assert table["phases"] == ["rollouts", "losses", "update"]
-    assert ("reference model" in table) == (rank == 0)
-    model = nano()
-    if rank:
-        model.requires_grad_(False)
-        add_adapters(model, rank)
-    reference = None if rank else nano().requires_grad_(False)
-    model.expert.requires_grad_(False)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    scene = plan.made_up_scene(model.cfg, 1, (64, 128), "")
-    found = plan.peaks(model, [optimiser], {
-        "rollouts": lambda: plan.rollouts(model, scene, plan.GROUP),
-        "losses": lambda: plan.learn_from_rollouts(model, scene, plan.GROUP, 3, reference),
-        "update": lambda: (optimiser.step(), optimiser.zero_grad()),
-    }, reference)  # fmt: skip
+    assert ("reference model" in table) == ("--kl" in more and "--lora" not in more)
+    monkeypatch.setattr(sys, "argv", ["train.py", *more.split()])
+    flags, model = train.parse_flags(), nano()
+    params, optimisers = train.prepare(model, flags)
+    reference = (model if flags.lora else nano().requires_grad_(False)) if flags.kl else None
+    scene = plan.made_up_scene(model.cfg, 2, (64, 128), "")
+    out = plan.made_up_rollout(model, 2, 3, 12, 0 if flags.policy == "tokens" else flags.flow_steps)
+    found = plan.peaks(model, [optimiser for optimiser, _ in optimisers], {
+        "rollouts": lambda: plan.last_token(model, scene, 3, out.tokens.shape[2]),
+        "losses": lambda: rl.loss_of(model, reference, scene, out, torch.zeros(2, 3), flags)[0].backward(),
+        "update": lambda: train.update(params, optimisers, 0, flags),
+    }, None if flags.lora else reference)  # fmt: skip
     for i, phase in enumerate(("rollouts", "losses")):
-        assert table["keys and values"][i] == pytest.approx(found[phase]["keys and values"] / 2**30, rel=0.02, abs=6e-4)
-        assert table["activations"][i] == pytest.approx(found[phase]["activations"] / 2**30, rel=0.02, abs=6e-4)
+        assert table["total"][i] == pytest.approx(found[phase].total() / 2**30, rel=0.02, abs=6e-4)
 
 
 def test_what_saves_memory_saves_it(monkeypatch, capsys):
