@@ -968,7 +968,7 @@ def flow_step(x, velocity, t, dt, eta=0.0):
     the last step, to s = 1, is always Euler's."""
     s, a = t + dt, eta * math.pi / 2
     mean = x + dt * velocity - (1 - s) * (1 - math.cos(a)) * (x - t * velocity)
-    return mean, max(1 - s, 0.0) * math.sin(a)
+    return mean, (1 - s) * math.sin(a) if 1 - s > 1e-9 else 0.0
 
 
 def gaussian_log_prob(x, mean, std):
@@ -1372,7 +1372,8 @@ class Alpamayo(nn.Module):
 
     def replay(self, scene, rollout, eta=0.0):
         """The passes of a Rollout once more, all at once and with gradients: logits (N, T, vocab) of its tokens (what may
-        not be said is barred, as in sample) and the means (steps, N, 64, 2) of its flow's steps, see flow_step.
+        not be said is barred, as in sample); the means (steps, N, 64, 2) of its flow's steps, or None where it has none, and
+        a list of their standard deviations, see flow_step.
 
         The prompt is read once, the n samples' tokens stand behind it side by side. No gradient of the expert reaches the
         language model, as in `forward`. ValueError where reasoning reads only a share of the cache (retrieve < 1)."""
@@ -1396,11 +1397,11 @@ class Alpamayo(nn.Module):
             y = torch.cat([x[:, -1:].repeat_interleave(n, 0), y[:, :-1]], 1)  # what each token was predicted from
             driving = torch.arange(T, device=device) >= length[:, None]
             logits = self.allowed(self.vlm.lm_head(y).float(), driving)
-        past, steps, means = self.expert_past(prompt, tail, length), len(rollout.flow) - 1, []
+        past, steps, flow = self.expert_past(prompt, tail, length), len(rollout.flow) - 1, []
         for i, x in enumerate(rollout.flow[:-1].flatten(1, 2)):
             t = torch.full((N,), i / steps, device=device)
-            means.append(flow_step(x, self.velocity(x, t, past, start + length), i / steps, 1 / steps, eta)[0])
-        return logits, torch.stack(means) if means else None
+            flow.append(flow_step(x, self.velocity(x, t, past, start + length), i / steps, 1 / steps, eta))
+        return logits, torch.stack([mean for mean, _ in flow]) if flow else None, [std for _, std in flow]
 
 
 def retrieve(k, v, salience, where, share):

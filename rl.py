@@ -40,6 +40,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ from tqdm import tqdm
 
 import data
 import world
-from alpamayo import DT, HORIZON, Alpamayo, gaussian_log_prob, token_log_probs, without_adapters, yaw_of
+from alpamayo import DT, HORIZON, Alpamayo, Rollout, gaussian_log_prob, token_log_probs, without_adapters, yaw_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rewards (Sec. 5.3.2). The paper gives no weights; these and the thresholds below are ours, chosen in our world.
@@ -281,31 +282,28 @@ def clipped_objective(log_probs, old, kl, rewards, kl_weight, low=0.2, high=0.28
     return -(torch.where(old == 0, 0, surrogate).sum(2) - kl_weight * kl).mean()
 
 
-def decisions_of(logits, means, out, flags):
-    """What the policy decided in a Rollout, from `replay`: log-probabilities (B, G, K) of its tokens, and of its flow's
-    random steps (B, G, S), or None."""
+def decisions_of(replayed, out, flags):
+    """What the policy decided in a Rollout, from its `replay`: log-probabilities (B, G, T) of its tokens, and (B, G, S) of
+    those steps of its flow that are random, or None."""
+    logits, means, stds = replayed
     B, G = out.tokens.shape[:2]
     said = out.log_probs != 0  # neither padding nor what had no alternative
     tokens = token_log_probs(logits, out.tokens.flatten(0, 1), flags.temperature, flags.top_p).view(B, G, -1) * said
-    if means is None:
-        return tokens, None
-    steps = len(means)
-    std = lambda i: (1 - (i + 1) / steps) * math.sin(flags.eta * math.pi / 2)  # of flow_step
-    flow = [gaussian_log_prob(out.flow[i + 1].flatten(0, 1), means[i], std(i)) for i in range(steps - 1)]
-    return tokens, torch.stack(flow, -1).view(B, G, -1) if flow and flags.eta else None
+    flow = [gaussian_log_prob(out.flow[i + 1].flatten(0, 1), means[i], std) for i, std in enumerate(stds) if std]
+    return tokens, torch.stack(flow, -1).view(B, G, -1) if flow else None
 
 
-def kl_of(logits, means, its_logits, its_means, out, flags):
-    """KL[pi || pi_SFT] of the tokens, exact at each, and of the flow's steps, in nats, (B, G) each."""
-    B, G = out.tokens.shape[:2]
+def kl_of(replayed, reference, out):
+    """KL[pi || pi_SFT] in nats, (B, G) each: of the tokens, exact at each that was said, and of the flow's random steps,
+    Gaussians of one variance. From the two models' `replay`."""
+    (logits, means, stds), (its_logits, its_means, _) = replayed, reference
     said = (out.log_probs != 0).flatten(0, 1)
-    ours, theirs = (a.log_softmax(-1) for a in (logits, its_logits))
-    tokens = ((ours.exp() * (ours - theirs)).sum(-1) * said).sum(1).view(B, G)
-    if means is None:
-        return tokens, torch.zeros_like(tokens)
-    steps, share = len(means), math.sin(flags.eta * math.pi / 2)
-    flow = sum(((means[i] - its_means[i]) / ((1 - (i + 1) / steps) * share)).square().sum((1, 2)) / 2 for i in range(steps - 1))
-    return tokens, flow.view(B, G)
+    ours, theirs = logits.log_softmax(-1), its_logits.log_softmax(-1)
+    tokens = ((ours.exp() * (ours - theirs)).sum(-1) * said).sum(1)  # (N,)
+    flow = torch.zeros_like(tokens)
+    for i, std in enumerate(stds):
+        flow = flow + ((means[i] - its_means[i]) / std).square().sum((1, 2)) / 2 if std else flow
+    return tokens.view(out.tokens.shape[:2]), flow.view(out.tokens.shape[:2])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -352,13 +350,12 @@ def try_out(model, scene, flags, seed):
 def loss_of(model, reference, scene, out, rewards, flags, old=None):
     """The loss of a batch of groups; the log-probabilities of its decisions, tokens (B, G, T) and flow steps (B, G, S) or
     None; and what to look at, {name: scalar}. old: those log-probabilities before the first update."""
-    logits, means = model.replay(scene, out, flags.eta)
-    ours = decisions_of(logits, means, out, flags)
-    kl = [torch.zeros_like(rewards)] * 2
+    replayed = model.replay(scene, out, flags.eta)
+    ours, kl = decisions_of(replayed, out, flags), [torch.zeros_like(rewards)] * 2
     if reference:
         with torch.no_grad(), without_adapters(reference):
             its = reference.replay(scene, out, flags.eta)
-        kl = kl_of(logits, means, *its, out, flags)
+        kl = kl_of(replayed, its, out)
     loss = 0.0
     for k, weight in enumerate((1.0, flags.flow_weight)):
         if ours[k] is None:
@@ -369,11 +366,20 @@ def loss_of(model, reference, scene, out, rewards, flags, old=None):
             one = clipped_objective(ours[k], (old or ours)[k].detach(), kl[k], rewards, flags.kl)
         loss = loss + weight * one
     said = (out.log_probs != 0).flatten(0, 1)
-    p = (logits.detach() / (flags.temperature or 1.0)).log_softmax(-1)
+    p = (replayed[0].detach() / flags.temperature).log_softmax(-1)
     entropy = (-(p.exp() * p).sum(-1) * said).sum() / said.sum().clamp(min=1)
     look = {"length": said.sum() / said.shape[0], "entropy": entropy, "kl": kl[0].mean(), "kl_flow": kl[1].mean(),
             "mismatch": (ours[0].detach() - out.log_probs).abs().max()}  # fmt: skip
     return loss, [a if a is None else a.detach() for a in ours], {k: v.detach() for k, v in look.items()}
+
+
+class Groups(NamedTuple):
+    """Some scenes of a step, what was tried out in them, and what came of it."""
+
+    scene: dict
+    out: Rollout
+    parts: dict  # of `rewards_of`, (B, G) each
+    divergence: torch.Tensor  # (B,)
 
 
 def step(model, reference, optimisers, scenes, number, known, flags, device, autocast, judge=None):
@@ -381,51 +387,57 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
     what the log says of it."""
     model.cfg.reasoning = "on"
     numbers, drawn = choose(known, number, len(scenes), flags)
-    piece, line, groups = max(1, len(numbers) // flags.accumulate), {}, []
-    for i in range(0, len(numbers), piece):  # seeds of the rollouts are a function of run, step and piece
-        part = numbers[i : i + piece]
-        scene = {k: v.to(device) if torch.is_tensor(v) else v for k, v in scenes.batch(part).items()}
-        with autocast:
+    piece, pieces = max(1, len(numbers) // flags.accumulate), []
+    for i in range(0, len(numbers), piece):
+        some = numbers[i : i + piece]
+        scene = {k: v.to(device) if torch.is_tensor(v) else v for k, v in scenes.batch(some).items()}
+        with autocast:  # the seed is a function of run, step and piece
             out = try_out(model, scene, flags, seed=(flags.seed * 1_000_003 + number) * 1_003 + i)
-        parts = rewards_of(scene, out, scenes, part, flags, judge)
+        parts = rewards_of(scene, out, scenes, some, flags, judge)
         for name, value in parts.items():
-            if not value.isfinite().all():
-                raise FloatingPointError(f"step {number}: reward `{name}` is not finite; the last checkpoint is intact")
-        rewards = parts["total"].to(device)
-        divergences = divergence(out.log_probs.sum(2), rewards, flags.beta).cpu()
-        known[part] = divergences
-        groups.append((scene, out, rewards, parts, divergences))
-    for update in range(flags.updates):
-        for i, (scene, out, rewards, *_) in enumerate(groups):
+            expect_finite(number, f"reward `{name}`", value)
+        pieces.append(Groups(scene, out, parts, divergence(out.log_probs.sum(2).cpu(), parts["total"], flags.beta)))
+        known[some] = pieces[-1].divergence
+
+    line, old = {"step": number + 1, "stage": "rl"}, [None] * len(pieces)
+    for _ in range(flags.updates):
+        for i, groups in enumerate(pieces):
+            rewards = groups.parts["total"].to(device)
             with autocast:
-                loss, decided, look = loss_of(model, reference, scene, out, rewards, flags, None if update == 0 else line["old"][i])
-            if update == 0:
-                line.setdefault("old", []).append(decided)
-            if not loss.isfinite():
-                raise FloatingPointError(f"step {number}: loss `{flags.objective}` is {loss.item()}; the last checkpoint is intact")
-            (loss / len(groups)).backward()
-            for k, v in look.items():
-                line[k] = line.get(k, 0.0) + v.item() / len(groups) / flags.updates
+                loss, decided, look = loss_of(model, reference, groups.scene, groups.out, rewards, flags, old[i])
+            expect_finite(number, f"loss `{flags.objective}`", loss)
+            old[i] = old[i] or decided
+            (loss / len(pieces)).backward()
+            for name, value in look.items():
+                line[name] = line.get(name, 0.0) + value.item() / len(pieces) / flags.updates
         for (optimiser, full), name in zip(optimisers, ("grad_norm", "grad_norm_expert")):
             params = [p for group in optimiser.param_groups for p in group["params"]]
-            line[name] = torch.nn.utils.clip_grad_norm_(params, flags.clip).item()
-            if not math.isfinite(line[name]):
-                raise FloatingPointError(f"step {number}: `{name}` is {line[name]}; the last checkpoint is intact")
+            norm = torch.nn.utils.clip_grad_norm_(params, flags.clip)
+            expect_finite(number, f"`{name}`", norm)
+            line[name] = norm.item()
             for group in optimiser.param_groups:
                 group["lr"] = full * min(1.0, (number + 1) / max(flags.warmup, 1))
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-    line.pop("old")
-    line |= {"step": number + 1, "stage": "rl", "tokens": float(sum(out.tokens.numel() for _, out, *_ in groups))}
-    for name in groups[0][3]:
-        values = torch.cat([parts[name] for *_, parts, _ in groups])
-        line[name] = values.mean().item()
-        line[name + "_spread"] = values.std(1).mean().item()  # within a group: what there is to learn from
-    line["silent"] = (torch.cat([rewards for _, _, rewards, _, _ in groups]).std(1) < 1e-3).float().mean().item()
-    line["one_text"] = np.mean([len(set(texts)) == 1 for _, out, *_ in groups for texts in out.reasoning])
-    divergences = torch.cat([d for *_, d in groups])
-    line["divergence_chosen"] = divergences[:drawn].mean().item() if drawn else None
-    line["divergence_random"] = divergences[drawn:].mean().item() if drawn < len(divergences) else None
+    return line | summary(pieces, drawn)
+
+
+def expect_finite(number, what, value):
+    if not value.isfinite().all():
+        raise FloatingPointError(f"step {number}: {what} is not finite; the last checkpoint is intact")
+
+
+def summary(pieces, drawn):
+    """What the log says of a step's groups, of which the first `drawn` scenes were drawn by their divergence."""
+    line = {"tokens": float(sum(groups.out.tokens.numel() for groups in pieces))}
+    for name in pieces[0].parts:
+        values = torch.cat([groups.parts[name] for groups in pieces])
+        line[name], line[name + "_spread"] = values.mean().item(), values.std(1).mean().item()  # within a group: what can teach
+    line["silent"] = (torch.cat([groups.parts["total"] for groups in pieces]).std(1) < 1e-3).float().mean().item()
+    line["one_text"] = np.mean([len(set(texts)) == 1 for groups in pieces for texts in groups.out.reasoning])
+    divergences = torch.cat([groups.divergence for groups in pieces])
+    for name, some in (("chosen", divergences[:drawn]), ("random", divergences[drawn:])):
+        line[f"divergence_{name}"] = some.mean().item() if len(some) else None
     return line
 
 

@@ -78,7 +78,7 @@ def test_the_update_sees_the_probabilities_that_were_drawn_from(scene, decode, t
     model = tiny()
     with torch.no_grad():
         out = model.sample(scene, 5, temperature, top_p, steps=2, max_new_tokens=9, seed=1, decode=decode)
-        logits, _ = model.replay(scene, out)
+        logits, *_ = model.replay(scene, out)
     tokens = out.tokens.flatten(0, 1)
     vocab, ends = model.vocabulary, (tokens == model.vocabulary["traj_future_start"]).int().argmax(1) + 1
     assert ends.unique().numel() > 1  # thoughts of several lengths, side by side
@@ -110,10 +110,11 @@ def test_the_nucleus_is_where_tokens_were_drawn_from():
 
 def test_a_step_without_noise_is_eulers():
     x, v = torch.randn(3, 64, 2), torch.randn(3, 64, 2)
+    assert all(flow_step(x, v, (n - 1) / n, 1 / n, 0.7)[1] == 0 for n in range(1, 50))  # the last step never has any
     for i in range(5):
         mean, std = flow_step(x, v, i / 5, 1 / 5, 0.0)
         assert torch.equal(mean, x + 1 / 5 * v) and std == 0
-    assert flow_step(x, v, 0.8, 0.2, 0.7)[1] == 0 or flow_step(x, v, 0.8, 0.2, 0.7)[1] < 1e-12  # the last one never has any
+        assert flow_step(x, v, i / 5, 1 / 5, 0.7)[1] == pytest.approx((1 - (i + 1) / 5) * math.sin(0.35 * math.pi), abs=1e-12)
 
 
 def test_sampling_without_noise_in_its_steps_is_the_sampler(scene):
@@ -145,9 +146,9 @@ def test_gradient_of_the_flows_log_probability(scene):
         out.flow += 0.05 * torch.randn_like(out.flow)  # any path will do
 
     def log_prob():
-        _, means = model.replay(scene, out, 0.6)
-        return sum(gaussian_log_prob(out.flow[i + 1].flatten(0, 1), means[i], flow_step(out.flow[i], out.flow[i], i / 3, 1 / 3, 0.6)[1]).sum()
-                   for i in range(2))  # fmt: skip
+        _, means, stds = model.replay(scene, out, 0.6)
+        assert [std > 0 for std in stds] == [True, True, False]  # the last step is Euler's
+        return sum(gaussian_log_prob(out.flow[i + 1].flatten(0, 1), means[i], stds[i]).sum() for i in range(2))
 
     log_prob().backward()
     checked = 0
@@ -182,8 +183,7 @@ def test_an_update_makes_the_better_rollout_likelier(scene, policy, objective):
 
     def probabilities():
         with torch.no_grad():
-            logits, means = model.replay(scene, out, flags.eta)
-            tokens, flow = rl.decisions_of(logits, means, out, flags)
+            tokens, flow = rl.decisions_of(model.replay(scene, out, flags.eta), out, flags)
         return tokens.sum(2), flow.sum(2) if flow is not None else None
 
     before, old = probabilities(), None
