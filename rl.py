@@ -538,7 +538,8 @@ def draw_curves(log, file):
         smooth = [values[max(0, i - 9) : i + 1].mean() for i in range(len(values))]
         ax.plot(steps, values, color="#8b919c", alpha=0.35, linewidth=1)
         ax.plot(steps, smooth, color="#8b919c", linewidth=2, label="rollouts, mean of 10 steps")
-        held = [(line["step"], line["val"][name]) for line in lines if name in line.get("val", {})]
+        held = [(0, lines[0]["before"][name])] if name in lines[0].get("before", {}) else []
+        held += [(line["step"], line["val"][name]) for line in lines if name in line.get("val", {})]
         if held:
             ax.plot(*zip(*held), color="#ff5a1f", marker="o", markersize=4, label="held out, likeliest")
         ax.set_title(title, loc="left", fontsize=11)

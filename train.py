@@ -485,7 +485,12 @@ def main():
 
     for step in range(first, flags.steps):
         if flags.stage == "rl":
-            line = rl.step(model, reference, optimisers, train, step, known, flags, device, autocast, judge)
+            before = {}
+            if step == 0:
+                with autocast:
+                    before["before"] = rl.validate(model, val, flags, judge)
+                bar.write("before      validation: " + "  ".join(f"{k} {v:.3f}" for k, v in before["before"].items()))
+            line = rl.step(model, reference, optimisers, train, step, known, flags, device, autocast, judge) | before
             bar.write(rl.line_of(line))
         else:
             line = supervised_step(model, params, optimisers, train, step, flags, rank, world_size, device, autocast)
