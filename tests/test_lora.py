@@ -20,7 +20,7 @@ SWITCHES = dict(planes=(6, 6, 2), planes_patch=(3, 3, 2), flex_tokens=6)
 
 def make(seed=0, **switches):
     """A nano whose every matrix is random, so that no path of gradients is shut at first."""
-    cfg = with_words(replace(PRESETS["nano"], **SWITCHES | switches), ["Stop at the line"])
+    cfg = with_words(replace(PRESETS["nano"], **SWITCHES | switches), ["Stop at the line", *data.ROUTES.values()])
     model = Alpamayo(cfg, Vocabulary(cfg))
     generator = torch.Generator().manual_seed(seed)
     model.init_weights(generator)
