@@ -468,7 +468,7 @@ def likeliest(model, scenes, count, flags, judge=None):
 
 START = 100_000  # the first scene of a split that is tried out; validation and tables take the first ones
 # What train.py's own flags are in stage rl where they are not given.
-DEFAULTS = dict(scenes=1000, steps=150, batch=16, lr=1e-4, warmup=5, val_every=25, save_every=25)
+DEFAULTS = dict(scenes=1000, steps=100, batch=16, lr=1e-4, warmup=5, val_every=25, save_every=25)
 
 
 def add_flags(p):
