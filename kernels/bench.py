@@ -26,6 +26,7 @@ from kernels import pruned_attention, salience
 
 # What a copy and a large bf16 product reach on an H200, bytes/s and operations/s: for floors where there is no GPU.
 H200 = 4.3e12, 788e12
+UNPRUNED = "SDPA, nothing pruned"  # what pruning is to be faster than; it has another answer
 CHIPS = (80, 90, 100, 120)  # A100; H100 and H200; B200; RTX 5090 and RTX PRO 6000
 SHAPES = {"release": (16, 720, 16, 72), "nano": (8, 32, 4, 24)}  # images of a scene, patches of an image, heads, d
 
@@ -88,7 +89,7 @@ def attention_cases(name, images, patches, H, d):
         kept = [a[rows] for a in (q, k, v)]
         dense = [a.view(images, patches, H, d).transpose(1, 2) for a in (q, k, v)]
         found = {
-            "SDPA, all patches": lambda: F.scaled_dot_product_attention(*dense).transpose(1, 2).reshape(-1, H, d)[rows],
+            UNPRUNED: lambda: F.scaled_dot_product_attention(*dense).transpose(1, 2).reshape(-1, H, d)[rows],
             "SDPA, image by image": lambda: pruned_attention.specification(*kept, offsets, patches),
         }
         if q.is_cuda:
@@ -122,7 +123,7 @@ def attention_cases(name, images, patches, H, d):
         yield Case("pruned_attention", shape, 2 * 2 * d * pairs, 4 * vector, lambda *a, keep=keep: forward(*a, keep))
         # 2 products forward, 5 backward; q, k, v, out, and again with grad, and their gradients, of all rows
         traffic = 9 * vector + 3 * 2 * images * patches * H * d
-        yield Case("  and backward", shape, 7 * 2 * d * pairs, traffic, lambda *a, keep=keep: both(*a, keep))
+        yield Case("and its gradients", shape, 7 * 2 * d * pairs, traffic, lambda *a, keep=keep: both(*a, keep))
 
 
 CASES = (salience_cases, attention_cases)
@@ -145,12 +146,12 @@ def floor(case, ceiling):
 
 
 def measure(case, device, clock, dtype=torch.bfloat16):
-    """Seconds of ours and of the others, and the largest errors of each, relative to the largest number."""
+    """Seconds of ours and of the others, and the largest error of each, relative to the largest number."""
     ours, others, truth = case.make(device, dtype)
     truth, result = truth(), {}
     for name, f in {"ours": ours, **others}.items():
-        error = (f().double() - truth).abs().max() / truth.abs().max()
-        result[name] = dict(error=float(error), seconds=clock(f))
+        error = float((f().double() - truth).abs().max() / truth.abs().max())
+        result[name] = dict(error=None if name == UNPRUNED else error, seconds=clock(f))
     return result
 
 
@@ -170,8 +171,9 @@ def on_gpu(cases, device):
             s = r["seconds"]
             rates = f"{case.operations / s / 1e12:9.1f}{case.traffic / s / 1e12:7.2f}{s / least:9.2f}"
             head = f"{case.kernel:18}{case.shape:26}" if name == "ours" else f"{'':20}{name:24}"
-            print(f"{head}{s * 1e3:9.4f}{r['error']:9.1e}{rates}{s / result['ours']['seconds']:8.2f}", flush=True)
-        rows.append(dict(kernel=case.kernel.strip(), shape=case.shape, floor=least, **result))
+            error = "-" if r["error"] is None else f"{r['error']:.1e}"
+            print(f"{head}{s * 1e3:9.4f}{error:>9}{rates}{s / result['ours']['seconds']:8.2f}", flush=True)
+        rows.append(dict(kernel=case.kernel, shape=case.shape, floor=least, **result))
     return rows
 
 
@@ -188,7 +190,7 @@ def analytic(cases):
         least, by = floor(case, H200)
         counted = f"{case.operations / 1e9:10.3f}{case.traffic / 1e6:9.2f}{least * 1e6:11.2f} {by}"
         print(f"{case.kernel:18}{case.shape:26}{counted}")
-        rows.append(dict(kernel=case.kernel.strip(), shape=case.shape, floor=least))
+        rows.append(dict(kernel=case.kernel, shape=case.shape, floor=least))
     return rows
 
 
@@ -207,12 +209,10 @@ def compile_report(cases):
             with compiling(chip) as builds:
                 case.make("cpu", torch.bfloat16)[0]()
             for b in builds:
-                key = b.kernel, chip, b.registers, b.shared, case.shape.split(",")[0]
-                if key in seen:  # as at another shape
+                if b.sass in seen:  # the same at another shape
                     continue
-                seen.add(key)
-                of = f"{case.kernel.strip()}.{b.kernel}" if b.kernel == "forward" else b.kernel
-                print(f"{of:24}{case.shape:20}{b.chip:6}{b.registers:11}{b.spilled:9}{b.shared / 1024:12.1f}"
+                seen.add(b.sass)
+                print(f"{b.kernel:18}{case.shape:26}{b.chip:6}{b.registers:11}{b.spilled:9}{b.shared / 1024:12.1f}"
                       f"{f'{b.blocks} x {b.warps}':>16}  {b.instructions[b.matrix()]} {b.matrix()}", flush=True)  # fmt: skip
                 rows.append(dict(kernel=b.kernel, shape=case.shape, chip=b.chip, registers=b.registers, spilled=b.spilled,
                                  shared=b.shared, blocks=b.blocks, warps=b.warps, matrix=b.matrix()))  # fmt: skip

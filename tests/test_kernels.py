@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from cpu_triton import compiling, poisoned, programs  # noqa: E402
 
 import kernels  # noqa: E402
-from kernels import pruned_attention, salience, tiles  # noqa: E402
+from kernels import bench, pruned_attention, salience, tiles  # noqa: E402
 
 # Relative to the reference's norm. 16-bit: inputs are exact, weights and outputs are rounded.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -152,7 +152,7 @@ def check_attention(counts, dropped, H, d, dtype):
     assert y.dtype == dqkv.dtype == dtype
     close(y, expected, TOLERANCE[dtype])
     for i in range(3):
-        close(dqkv[:, i], dexpected[:, i], TOLERANCE[dtype] * 1.5, least=0.05 * dexpected.norm())  # dQ of one patch is 0
+        close(dqkv[:, i], dexpected[:, i], TOLERANCE[dtype] * 1.5, least=0.3 * dexpected.norm())  # one patch has dQ = dK = 0
     gone = torch.ones(T, dtype=torch.bool).index_fill(0, which, False)
     assert (dqkv[gone] == 0).all()
     by_specification = pruned_attention.specification(*exact.unbind(1), offsets, max(counts), rows)
@@ -226,6 +226,20 @@ def test_compiled_model():
     torch.testing.assert_close(compiled, plain)
     a, b = (torch.autograd.grad(y.sum(), qkv)[0] for y in (compiled, plain))
     torch.testing.assert_close(a, b)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The bench
+
+
+def test_bench():
+    """What it would do with a GPU, but for the clock: every case of a small shape computes what it says it computes."""
+    for cases in bench.CASES:
+        for case in cases("small", 3, 20, 2, 24):
+            result = bench.measure(case, torch.device(DEVICE), lambda f: 1e-3)
+            errors = {name: r["error"] for name, r in result.items() if name != bench.UNPRUNED}
+            assert len(errors) >= 2 and max(errors.values()) < 2e-2, (case, errors)
+            assert bench.floor(case, (1e12, 1e30)) == (case.traffic / 1e12, "memory")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
