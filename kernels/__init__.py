@@ -33,7 +33,7 @@ _choice, _said = None, set()
 
 
 def use(choice):
-    """Choose for the whole program: auto, torch or triton. What torch.compile has compiled keeps what it was compiled with."""
+    """Choose for the whole program: auto, torch or triton. What torch.compile has compiled already stays as it is."""
     global _choice
     if choice not in CHOICES:
         raise ValueError(f"ALPAMAYO_KERNELS: expected auto, torch or triton, not {choice!r}")
@@ -49,7 +49,7 @@ def capability(device):
 
 @torch.compiler.assume_constant_result  # torch.compile asks once, while it traces
 def by_hand(device, dtype):
-    """Whether Triton, and not PyTorch, works on tensors of this device and dtype; says so on stderr when it first decides."""
+    """Whether Triton, and not PyTorch, works on tensors of this device and dtype; tells so on stderr, once."""
     if _choice is None:
         use(os.environ.get("ALPAMAYO_KERNELS", "auto"))
     here = device.type in devices and (device.type != "cuda" or torch.version.hip is None and capability(device) >= 80)

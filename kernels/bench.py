@@ -83,7 +83,8 @@ def attention_cases(name, images, patches, H, d):
         qkv = qkv.detach()
         q, k, v = qkv.unbind(1)
         ours = lambda: pruned_attention.pruned_attention(q, k, v, offsets, patches, rows)
-        return ours, others(q, k, v, offsets, rows, counts), exact(pruned_attention.specification, q, k, v, offsets, patches, rows)
+        truth = exact(pruned_attention.specification, q, k, v, offsets, patches, rows)
+        return ours, others(q, k, v, offsets, rows, counts), truth
 
     def others(q, k, v, offsets, rows, counts):
         kept = [a[rows] for a in (q, k, v)]
@@ -213,7 +214,7 @@ def compile_report(cases):
                     continue
                 seen.add(b.sass)
                 print(f"{b.kernel:18}{case.shape:26}{b.chip:6}{b.registers:11}{b.spilled:9}{b.shared / 1024:12.1f}"
-                      f"{f'{b.blocks} x {b.warps}':>16}  {b.instructions[b.matrix()]} {b.matrix()}", flush=True)  # fmt: skip
+                      f"{b.blocks:12} x {b.warps}  {b.instructions[b.matrix()]} {b.matrix()}", flush=True)  # fmt: skip
                 rows.append(dict(kernel=b.kernel, shape=case.shape, chip=b.chip, registers=b.registers, spilled=b.spilled,
                                  shared=b.shared, blocks=b.blocks, warps=b.warps, matrix=b.matrix()))  # fmt: skip
     return rows

@@ -14,7 +14,8 @@ their gradients there), rather than from a copy.
 The softmax is streamed as in FlashAttention-2 (arXiv 2307.08691), whose names and equations the backward pass keeps. With
 S = q k^T / sqrt(d), P = softmax(S), O = P V and dO the gradient of O:
 
-    dV = P^T dO      dP = dO V^T      dS = P * (dP - D),  D = row sums of dO * O      dQ = dS K / sqrt(d)      dK = dS^T Q / sqrt(d)
+    dV = P^T dO      dP = dO V^T      dS = P * (dP - D),  D = row sums of dO * O
+    dQ = dS K / sqrt(d)      dK = dS^T Q / sqrt(d)
 
 P is not kept but computed again from the logarithm of each row's sum of exponentials (Lse).
 """
@@ -27,8 +28,8 @@ from kernels import by_hand, capability, tiles, tl, triton
 
 
 def specification(q, k, v, offsets, longest, rows=None):
-    """q, k, v (T, H, d); image i has the kept patches offsets[i] to offsets[i + 1], at most `longest`, of R in all; kept patch
-    r is row rows[r], all different, or row r. Returns (R, H, d)."""
+    """q, k, v (T, H, d); image i has the kept patches offsets[i] to offsets[i + 1], at most `longest`, of R in all; kept
+    patch r is row rows[r], all different, or row r. Returns (R, H, d)."""
     if rows is not None:
         q, k, v = q[rows], k[rows], v[rows]
     counts = offsets.diff().tolist()
@@ -175,7 +176,8 @@ def launch(kernel, itemsize, chip):
         return dict(BQ=64, BK=64, num_warps=4, num_stages=3)
     if 90 <= chip < 120:
         return dict(BQ=64, BK=64, num_warps=4, num_stages=2)
-    return dict(BQ=64, BK=32, num_warps=4, num_stages=2) if kernel is backward_queries else dict(BQ=16, BK=64, num_warps=4, num_stages=2)
+    size = dict(BQ=64, BK=32) if kernel is backward_queries else dict(BQ=16, BK=64)
+    return dict(**size, num_warps=4, num_stages=2)
 
 
 def arguments(q, k, v, longest):
@@ -183,8 +185,8 @@ def arguments(q, k, v, longest):
     (q, *q_strides), (k, *k_strides), (v, *v_strides) = map(tiles.in_vectors, (q, k, v))
     _, H, d = q.shape
     D0, D1 = tiles.parts(d)
-    padded = triton.cdiv(longest, BLOCK) * BLOCK
-    return (q, k, v), (padded, math.log2(math.e) * d**-0.5, *q_strides, *k_strides, *v_strides), dict(H=H, D=d, D0=D0, D1=D1)
+    sizes = triton.cdiv(longest, BLOCK) * BLOCK, math.log2(math.e) * d**-0.5, *q_strides, *k_strides, *v_strides
+    return (q, k, v), sizes, dict(H=H, D=d, D0=D0, D1=D1)
 
 
 @torch.library.custom_op("alpamayo::pruned_attention", mutates_args=())
@@ -197,7 +199,8 @@ def by_kernel(
     out, lse = q.new_empty(R, H, d), q.new_empty(images, H, sizes[0], dtype=torch.float32)
     if R:
         options = launch(forward, q.element_size(), capability(q.device))
-        forward[triton.cdiv(lse.shape[2], options["BQ"]), H, images](q, k, v, out, lse, offsets, rows, *sizes, **known, **options)
+        grid = triton.cdiv(lse.shape[2], options["BQ"]), H, images
+        forward[grid](q, k, v, out, lse, offsets, rows, *sizes, **known, **options)
     return out, lse
 
 

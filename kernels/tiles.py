@@ -41,7 +41,7 @@ def in_vectors(x):
 
 @triton.jit
 def load(X, vector, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """The vectors of the numbers `vector` (n,) of X, zero where not ok (n,) and beyond their end: tiles (n, D0), (n, D1)."""
+    """Vectors of X by their numbers `vector` (n,), zero where not ok (n,) and beyond d: tiles (n, D0), (n, D1)."""
     at = X + vector.to(tl.int64)[:, None] * D  # (n, 1)
     i = tl.arange(0, D0)[None, :]
     x0 = tl.load(at + i, mask=ok[:, None] if D0 <= D else ok[:, None] & (i < D), other=0.0)

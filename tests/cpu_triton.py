@@ -69,12 +69,12 @@ def in_float32(method):
 
 
 def cast(method):
-    def wrapped(self, x, dtype, *rounding):
+    def wrapped(self, x, dtype):
         if is_bf16(x) and dtype.scalar != tl.bfloat16:
-            return widen(x) if dtype.scalar == tl.float32 else method(self, widen(x), dtype, *rounding)
+            return widen(x) if dtype.scalar == tl.float32 else method(self, widen(x), dtype)
         if dtype.scalar == tl.bfloat16 and not is_bf16(x):
             return narrow(x)
-        return method(self, x, dtype, *rounding)
+        return method(self, x, dtype)
 
     return wrapped
 
@@ -246,7 +246,11 @@ def compiling(chip):
 def build(kernel, chip, grid, args, kwargs):
     target = GPUTarget("cuda", chip, 32)
     triton.runtime.driver.set_active(
-        SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: chip, get_current_stream=lambda device: 0)
+        SimpleNamespace(
+            get_current_target=lambda: target,
+            get_current_device=lambda: chip,
+            get_current_stream=lambda device: 0,
+        )
     )
     made = run_on_device(kernel, *args, grid=grid, warmup=True, **kwargs)
     if made.hash in known:
@@ -311,8 +315,8 @@ def install():
     for name, put_right in (
         ("binary_op", in_float32), ("unary_op", in_float32), ("ternary_op", in_float32), ("create_fma", in_float32),
         ("create_erf", in_float32), ("create_rsqrt", in_float32), ("create_dot", dot), ("cast_impl", cast),
-        ("create_fp_to_fp", cast), ("create_masked_load", load), ("create_masked_store", store),
-        ("create_atomic_rmw", atomic), ("set_grid_dim", lay_out), ("set_grid_idx", take_place),
+        ("create_masked_load", load), ("create_masked_store", store), ("create_atomic_rmw", atomic),
+        ("set_grid_dim", lay_out), ("set_grid_idx", take_place),
     ):  # fmt: skip
         setattr(B, name, put_right(getattr(B, name)))
     B.get_bf16 = lambda self, value: narrow(TensorHandle(np.array([value], np.float32), tl.float32))

@@ -1,5 +1,5 @@
 """
-The tool that the kernels' tests stand on: what the interpreter computes, what it refuses, what is read off a compiled kernel.
+The tool that the kernels' tests stand on: what it computes, what it refuses, what it reads off a compiled kernel.
 
     python -m pytest tests/test_cpu_triton.py
 """
@@ -48,7 +48,7 @@ def square(x):
 def product(A, B, Out, Norm, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     at = i[:, None] * BLOCK + i[None, :]
-    y = tl.dot(tl.load(A + at), tl.trans(tl.load(B + at)))
+    y = tl.dot(tl.load(A + at), tl.trans(tl.load(B + at)), tl.zeros([BLOCK, BLOCK], tl.float32))
     tl.store(Out + at, y.to(Out.dtype.element_ty))
     tl.store(Norm + i, square(y))
 

@@ -152,7 +152,7 @@ def check_attention(counts, dropped, H, d, dtype):
     assert y.dtype == dqkv.dtype == dtype
     close(y, expected, TOLERANCE[dtype])
     for i in range(3):
-        close(dqkv[:, i], dexpected[:, i], TOLERANCE[dtype] * 1.5, least=0.3 * dexpected.norm())  # one patch has dQ = dK = 0
+        close(dqkv[:, i], dexpected[:, i], TOLERANCE[dtype] * 1.5, least=0.3 * dexpected.norm())  # dQ of one patch is 0
     gone = torch.ones(T, dtype=torch.bool).index_fill(0, which, False)
     assert (dqkv[gone] == 0).all()
     by_specification = pruned_attention.specification(*exact.unbind(1), offsets, max(counts), rows)
@@ -205,7 +205,7 @@ def test_autocast():
 
 
 def test_operators():
-    """PyTorch's own check of a custom operator: what it says of shapes without running is true, and so are its gradients."""
+    """PyTorch's own check of custom operators: shapes foretold without running are true, and gradients are there."""
     q, k, v = normal(3, 20, 2, 24, dtype=torch.float32).requires_grad_()
     offsets, rows = torch.tensor([0, 9, 9, 14]), torch.randperm(20)[:14]
     torch.library.opcheck(pruned_attention.by_kernel, (q, k, v, offsets, 9, rows))
