@@ -169,7 +169,7 @@ def launch(kernel, itemsize, chip):
     """Queries BQ and keys BK of a program, warps, and stages of copying ahead: chosen by what they compile to; no GPU has
     timed them. 64 queries rather than 128, since a quarter of an image is 180 patches, and more programs fit on a
     multiprocessor. Chips before and beside Hopper and Blackwell's servers hold in registers what these read from shared
-    memory, so their backward blocks are smaller."""
+    memory, so their backward blocks are smaller. At least two programs of each kernel fit on a multiprocessor."""
     if itemsize == 4:  # float32 is not for matrix units
         return dict(BQ=32, BK=32 if kernel is forward else 16, num_warps=4, num_stages=1)
     if kernel is forward:

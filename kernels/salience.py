@@ -93,7 +93,8 @@ def column_sums(
 
 def launch(itemsize):
     """Rows and columns of a tile of scores, and options: chosen by what they compile to; no GPU has timed them. Wider tiles
-    read less often, but fewer programs of them fit on a multiprocessor. float32 is not for matrix units."""
+    read less often, but fewer programs of them fit on a multiprocessor: of these at least three, on all chips of `bench`.
+    float32 is not for matrix units."""
     return (64, dict(num_warps=4, num_stages=3)) if itemsize == 2 else (32, dict(num_warps=4, num_stages=2))
 
 
