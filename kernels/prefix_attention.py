@@ -231,7 +231,7 @@ def _grad_kv(Q, K, V, M, DY, L, DOT, DK, DV, q_, k_, v_, m_, dy_, n, T, R, P, sc
 # ------------------------------------------------------------------------------------------------------- launching them
 
 
-def _plan(q, k0, k1, splits=0):
+def plan_of(q, k0, k1, splits=0):
     """Sides of the tiles, grid and options of a launch. Rows of 64 while they are too few to fill the chip, of 128 where
     there are enough and the chip multiplies 128 at once; keys by 32, three blocks under way while one is worked on.
     Compiled for d = 128 in bf16: nothing spilled, 2 programs a multiprocessor (1 of 128 rows, 4 of 16)."""
@@ -269,12 +269,21 @@ def _forward(q: Tensor, k0: Tensor, v0: Tensor, k1: Optional[Tensor], v1: Option
              mask1: Optional[Tensor], splits: int) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and the rows' log2-sum-exp2 (N, H, T). splits: parts of the keys, 0: as many as fill the chip."""
     N, H, T, d = q.shape
-    numbers, grid, sizes = _plan(q, k0, k1, splits)
+    plan = plan_of(q, k0, k1, splits)
     y = q.new_empty(N, T, H, d).transpose(1, 2)  # in memory as o_proj will read it
-    l = q.new_empty(N, H, T, dtype=torch.float32)
+    return attend_into(y, q, k0, v0, k1, v1, mask0, mask1, plan, scratch_of(q, plan))
+
+
+def scratch_of(q, plan):
+    """Buffers of a launch, which may serve again: log2-sum-exp2 of the rows, of the parts, the parts, who is done."""
+    _, grid, sizes = plan
     parts = grid[0] * grid[1] * grid[2] * sizes["BM"] if grid[1] > 1 else 1
-    part, part_l = (q.new_empty(size, dtype=torch.float32) for size in (parts * sizes["BD"], parts))
-    done = q.new_zeros(grid[0] * grid[2], dtype=torch.int32)
+    l, part_l, part = (q.new_empty(s, dtype=torch.float32) for s in (q.shape[:3], (parts,), (parts, sizes["BD"])))
+    return l, part_l, part, q.new_zeros(grid[0] * grid[2], dtype=torch.int32)
+
+
+def attend_into(y, q, k0, v0, k1, v1, mask0, mask1, plan, scratch):
+    (numbers, grid, sizes), (l, part_l, part, done) = plan, scratch
     _attend[grid](q, k0, v0, _bytes(mask0), k1, v1, _bytes(mask1), y, l, part, part_l, done, q.stride(), k0.stride(),
                   v0.stride(), *_tails(k1, v1, mask1), y.stride(), *numbers, **sizes,
                   EACH=mask1 is not None and mask1.shape[1] > 1)  # fmt: skip

@@ -5,6 +5,7 @@ fresh random sizes, and what they compile to for four chips.
     python -m pytest tests/test_kernels_flow.py
 """
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ if torch.cuda.is_available():
     pytest.skip("a GPU is here: kernels run on it", allow_module_level=True)
 from cpu_triton import compiling, poisoned, programs  # noqa: E402
 
+import alpamayo  # noqa: E402
 import kernels  # noqa: E402
+from kernels import flow_step as flow  # noqa: E402
 from kernels import prefix_attention as attention  # noqa: E402
+from kernels import sampler  # noqa: E402
 
 # Triton's interpreter computes in masked-off lanes too
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -127,6 +131,139 @@ def test_prefix_attention_is_an_operator():
     """Shapes, strides and gradients under torch.compile's tracing are those that run."""
     leaves, mask0, mask1 = inputs(1, 2, 4, 2, 3, 33, 5, 16, True, "samples", torch.float32)
     torch.library.opcheck(torch.ops.kernels.prefix_attention.default, (*leaves, mask0, mask1, 2))
+
+
+# --------------------------------------------------------------------------------------------- the flow's step, the unicycle
+
+
+def embedding(C, A, features, depth, dtype):
+    """Weights of the final norm and projection, and of an action embedding, of sizes that fill no tile."""
+    matrix = lambda n, k: (torch.randn(n, k) / k**0.5).to(dtype)
+    vector = lambda n, mean: (mean + 0.2 * torch.randn(n)).to(dtype)
+    embed, width = [torch.logspace(0, 2, features // 2)[None].to(dtype) for _ in range(3)], 3 * features
+    for _ in range(depth):
+        embed += [matrix(A, width), vector(A, 0), vector(A, 1)]
+        width = A
+    return [vector(C, 1), matrix(2, C), vector(2, 0)], [*embed, matrix(C, A), vector(C, 0), vector(C, 1), vector(C, 0)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-5), (torch.float16, 4e-3), (torch.bfloat16, 2e-2)])
+def test_flow_step(dtype, tolerance):
+    """Before the first evaluation of the expert, between two, after the last. The tolerance of float32 is that of an
+    angle of 2 pi 100 x."""
+    N, T, C, A = random.randint(1, 3), random.randint(1, 40), random.randint(20, 150), random.randint(17, 90)
+    out, embed = embedding(C, A, random.choice([4, 10, 20]), random.randint(1, 3), dtype)
+    x, hidden, t, step = torch.randn(N, T, 2), (3 * torch.randn(N, T, C)).to(dtype), torch.rand(N), 1 / random.randint(1, 9)
+    double = lambda y: y if y is None else [z.double() for z in y] if isinstance(y, list) else y.double()
+    for h, time in ((None, t), (hidden, t), (hidden, None)):
+        with poisoned(), programs(random.choice(["forward", "backward"])), torch.no_grad():
+            after, tokens = flow.flow_step(x, h, out, step, time, embed)
+        expected, words = flow.specification(double(x), double(h), double(out), step, double(time), double(embed))
+        close(after, expected, 1e-6)  # the velocity is summed in float32 whatever the weights are
+        assert (tokens is None) == (time is None)
+        if time is not None:
+            assert tokens.dtype == dtype
+            close(tokens, words, tolerance)
+
+
+def test_specification_of_the_step_is_the_model():
+    cfg = alpamayo.PRESETS["nano"]
+    model = alpamayo.Alpamayo(cfg)
+    embed, x, t = model.action_in_proj, torch.randn(3, 64, 2), torch.rand(3)
+    weights = sampler.weights_of(model.expert, embed, model.action_out_proj)
+    torch.testing.assert_close(flow.specification(x, None, weights[0], 0.1, t, weights[1])[1], embed(x, t))
+    hidden = torch.randn(3, 64, cfg.e_embd)
+    expected = x + 0.1 * model.action_out_proj(model.expert.norm(hidden))
+    torch.testing.assert_close(flow.specification(x, hidden, weights[0], 0.1, None, weights[1])[0], expected)
+    actions, v0 = torch.randn(2, 3, 64, 2) * torch.tensor([1, 0.05]), 12 * torch.rand(2, 3)
+    for a, b in zip(flow.roll_out_specification(actions, v0), alpamayo.roll_out(actions, v0)):
+        torch.testing.assert_close(a, b)
+
+
+def test_roll_out_and_its_gradient():
+    """Of position and heading, into acceleration, curvature and the first speed; 64 steps and other numbers of them."""
+    for shape in ((random.randint(1, 5), 64), (2, random.randint(1, 3), random.randint(1, 90)), (1,)):
+        actions, v0 = torch.randn(*shape, 2) * torch.tensor([1, 0.05]), 12 * torch.rand(shape[:-1])
+        leaves = actions.requires_grad_(), v0.requires_grad_()
+        doubles = [x.detach().double().requires_grad_() for x in leaves]
+        with poisoned(), programs("shuffled"):
+            got = flow.roll_out(*leaves)
+            weights = [torch.randn_like(x) for x in got]
+            grads = torch.autograd.grad(got, leaves, weights)
+        expected = flow.roll_out_specification(*doubles)
+        for a, b in zip(got, expected):
+            close(a, b, 1e-6)
+        for a, b in zip(grads, torch.autograd.grad(expected, doubles, [w.double() for w in weights])):
+            close(a, b, 3e-6)
+
+
+def test_gradient_of_positions_alone():
+    """As a loss in metres has it: the headings receive none."""
+    actions, v0 = (torch.randn(3, 20, 2) * torch.tensor([1, 0.05])).requires_grad_(), torch.rand(3)
+    double = actions.detach().double().requires_grad_()
+    (got,) = torch.autograd.grad(flow.roll_out(actions, v0)[0].square().sum(), actions)
+    close(got, torch.autograd.grad(flow.roll_out_specification(double, v0.double())[0].square().sum(), double)[0], 3e-6)
+
+
+def test_operators_of_the_flow():
+    actions, v0 = torch.randn(2, 5, 2, requires_grad=True), torch.rand(2, requires_grad=True)
+    torch.library.opcheck(torch.ops.kernels.roll_out.default, (actions, v0))
+    out, embed = embedding(40, 20, 4, 2, torch.float32)
+    torch.library.opcheck(torch.ops.kernels.flow_step.default, (torch.randn(1, 3, 2), torch.randn(1, 3, 40), out, 0.1, torch.rand(1), embed))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- the whole sampler
+
+
+def sampling(dtype, T=16):
+    """A small expert, two scenes of two samples, and what the language model left them."""
+    cfg = replace(alpamayo.PRESETS["nano"], n_layer=2, e_embd=40, e_head=2, e_mlp=72, a_embd=24, n_kv_head=1, head_dim=24,
+                  mrope_section=(4, 4, 4))  # fmt: skip
+    parts = alpamayo.Expert(cfg), alpamayo.ActionEmbed(cfg), torch.nn.Linear(cfg.e_embd, 2)
+    for part in parts:
+        for name, p in part.named_parameters():
+            if p.ndim == 1:
+                torch.nn.init.normal_(p, float("weight" in name), 0.2)
+        part.to(dtype)
+    kv = lambda n, k: [tuple(torch.randn(n, 1, k, 24, dtype=torch.float64).to(dtype) for _ in "kv") for _ in range(2)]
+    P, length = random.randint(1, 70), torch.tensor([5, 2, 4, 1])
+    positions = (P + length[:, None] + torch.arange(T)).expand(3, -1, -1)
+    cos, sin = alpamayo.rope(positions, cfg, dtype)
+    return parts, torch.randn(4, T, 2), cos, sin, kv(2, P), kv(4, 5), torch.arange(5) < length[:, None]
+
+
+def plainly(steps, parts, noise, cos, sin, prefix, tail, seen):
+    """The loop of Alpamayo.sample."""
+    expert, embed, project = parts
+    mask = torch.cat([seen, torch.ones(noise.shape[:2], dtype=torch.bool)], 1)[:, None]
+    past, x = [(*a, None, *b, mask) for a, b in zip(prefix, tail)], noise
+    flow = [x]
+    for i in range(steps):
+        velocity = project(expert(embed(x, torch.full((len(x),), i / steps, dtype=x.dtype)), cos, sin, past))
+        x = x + velocity / steps
+        flow.append(x)
+    return torch.stack(flow)
+
+
+@torch.no_grad()
+def test_sampler():
+    """The kernels over static buffers do what the plain loop does, and do it again for another scene in the same ones."""
+    for scene in range(2):
+        if scene == 0:
+            parts, *inputs = sampling(torch.float32)
+        else:
+            P = inputs[3][0][0].shape[2]
+            fresh = lambda kvs: [tuple(torch.randn_like(x) for x in kv) for kv in kvs]
+            noise, cos, sin, prefix, tail, seen = inputs
+            inputs = torch.randn_like(noise), cos, sin, fresh(prefix), [tuple(x[:, :, :3] for x in kv) for kv in fresh(tail)], seen[:, :3]  # fmt: skip
+            assert inputs[3][0][0].shape[2] == P
+        with poisoned(), programs("shuffled"):
+            got = sampler.sample_flow(*parts, 2, *inputs)
+        expected = plainly(2, parts, *inputs)
+        assert torch.equal(got[0], inputs[0])
+        close(got[1] - got[0], (expected[1] - expected[0]).double(), 5e-5)
+        close(got[2] - got[1], (expected[2] - expected[1]).double(), 5e-3)  # a feature of x turns by 2 pi 100 x
+    assert len(sampler.shapes[parts[0]]) == 1
 
 
 # -------------------------------------------------------------------------------------------------- what it compiles to
