@@ -181,7 +181,8 @@ def time_share(t, embed):
 
 
 def step_into(after, tokens, x, hidden, out, step, share, embed, scratch):
-    """The kernel, into x's successor `after` (if there is a `hidden`) and `tokens` (if not None)."""
+    """The kernel, into x's successor `after` (if there is a `hidden`) and `tokens` (if not None). maxnreg: left alone the
+    compiler saves registers for programs that are not there, and spills a few bytes on some chips; so it spills nothing."""
     accel, curvature, _, *layers, weight, bias, gain, offset = embed
     rows, T = x.shape[0] * x.shape[1], x.shape[1]
     norm, out_w, out_b = out
@@ -189,8 +190,8 @@ def step_into(after, tokens, x, hidden, out, step, share, embed, scratch):
     _step[(triton.cdiv(rows, 16),)](
         x, after, hidden, norm, out_w, out_b, share, accel, curvature, tuple(layers), weight, bias, gain, offset, *scratch,
         tokens, rows, T, C, A, features, step, 0 if share is None or len(share) == 1 else A, MOVE=hidden is not None,
-        EMBED=tokens is not None, DEPTH=len(layers) // 3, BF=max(16, triton.next_power_of_2(2 * features)), BM=16, BN=64,
-        BK=64, num_warps=4, num_stages=4 if weight.element_size() == 2 else 2)  # fmt: skip
+        EMBED=tokens is not None, DEPTH=len(layers) // 3, BF=max(16, triton.next_power_of_2(2 * features)), BM=16, BN=32,
+        BK=64, num_warps=4, num_stages=4 if weight.element_size() == 2 else 2, maxnreg=168)  # fmt: skip
 
 
 def scratch_of(x, weight):

@@ -291,16 +291,41 @@ MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 @pytest.mark.parametrize("chip", [80, 90, 100, 120])
 def test_prefix_attention_compiles(chip):
     with compiling(chip) as builds, torch.no_grad():
-        for n, T, S in ((1, 64, 104), (6, 1, 40), (64, 64, 104)):
-            attention._forward(*release(n, T, S), 0)
         args = release(1, 64, 104)
         y, l = torch.empty_like(args[0]), torch.empty(args[0].shape[:3])
+        attention._forward(*args, 0)
         attention._backward(y, *args, y, l, True, False)
-    expert, decoding, many, grad_q, grad_k0 = builds
+        attention._forward(*release(6, 1, 40), 0)
+        if chip in (90, 100):  # others take no more rows at once
+            attention._forward(*release(64, 64, 104), 0)
+    expert, grad_q, grad_k0, decoding, *many = builds
     assert (expert.grid, decoding.grid) == ((2, 8, 8), (1, 16, 8))  # 128 programs for 132 multiprocessors
     gate(expert, MATRIX[chip], 1 if chip == 120 else 2)
     gate(decoding, "HMMA", 2)  # 24 rows: too few for the larger instructions, which multiply 64 or 128 at once
-    gate(many, MATRIX[chip], 1)
-    gate(grad_q, MATRIX[chip], 1)
-    gate(grad_k0, MATRIX[chip], 1)
+    for build in (grad_q, grad_k0, *many):
+        gate(build, MATRIX[chip], 1)
     assert all(b.async16 >= 8 for b in builds)
+
+
+@pytest.mark.parametrize("chip", [90, 100, 120])
+def test_sampler_compiles(chip):
+    """A step of one sample over a layer of the release, in at most 5 launches, between two steps of the flow."""
+    cfg = replace(alpamayo.Config(), n_layer=1)
+    with torch.device("meta"):
+        parts = alpamayo.Expert(cfg), alpamayo.ActionEmbed(cfg), torch.nn.Linear(cfg.e_embd, 2)
+    expert, embed, project = (part.to_empty(device="cpu").bfloat16() for part in parts)
+    buffers = sampler.Buffers(expert, embed, project, 1, B=1, N=1, T=64, P=3000, S=64)
+    share = torch.zeros(1, cfg.a_embd)
+    with compiling(chip) as builds, torch.no_grad():
+        buffers.run()
+        flow.step_into(buffers.flow[1], buffers.h, buffers.flow[0], buffers.h, buffers.out, 0.5, share, buffers.embed, buffers.scratch)
+        flow._backward(*flow._forward(torch.zeros(16, 64, 2), torch.zeros(16)), torch.zeros(16, 64, 2), torch.zeros(16))
+    first, *layer, last, between, roll_out, roll_back = builds
+    assert [b.kernel for b in layer] == ["_heads", "_attend", "_add", "_gate_up", "_add"]
+    for build in layer:
+        gate(build, MATRIX[chip], 1 if chip == 120 else 2)
+        assert build.async16 >= 8
+    gate(first, "HMMA", 3)  # 16 rows
+    gate(between, "HMMA", 3)
+    for build in (last, roll_out, roll_back):
+        gate(build, None, 8)
