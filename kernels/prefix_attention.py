@@ -318,7 +318,7 @@ def _backward(dy: Tensor, q: Tensor, k0: Tensor, v0: Tensor, k1: Optional[Tensor
         (prefix, k0, v0, mask0, (P, 0), False, B), (tail, k1, v1, mask1, tails[2], each, N)
     ):  # fmt: skip
         dk, dv = (torch.empty(k.shape if wanted else 0, dtype=q.dtype, device=q.device) for _ in range(2))
-        if wanted:
+        if wanted and k.numel():
             _grad_kv[(triton.cdiv(k.shape[2], BN), owners * G)](
                 q, k, v, _bytes(mask), dy, l, dot, dk, dv, q.stride(), k.stride(), v.stride(), m, dy.stride(),
                 N // owners, T, R, k.shape[2], scale, EACH=each, BM=32, **sizes)  # fmt: skip
