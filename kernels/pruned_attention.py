@@ -26,12 +26,14 @@ import torch.nn.functional as F
 from kernels import by_hand, capability, tiles, tl, triton
 
 
-def specification(q, k, v, offsets, rows=None):
-    """q, k, v (T, H, d); image i has the kept patches offsets[i] to offsets[i + 1] of R in all; kept patch r is row rows[r],
-    all different, or row r. Returns (R, H, d)."""
+def specification(q, k, v, offsets, longest, rows=None):
+    """q, k, v (T, H, d); image i has the kept patches offsets[i] to offsets[i + 1], at most `longest`, of R in all; kept patch
+    r is row rows[r], all different, or row r. Returns (R, H, d)."""
     if rows is not None:
         q, k, v = q[rows], k[rows], v[rows]
     counts = offsets.diff().tolist()
+    if counts and max(counts) > longest:
+        raise ValueError(f"pruned_attention: an image has {max(counts)} patches, more than longest = {longest}")
     images = zip(*(a.transpose(0, 1).split(counts, 1) for a in (q, k, v)))  # (H, patches, d) each
     # A batch of one, since that is what the fast implementations want; an image with no patch gives none.
     y = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in images if q.shape[1]]
@@ -61,8 +63,10 @@ def forward(
     first = tl.load(Offsets + image).to(tl.int32)
     n = tl.load(Offsets + image + 1).to(tl.int32) - first  # patches of this image
     i = tl.program_id(0) * BQ + tl.arange(0, BQ)  # (BQ,) queries among them
-    if tl.program_id(0) * BQ >= n:
-        return  # the grid is laid out for the longest image
+    at = (image * H + head) * padded + i
+    if tl.program_id(0) * BQ >= n:  # the grid is laid out for the longest image
+        tl.store(Lse + at, tl.full([BQ], float("inf"), tl.float32))
+        return
     row = row_of(Rows, first + i, i < n)
     q0, q1 = tiles.load(Q, row * q_row + head * q_head, i < n, D, D0, D1)
     top = tl.full([BQ], float("-inf"), tl.float32)  # largest score so far
@@ -84,7 +88,7 @@ def forward(
         top = new
     y0, y1 = tiles.scaled(y0, y1, 1 / total, D1)
     tiles.store(Out, (first + i) * H + head, i < n, y0, y1, D, D0, D1)
-    tl.store(Lse + (image * H + head) * padded + i, tl.where(i < n, top + tl.log2(total), float("inf")))
+    tl.store(Lse + at, tl.where(i < n, top + tl.log2(total), float("inf")))
 
 
 @triton.jit
@@ -193,7 +197,7 @@ def by_kernel(
     out, lse = q.new_empty(R, H, d), q.new_empty(images, H, sizes[0], dtype=torch.float32)
     if R:
         options = launch(forward, q.element_size(), capability(q.device))
-        forward[triton.cdiv(longest, options["BQ"]), H, images](q, k, v, out, lse, offsets, rows, *sizes, **known, **options)
+        forward[triton.cdiv(lse.shape[2], options["BQ"]), H, images](q, k, v, out, lse, offsets, rows, *sizes, **known, **options)
     return out, lse
 
 
@@ -248,8 +252,8 @@ by_kernel.register_autograd(backward, setup_context=keep_for_backward)
 
 def pruned_attention(q, k, v, offsets, longest, rows=None):
     """Attention within images of different numbers of patches: q, k, v (T, H, d); image i has the patches offsets[i] to
-    offsets[i + 1] (images + 1,) of R in all, none of them more than `longest`, which lays out the launch without waiting
-    for the GPU. rows (R,): patch r is row rows[r], no row twice; without, patch r is row r. Returns (R, H, d)."""
+    offsets[i + 1] (images + 1,) of R in all, none has more than `longest`, which lays out the launch without waiting for
+    the GPU's numbers. rows (R,): patch r is row rows[r], no row twice; without, patch r is row r. Returns (R, H, d)."""
     if torch.is_autocast_enabled(q.device.type):  # as PyTorch's own attention does
         q, k, v = (a.to(torch.get_autocast_dtype(q.device.type)) for a in (q, k, v))
     if q.ndim != 3 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
@@ -257,4 +261,4 @@ def pruned_attention(q, k, v, offsets, longest, rows=None):
         raise ValueError(f"pruned_attention: {said}: expected (T, H, d) of one shape and dtype")
     if by_hand(q.device, q.dtype):
         return by_kernel(q, k, v, offsets, longest, rows)[0]
-    return specification(q, k, v, offsets, rows)
+    return specification(q, k, v, offsets, longest, rows)
