@@ -50,7 +50,8 @@ def specification(x, hidden, out, step, t, embed):
     if t is None:
         return x, None
     accel, curvature, time, *layers, weight, bias, gain, offset = embed
-    z = torch.cat([fourier(x[..., 0], accel), fourier(x[..., 1], curvature), fourier(t, time)[:, None].expand(-1, x.shape[1], -1)], -1)
+    t = fourier(t, time)[:, None].expand(-1, x.shape[1], -1)
+    z = torch.cat([fourier(x[..., 0], accel), fourier(x[..., 1], curvature), t], -1)
     z = z.to(weight.dtype)
     for w, b, norm in zip(layers[::3], layers[1::3], layers[2::3]):
         z = F.rms_norm(F.silu(F.linear(z, w, b)), b.shape, norm, 1e-5)
@@ -276,8 +277,9 @@ def _roll_back(A, V0, GX, GR, GA, GV, cars, T, dt, ROWS: tl.constexpr, BT: tl.co
     at = r[:, None] * T + t[None, :]
     gx = tl.load(GX + at * 3, mask=ok, other=0.0).to(tl.float32)
     gy = tl.load(GX + at * 3 + 1, mask=ok, other=0.0).to(tl.float32)
-    r0 = tl.load(GR + at * 9, mask=ok, other=0.0).to(tl.float32) + tl.load(GR + at * 9 + 4, mask=ok, other=0.0).to(tl.float32)
-    r1 = tl.load(GR + at * 9 + 3, mask=ok, other=0.0).to(tl.float32) - tl.load(GR + at * 9 + 1, mask=ok, other=0.0).to(tl.float32)
+    GR += at * 9  # of the rotation's two cosines, and of its sine and minus sine
+    r0 = tl.load(GR, mask=ok, other=0.0).to(tl.float32) + tl.load(GR + 4, mask=ok, other=0.0).to(tl.float32)
+    r1 = tl.load(GR + 3, mask=ok, other=0.0).to(tl.float32) - tl.load(GR + 1, mask=ok, other=0.0).to(tl.float32)
     # of the velocity at the end of a step: it moves half of that step and half of the next, and all after them
     later_x, later_y = tl.cumsum(gx, 1, reverse=True), tl.cumsum(gy, 1, reverse=True)
     gvx, gvy = dt / 2 * (2 * later_x - gx), dt / 2 * (2 * later_y - gy)

@@ -138,7 +138,8 @@ def _attend(Q, K0, V0, M0, K1, V1, M1, Y, L, PART, PART_L, DONE, q_, k0_, v0_, k
     if K1 is not None:
         for j in range(tl.maximum(start, prefix), stop):
             s = first + (j - prefix) // tail  # whose tail
-            k, v, key, seen = _keys(K1, V1, None if EACH else M1, b * n + s, g, (j - prefix) % tail, S, k1_, v1_, m1_[0], D, BN, BD)
+            mask, place = None if EACH else M1, (j - prefix) % tail
+            k, v, key, seen = _keys(K1, V1, mask, b * n + s, g, place, S, k1_, v1_, m1_[0], D, BN, BD)
             seen = (sample == s)[:, None] & seen[None, :]
             if EACH:
                 seen = tl.load(M1 + (b * n + s) * m1_[0] + t[:, None] * m1_[1] + key[None, :], mask=seen, other=0) != 0
@@ -188,7 +189,8 @@ def _grad_q(Q, K0, V0, M0, K1, V1, M1, DY, L, DOT, DQ, q_, k0_, v0_, k1_, v1_, m
         first, tail = block // tl.cdiv(R, rows) * (BM // rows), tl.cdiv(S, BN)
         for j in range(0, tl.minimum(BM // rows, n - first) * tail):
             s = first + j // tail
-            k, v, key, seen = _keys(K1, V1, None if EACH else M1, b * n + s, g, j % tail, S, k1_, v1_, m1_[0], D, BN, BD)
+            mask = None if EACH else M1
+            k, v, key, seen = _keys(K1, V1, mask, b * n + s, g, j % tail, S, k1_, v1_, m1_[0], D, BN, BD)
             seen = (sample == s)[:, None] & seen[None, :]
             if EACH:
                 seen = tl.load(M1 + (b * n + s) * m1_[0] + t[:, None] * m1_[1] + key[None, :], mask=seen, other=0) != 0

@@ -62,7 +62,8 @@ def compare(leaves, mask0, mask1, splits, tolerance):
     close(y, expected, tolerance)
     dy = torch.randn_like(y)
     got = torch.autograd.grad(y, [x for x in leaves if x is not None], dy)
-    for name, a, b in zip(("q", "k0", "v0", "k1", "v1"), got, torch.autograd.grad(expected, [x for x in doubles if x is not None], dy.double())):  # fmt: skip
+    wanted = torch.autograd.grad(expected, [x for x in doubles if x is not None], dy.double())
+    for a, b in zip(got, wanted):
         assert a.dtype == y.dtype
         if b.norm():
             close(a, b, 2 * tolerance)
@@ -105,7 +106,8 @@ def test_a_part_may_see_nothing_and_a_row_may_not():
     mask0 = torch.zeros(1, 130, dtype=torch.bool)
     mask1 = torch.rand(2, 3, 5) < 0.5
     mask1[:, :, 0], mask1[1, 2] = True, False
-    y, expected = attention._forward(q, k0, v0, k1, v1, mask0, mask1, 4)[0], attention.specification(q, k0, v0, k1, v1, mask0, mask1)
+    y = attention._forward(q, k0, v0, k1, v1, mask0, mask1, 4)[0]
+    expected = attention.specification(q, k0, v0, k1, v1, mask0, mask1)
     assert expected[1, :, 2].isnan().all() and expected.isnan().sum() == 4 * 16
     torch.testing.assert_close(y, expected, equal_nan=True)
 
@@ -209,7 +211,8 @@ def test_operators_of_the_flow():
     actions, v0 = torch.randn(2, 5, 2, requires_grad=True), torch.rand(2, requires_grad=True)
     torch.library.opcheck(torch.ops.kernels.roll_out.default, (actions, v0))
     out, embed = embedding(40, 20, 4, 2, torch.float32)
-    torch.library.opcheck(torch.ops.kernels.flow_step.default, (torch.randn(1, 3, 2), torch.randn(1, 3, 40), out, 0.1, torch.rand(1), embed))  # fmt: skip
+    args = torch.randn(1, 3, 2), torch.randn(1, 3, 40), out, 0.1, torch.rand(1), embed
+    torch.library.opcheck(torch.ops.kernels.flow_step.default, args)
 
 
 # ------------------------------------------------------------------------------------------------------- the whole sampler
@@ -255,7 +258,8 @@ def test_sampler():
             P = inputs[3][0][0].shape[2]
             fresh = lambda kvs: [tuple(torch.randn_like(x) for x in kv) for kv in kvs]
             noise, cos, sin, prefix, tail, seen = inputs
-            inputs = torch.randn_like(noise), cos, sin, fresh(prefix), [tuple(x[:, :, :3] for x in kv) for kv in fresh(tail)], seen[:, :3]  # fmt: skip
+            tail = [tuple(x[:, :, :3] for x in kv) for kv in fresh(tail)]
+            inputs = torch.randn_like(noise), cos, sin, fresh(prefix), tail, seen[:, :3]
             assert inputs[3][0][0].shape[2] == P
         with poisoned(), programs("shuffled"):
             got = sampler.sample_flow(*parts, 2, *inputs)
@@ -280,7 +284,8 @@ def release(n, T, S, **size):
 
 def gate(build, instruction, blocks):
     said = f"{build.kernel} sm_{build.chip} grid {build.grid}: {build.registers} registers, {build.spilled} B spilled, "
-    said += f"{build.shared} B shared, {build.blocks} blocks of {build.warps} warps, {build.matrix()}, {build.async16} + {build.async_narrow}"  # fmt: skip
+    said += f"{build.shared} B shared, {build.blocks} blocks of {build.warps} warps, {build.matrix()}, "
+    said += f"{build.async16} + {build.async_narrow} asynchronous copies"
     print(said)
     assert build.spilled == 0 and build.fits and build.blocks >= blocks and build.matrix() == instruction, said
 
@@ -318,7 +323,8 @@ def test_sampler_compiles(chip):
     share = torch.zeros(1, cfg.a_embd)
     with compiling(chip) as builds, torch.no_grad():
         buffers.run()
-        flow.step_into(buffers.flow[1], buffers.h, buffers.flow[0], buffers.h, buffers.out, 0.5, share, buffers.embed, buffers.scratch)
+        x, after = buffers.flow
+        flow.step_into(after, buffers.h, x, buffers.h, buffers.out, 0.5, share, buffers.embed, buffers.scratch)
         flow._backward(*flow._forward(torch.zeros(16, 64, 2), torch.zeros(16)), torch.zeros(16, 64, 2), torch.zeros(16))
     first, *layer, last, between, roll_out, roll_back = builds
     assert [b.kernel for b in layer] == ["_heads", "_attend", "_add", "_gate_up", "_add"]
