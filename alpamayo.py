@@ -40,6 +40,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
+from kernels.prefix_attention import prefix_attention
+from kernels.pruned_attention import pruned_attention
+from kernels.salience import column_means
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration: the defaults are Alpamayo-R1-10B, number by number; a preset names only what differs.
 
@@ -465,19 +469,19 @@ class VisionAttention(nn.Module):
     def heads(self, x, cos, sin):
         """Queries, keys and values (M, H, S, d) each; turned, but for those without a place in an image (cos = None)."""
         M, S, C = x.shape
-        q, k, v = self.qkv(x).view(M, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        return (q, k, v) if cos is None else (rotate(q, cos, sin), rotate(k, cos, sin), v)
+        q, k, v = self.qkv(x).view(M, S, 3, self.n_head, C // self.n_head).unbind(2)
+        if cos is not None:  # (S, d / 2) or (M, S, d / 2)
+            q, k = (rotate(a, cos[..., None, :], sin[..., None, :]) for a in (q, k))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x, cos, sin, counts=None):
-        """x (M, S, C): every patch of a row sees every other. counts: or the rows hold images of so many patches each, one
-        after the other, which do not mix."""
-        q, k, v = self.heads(x, cos, sin)
-        if counts is None:
+    def forward(self, x, cos, sin, images=None, heads=None):
+        """x (M, S, C): every patch of a row sees every other. images: or the rows hold images, which do not mix: what
+        `pruned_attention` is told of them. heads: those of before x was pruned, from which images names its rows."""
+        q, k, v = heads or self.heads(x, cos, sin)
+        if images is None:
             y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         else:
-            images = zip(*(a.transpose(1, 2).flatten(0, 1).split(counts) for a in (q, k, v)))  # (patches, H, d) each
-            y = [F.scaled_dot_product_attention(*(a.transpose(0, 1)[None] for a in qkv)) for qkv in images if len(qkv[0])]
-            y = torch.cat([one[0].transpose(0, 1) for one in y])
+            y = pruned_attention(*(a.transpose(1, 2).flatten(0, 1) for a in (q, k, v)), *images)  # (patches, H, d)
         return self.proj(y.reshape(x.shape))
 
 
@@ -499,8 +503,8 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(cfg)
         self.mlp = VisionMLP(cfg)
 
-    def forward(self, x, cos=None, sin=None, counts=None):
-        x = x + self.attn(self.norm1(x), cos, sin, counts)
+    def forward(self, x, cos=None, sin=None, images=None, heads=None):
+        x = x + self.attn(self.norm1(x), cos, sin, images, heads)
         return x + self.mlp(self.norm2(x))
 
 
@@ -520,19 +524,6 @@ class Merger(nn.Module):
         x = x.reshape(len(x), -1, self.group)
         x = self.norm(x) if self.norm_after else x
         return self.linear_fc2(F.gelu(self.linear_fc1(x)))
-
-
-def column_means(q, k, causal=False):
-    """How much attention each key receives: the mean over heads and queries of softmax(q k^T / sqrt(d)), (B, S).
-
-    q (B, H, T, d), k (B, G, S, d), H a multiple of G. causal: the queries are the last T of S tokens and look back only.
-    SparseVILA (arXiv 2510.17777) prunes by it in the tower and retrieves by it from the cache."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    score = (q @ k.mT).float() * q.shape[-1] ** -0.5  # (B, H, T, S)
-    if causal:
-        T, S = score.shape[-2:]
-        score = score.masked_fill(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1), -torch.inf)
-    return score.softmax(-1).mean((1, 2))
 
 
 def take(x, places):
@@ -710,11 +701,10 @@ class VisionTower(nn.Module):
         angle = self.by_group(torch.cat([rows, cols], -1))
         return self.by_group(embed).to(grid.dtype), angle.cos(), angle.sin()
 
-    def prune(self, x, block, cos, sin, scenes, keep):
-        """Which merge groups the block looks at most: (scenes, K) of all V = M / scenes * S groups, ascending. x (M, h * w,
-        C). All images of a scene compete; salience is the mean attention that a group's patches receive (SparseVILA).
-        Rank across images, one block, all heads alike: ours, since its authors do not say."""
-        q, k, _ = block.attn.heads(block.norm1(x), cos, sin)
+    def prune(self, q, k, scenes, keep):
+        """Which merge groups a block looks at most, by its queries and keys (M, H, h * w, d): (scenes, K) of all V = M /
+        scenes * S groups, ascending. All images of a scene compete; salience is the mean attention that a group's patches
+        receive (SparseVILA). Rank across images, one block, all heads alike: ours, since its authors do not say."""
         salience = column_means(q, k).view(scenes, -1, self.cfg.merge**2).mean(-1)  # (scenes, V)
         return salience.topk(max(1, round(keep * salience.shape[1]))).indices.sort().values
 
@@ -727,18 +717,22 @@ class VisionTower(nn.Module):
         x = self.patch_embed(patchify(images, self.cfg)) + embed  # (M, h * w, C)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         m2 = self.cfg.merge**2
-        S, deep, counts = h * w // m2, [], None
+        S, deep, images_left = h * w // m2, [], None
         kept = torch.arange(len(x) // scenes * S, device=x.device).expand(scenes, -1)
         for i, block in enumerate(self.blocks):
+            heads = None
             if keep < 1 and i == int(self.cfg.keep_at * len(self.blocks)):
-                # From here on a scene is one row of patches, image after image.
-                kept = self.prune(x, block, cos, sin, scenes, keep)
+                # From here on a scene is one row of patches, image after image. This block has all heads already.
+                heads = block.attn.heads(block.norm1(x), cos, sin)
+                kept = self.prune(*heads[:2], scenes, keep)
                 stay = lambda a: take(a.reshape(scenes, -1, m2, a.shape[-1]), kept).flatten(1, 2)
                 x, deep = stay(x), [stay(a) for a in deep]
-                cos, sin = (stay(a.expand(len(images), -1, -1))[:, None] for a in (cos, sin))
-                image = kept // S + torch.arange(scenes, device=x.device)[:, None] * (len(images) // scenes)
-                counts = (m2 * image.flatten().bincount(minlength=len(images))).tolist()
-            x = block(x, cos, sin, counts)
+                cos, sin = (stay(a.expand(len(images), -1, -1)) for a in (cos, sin))
+                group = (kept + torch.arange(scenes, device=x.device)[:, None] * (len(images) // scenes * S)).flatten()
+                offsets = m2 * torch.searchsorted(group, S * torch.arange(len(images) + 1, device=x.device))
+                images_left = offsets, h * w
+                rows = (m2 * group[:, None] + torch.arange(m2, device=x.device)).flatten()
+            x = block(x, cos, sin, images_left if heads is None else (*images_left, rows), heads)
             if i in self.cfg.deepstack:
                 deep.append(x)
         by_scene = lambda a: a.reshape(scenes, -1, a.shape[-1])
@@ -779,31 +773,6 @@ def rope(positions, cfg, dtype):
     freqs = cfg.rope_theta ** -(torch.arange(half, device=positions.device) / half)
     angle = positions[axis.to(positions.device)].permute(1, 2, 0).float() * freqs  # (B, T, half)
     return angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)
-
-
-def prefix_attention(q, k0, v0, k1, v1, mask0=None, mask1=None):
-    """Attention of n samples' queries over a prefix that they share and a tail that each has for itself.
-
-    q (N, H, T, d) with N = B * n, the samples of a scene side by side; prefix k0, v0 (B, G, P, d); tail k1, v1
-    (N, G, S, d); mask0 (B, P) and mask1 (N, T or 1, S): True where a key may be seen. Returns (N, H, T, d).
-    The samples' queries are laid side by side against the one prefix, so it is read once and never copied."""
-    N, H, T, d = q.shape
-    B, G = k0.shape[:2]
-    R = H // G * T  # query rows of one sample that read the same key-value head
-    own = q.reshape(N, G, R, d) * d**-0.5
-    together = own.view(B, N // B, G, R, d).transpose(1, 2).reshape(B, G, N // B * R, d)
-    score0 = together @ k0.mT  # (B, G, n * R, P)
-    score1 = own @ k1.mT  # (N, G, R, S)
-    if mask0 is not None:
-        score0 = score0.masked_fill(~mask0[:, None, None], -torch.inf)
-    if mask1 is not None:
-        score1 = score1.masked_fill(~mask1[:, None].repeat(1, 1, R // mask1.shape[1], 1), -torch.inf)
-    score0 = score0.view(B, G, N // B, R, -1).transpose(1, 2).reshape(N, G, R, -1)
-    w = torch.cat([score0, score1], -1).to(torch.promote_types(q.dtype, torch.float32)).softmax(-1).to(q.dtype)
-    w0, w1 = w.split([k0.shape[2], k1.shape[2]], -1)
-    w0 = w0.view(B, N // B, G, R, -1).transpose(1, 2).reshape(B, G, N // B * R, -1)
-    y0 = (w0 @ v0).view(B, G, N // B, R, d).transpose(1, 2).reshape(N, G, R, d)
-    return (y0 + w1 @ v1).reshape(N, H, T, d)
 
 
 class Attention(nn.Module):
