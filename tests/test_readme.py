@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 README = open(os.path.join(ROOT, "README.md")).read()
-LINKS = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+LINKS = re.findall(r"\[`(\w+)`\]\(([\w/]+\.py)#L(\d+)\)", README)
 LINES = re.sub(r" \\\n +", " ", README).splitlines()  # a command may go on in the next line
 COMMANDS = [line.split("#")[0].strip() for line in LINES if re.match(r"    (python|torchrun|pip|python3) ", line)]
 
