@@ -91,8 +91,9 @@ def consistency(texts, scene, xyz, rot, beside=None):
 
     texts: B lists of G; xyz (B, G, 64, 3), rot (B, G, 64, 3, 3). Longitudinal: the path's meta-actions (Table 5). Lateral:
     they cannot tell a nudge from a bend of the road, so where the lane is known (beside, (B, G, 64): metres left of the
-    line to drive on) its offset decides, and elsewhere the path's turns and ways out of the lane. In our world the
-    expert's own paths agree with its own traces in 99.6 % of scenes; the rules are ours."""
+    line to drive on) its offset decides, and elsewhere the path's turns and ways out of the lane. The rules are ours.
+    The expert's own paths agree with its own traces in all of 500 scenes of val and 500 of tail, and in 95 % of train, where
+    some already follow at the speed of the car ahead; with the traces of other decisions in 30 %."""
     G = xyz.shape[1]
     past = [scene[key].to(xyz.device)[:, None].expand(-1, G, *[-1] * (scene[key].ndim - 1)) for key in ("ego_history_xyz", "ego_history_rot")]
     poses, turns = torch.cat([past[0], xyz], 2), torch.cat([past[1], rot], 2)
