@@ -488,7 +488,10 @@ def print_plan(flags):
     params, optimisers = prepare(model, flags)
     for group in optimisers[0][0].param_groups:
         group["foreach"] = flags.plan == "gpu"  # PyTorch's choice there
-    scene = plan.made_up_scene(cfg, 1 if rl else flags.batch // flags.accumulate, size, text)
+    at_once, rest = divmod(plan.GROUP if rl else flags.batch, flags.accumulate)
+    if rest:
+        raise ValueError(f"--accumulate {flags.accumulate}: {plan.GROUP if rl else flags.batch} are not so many equal pieces")
+    scene = plan.made_up_scene(cfg, 1 if rl else at_once, size, text)
     scene["images"] = fake.from_tensor(scene["images"])
     phases = {"update": lambda: update(params, optimisers, 0, flags)}
     reference = None
@@ -506,8 +509,8 @@ def print_plan(flags):
     found = plan.peaks(model, [optimiser for optimiser, _ in optimisers], phases, reference)
     print(f"{flags.init or flags.preset}, stage {flags.stage}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{sum(p.numel() for p in params):,} learn; "
-          f"{f'a scene of {plan.GROUP} rollouts' if rl else f'{flags.batch // flags.accumulate} scenes'} at a time, "
-          f"{'bfloat16' if halved else 'float32'}")  # fmt: skip
+          f"{f'{plan.GROUP} rollouts of a scene, {at_once}' if rl else f'{at_once} scenes'} at a time; "
+          f"{'bfloat16' if halved else 'float32'} arithmetic")  # fmt: skip
     print(plan.table(found))
 
 
