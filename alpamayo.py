@@ -1435,7 +1435,8 @@ class Clock:
 class Adapted(nn.Module):
     """A matrix W that stays and a change of rank r that learns: y = W x + B (A x), with A (r, in), B (out, r) in float32
     (LoRA, arXiv 2106.09685). B starts at zero, so that the model starts as it was. LoRA's factor alpha / r is 1 here: to
-    Adam, which forgets the size of gradients, another one is little else than another learning rate.
+    Adam, which forgets the size of gradients, another one is little else than another learning rate. Neither the paper
+    nor the release adapts in this way: rank, matrices and learning rate are the user's to try.
 
     In a state_dict it is the one matrix W + B A: what is saved is a checkpoint like any other, without adapters."""
 
@@ -1470,12 +1471,14 @@ def add_adapters(model, rank, generator=None):
 
 @contextmanager
 def without_adapters(model):
-    """The model as it was before its adapters learned anything: RL's reference, which so costs no second model."""
+    """The model as it was before its adapters learned anything: RL's reference, which so costs no second model. Without
+    gradients, for a layer that is computed again in a later backward pass would have its adapters again."""
     adapted = [m for m in model.modules() if isinstance(m, Adapted)]
     for m in adapted:
         m.on = False
     try:
-        yield model
+        with torch.no_grad():
+            yield model
     finally:
         for m in adapted:
             m.on = True

@@ -3,16 +3,16 @@ What a run needs of memory, found out without the memory.
 
     python train.py --plan                                                      nano, learning from nothing, on a GPU
     python train.py --plan cpu --preset mini --size 128 256 --batch 8           mini on a CPU
-    python train.py --plan --preset alpamayo-r1-10b --stage rl --train vlm --lora 16 --dtype bfloat16 --checkpointing --batch 1
+    python train.py --plan --preset alpamayo-r1-10b --stage rl --train vlm --lora 16 --dtype bfloat16 --checkpointing
 
-There is no formula here that could go stale. The code that trains runs, forward, backward and optimisers, on tensors that
-have a shape and a type and no contents (PyTorch's FakeTensor); every storage that it makes is counted from its birth to
-its death. A GPU is planned as a CPU that does its matrix products in bfloat16 and its optimisers' arithmetic for all
+There is no formula here that could go stale. The code that trains runs, forward, backward and optimisers, on tensors
+that have a shape and a type and no contents (PyTorch's FakeTensor); every storage that it makes is counted from its
+birth to its death. A GPU is planned as a CPU that does its matrix products in bfloat16 and its optimisers' arithmetic for all
 tensors at once, as on a GPU they are.
 
 Not counted: what a kernel takes and gives back by itself, CUDA's own share, gaps between storages. On a GPU leave a
-tenth and a GiB for these. Counted per process: under torchrun each has all this for its share of the batch, and, while
-they are averaged, its gradients twice more.
+tenth and a GiB for these. Counted for one process; under torchrun each has all this for its share of the batch, and its
+gradients once more while they are averaged.
 
 The page reads: counting; a scene and a model without contents; rollouts; the table.
 """
@@ -21,6 +21,7 @@ from collections import Counter
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -39,7 +40,7 @@ class Tracker(TorchDispatchMode):
         self.alive, self.now, self.peak = {}, Counter(), Counter()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op is torch.ops.aten.index.Tensor:  # a choice by True and False has a size that only contents tell: choose by places
+        if op is torch.ops.aten.index.Tensor:  # how many True select only contents tell; how many places, the shape does
             places = [i.nonzero().unbind(1) if torch.is_tensor(i) and i.dtype == torch.bool else (i,) for i in args[1]]
             args = (args[0], sum(map(tuple, places), ()))
         out = op(*args, **kwargs or {})
@@ -111,7 +112,7 @@ def model_without_weights(cfg, fake):
 
 def made_up_scene(cfg, batch, size, text):
     """A Scene (data.py): a straight drive at 10 m/s, black images of `size` (H, W), `text` as its reasoning."""
-    path = lambda first, last: torch.stack([torch.arange(first, last) * 1.0, torch.zeros(last - first), torch.zeros(last - first)], -1)
+    path = lambda first, last: F.pad(torch.arange(first, last)[:, None] * 1.0, (0, 2))
     cameras, many = len(cfg.cameras), lambda t: t.expand(batch, *t.shape).contiguous()
     return {
         "images": torch.zeros(batch, cameras, cfg.frames, 3, *size, dtype=torch.uint8), "reasoning": [text] * batch,
@@ -153,7 +154,8 @@ def made_up_rollout(model, scenes, group, thought, steps):
 # ----------------------------------------------------------------------------------------------------------------------
 # The table
 
-KINDS = ("weights that stay", "weights that learn", "reference model", "gradients", "optimiser", "keys and values", "activations")
+KINDS = ("weights that stay", "weights that learn", "reference model", "gradients", "optimiser", "keys and values",
+         "activations")  # fmt: skip
 
 
 def table(found):
@@ -161,5 +163,7 @@ def table(found):
     row = lambda name, cells: f"{name:20}" + "".join(f"{cell:>14}" for cell in cells)
     gib = lambda cells: [f"{cell / 2**30:.3f}" for cell in cells]
     lines = [row("GiB, at the peak of", found)]
-    lines += [row(kind, gib(peak[kind] for peak in found.values())) for kind in KINDS if any(p[kind] for p in found.values())]
+    for kind in KINDS:
+        if any(peak[kind] for peak in found.values()):
+            lines.append(row(kind, gib(peak[kind] for peak in found.values())))
     return "\n".join([*lines, row("total", gib(peak.total() for peak in found.values()))])

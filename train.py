@@ -542,7 +542,9 @@ def print_plan(flags):
     params, optimisers = prepare(model, flags)
     for group in optimisers[0][0].param_groups:
         group["foreach"] = flags.plan == "gpu"  # PyTorch's choice there
-    piece = max(1, flags.batch // flags.accumulate)
+    piece, rest = divmod(flags.batch, flags.accumulate)
+    if rest:
+        raise ValueError(f"--accumulate {flags.accumulate}: {flags.batch} are not so many equal pieces")
     scene = plan.made_up_scene(cfg, piece, size, text)
     scene["images"] = fake.from_tensor(scene["images"])
     phases = {"update": lambda: update(params, optimisers, 0, flags)}
@@ -564,7 +566,7 @@ def print_plan(flags):
     print(f"{flags.init or flags.preset}, stage {flags.stage}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{sum(p.numel() for p in params):,} learn; "
           f"{piece} scene{'s' * (piece > 1)}{f' of {flags.group} rollouts' if learns_by_trying else ''} at a time, "
-          f"{'bfloat16' if halved else 'float32'}")  # fmt: skip
+          f"{'bfloat16' if halved else 'float32'} arithmetic")  # fmt: skip
     print(plan.table(found))
 
 
