@@ -3,7 +3,7 @@ What a run needs of memory, found out without the memory.
 
     python train.py --plan                                                      nano, learning from nothing, on a GPU
     python train.py --plan cpu --preset mini --size 128 256 --batch 8           mini on a CPU
-    python train.py --plan --preset alpamayo-r1-10b --stage rl --train vlm --lora 16 --dtype bfloat16 --checkpointing
+    python train.py --plan --preset alpamayo-r1-10b --stage rl --lora 16 --dtype bfloat16 --checkpointing --accumulate 16
 
 There is no formula here that could go stale. The code that trains runs, forward, backward and optimisers, on tensors
 that have a shape and a type and no contents (PyTorch's FakeTensor); every storage that it makes is counted from its

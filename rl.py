@@ -354,7 +354,7 @@ def loss_of(model, reference, scene, out, rewards, flags, old=None):
     replayed = model.replay(scene, out, flags.eta)
     ours, kl = decisions_of(replayed, out, flags), [torch.zeros_like(rewards)] * 2
     if reference:
-        with torch.no_grad(), without_adapters(reference):
+        with without_adapters(reference):
             its = reference.replay(scene, out, flags.eta)
         kl = kl_of(replayed, its, out)
     loss = 0.0
