@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
+from test_clips import folder  # noqa: F401, a clip of one's own
 from test_train import assert_same_run, killed_and_resumed, log, run
 from test_vision import H, TINY, W
 
@@ -478,6 +479,15 @@ def test_adapters_alone_learn_by_trying(cache, tmp_path):
     before, after = (load_file(os.path.join(folder, "model.safetensors")) for folder in (os.path.join(ROOT, "checkpoints", "nano"), tmp_path))
     changed = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
     assert changed and all(".language_model.layers." in name for name in changed)
+
+
+def test_ones_own_clips_are_tried_too(cache, folder, tmp_path):  # noqa: F811
+    """They cannot be driven, so nothing collides in them; all else is rewarded."""
+    times = [3.0, 4.0]
+    (folder / "reasoning.json").write_text(json.dumps([{"time": t, "text": PEDESTRIAN} for t in times]))
+    run(rl_command(cache, tmp_path / "out", "--data", str(folder), "--steps", "1"))
+    line = log(tmp_path / "out")[1]
+    assert line["collision"] == 0 and math.isfinite(line["total"]) and 0 <= line["consistency"] <= 1
 
 
 def test_flags_that_cannot_be_meant_are_one_line(cache, tmp_path):
