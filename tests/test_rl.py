@@ -39,7 +39,7 @@ def flags_of(**other):
 def tiny(seed=0):
     """A model with random weights that are not zero anywhere, so that it says and does anything."""
     torch.manual_seed(seed)
-    model = Alpamayo(TINY, Vocabulary(TINY))
+    model = Alpamayo(replace(TINY), Vocabulary(TINY))  # a Config of its own: tests change it
     model.init_weights(torch.Generator().manual_seed(seed))
     for p in model.parameters():
         p.data += 0.03 * torch.randn_like(p)
