@@ -908,6 +908,9 @@ class ActionEmbed(nn.Module):
         return self.norm(self.encoder.trunk(x.to(self.norm.weight.dtype)))
 
 
+OF_EXPERT = ("expert.", "action_in_proj.", "action_out_proj.")  # how the names of its parameters begin
+
+
 class Expert(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -990,7 +993,7 @@ class Rollout:
 
     reasoning: list  # B lists of n str
     tokens: torch.Tensor  # (B, n, T): generated ids up to <|traj_future_start|>, or the last action token; then padding
-    log_probs: torch.Tensor  # (B, n, T): of these tokens, as they were drawn; 0 where there is padding
+    log_probs: torch.Tensor  # (B, n, T): of these tokens, as they were drawn; 0 where there was no choice, or padding
     actions: torch.Tensor  # (B, n, 64, 2): m/s^2, 1/m
     xyz: torch.Tensor  # (B, n, 64, 3): m, ego frame at t0
     rot: torch.Tensor  # (B, n, 64, 3, 3)
@@ -1275,10 +1278,10 @@ class Alpamayo(nn.Module):
         x = x[:, -1:].repeat_interleave(n, 0)
         while (busy := thinking | (len(tokens) - length < due)).any():
             logits = self.allowed(self.vlm.lm_head(x[:, -1]).float(), ~thinking)  # (N, vocab)
-            token = pick(logits, temperature, top_p, generator)
-            if len(tokens) == max_new_tokens - 1:  # out of time to think: drive
-                token = torch.where(thinking, vocab["traj_future_start"], token)
-            log_probs.append(token_log_probs(logits, token, temperature, top_p) * busy)
+            token, log_prob = pick(logits, temperature, top_p, generator)
+            forced = thinking & (len(tokens) == max_new_tokens - 1)  # out of time to think: drive, which is no choice
+            token = torch.where(forced, vocab["traj_future_start"], token)
+            log_probs.append(log_prob * (busy & ~forced))
             token = torch.where(busy, token, vocab["endoftext"])
             tokens.append(token)
             length = torch.where(thinking, len(tokens), length)
@@ -1393,19 +1396,20 @@ def nucleus(logits, temperature, top_p):
 
 
 def pick(logits, temperature, top_p, generator=None):
-    """One token of each row of logits (N, vocab): the likeliest at temperature 0, else drawn from the smallest set of
-    likeliest tokens whose probabilities reach top_p."""
+    """One token of each row of logits (N, vocab), the likeliest at temperature 0, else drawn from the smallest set of
+    likeliest tokens whose probabilities reach top_p; and its log-probability there, (N,) each. At temperature 0, where
+    there is no choice, it is that of temperature 1."""
     if temperature == 0:
-        return logits.argmax(-1)
+        best = logits.argmax(-1, keepdim=True)
+        return best[:, 0], logits.log_softmax(-1).gather(-1, best)[:, 0]
     p, order = nucleus(logits, temperature, top_p)
-    return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
+    drawn = torch.multinomial(p, 1, generator=generator)  # (N, 1)
+    return order.gather(-1, drawn)[:, 0], (p.gather(-1, drawn)[:, 0] / p.sum(-1)).log()
 
 
 def token_log_probs(logits, tokens, temperature, top_p):
-    """Log-probabilities (...) of tokens (...) that `pick` drew from logits (..., vocab): of the tempered softmax over the
-    nucleus, to which the token itself is counted in any case. At temperature 0, where pick has no choice, those of
-    temperature 1."""
-    temperature = temperature or 1.0
+    """Log-probabilities (...), with gradient, of tokens (...) that `pick` drew from logits (..., vocab) at a temperature
+    above 0: of the tempered softmax over the nucleus, to which the token itself is counted in any case."""
     logits = logits / temperature
     if top_p < 1:
         p, order = nucleus(logits.detach(), 1.0, top_p)

@@ -218,7 +218,7 @@ def make_scenes(seeds, camera_ids=(0, 1, 2, 6), size=(64, 128), frames=4, frame_
     """A batched Scene of these seeds; frames at t0 - k frame_dt, which must be steps of 0.1 s within the last 2 s."""
     world = World(seeds, device)
     recorder = Recorder(world, camera_ids, size, frames, frame_dt)
-    _catch_up(world)
+    world.catch_up()
     for tick in range(PAST + 1):
         recorder.note(look=(PAST - tick) % recorder.every == 0 and (PAST - tick) // recorder.every < frames)
         if tick < PAST:
@@ -231,32 +231,26 @@ def make_scenes(seeds, camera_ids=(0, 1, 2, 6), size=(64, 128), frames=4, frame_
     return scene
 
 
-def _catch_up(world):
-    """Scenes that are shown late drive ahead, so that all of them arrive at their t0 together."""
-    late = (world.scene.late / DT).round()
-    for left in range(int(late.max()), 0, -1):
-        world.step(*world.expert(), which=late >= left)
-
-
 @torch.no_grad()
 def drive_plans(seeds, plans, device="cpu"):
     """
-    What comes of it if the cars of these scenes of the world drive so from t0 on: plans (n, m, T, 2) in m/s^2 and 1/m, m of
-    each scene. The others react to the car, see World.step.
+    What comes of it if the cars of these scenes of the world drive so from t0 on: plans (n, m, T, 2) in m/s^2 and 1/m,
+    m of each scene. The others react to the car, see World.step.
     Returns {name: (n, m)}: collision, close, off_road (bool; up to when the plan ends, see World.judge), and beside
     (n, m, T), metres to the left of the line that the car should drive on.
     """
     world = World(seeds, device)
-    _catch_up(world)
+    world.catch_up()
     for _ in range(PAST):
         world.step(*world.expert())
     world, beside, met = world.repeat(plans.shape[1]), [], {}
-    for controls in plans.to(device).flatten(0, 1).unbind(1):  # (n * m, 2), tick by tick
+    for controls in plans.to(device).flatten(0, 1).unbind(1):                           # (n * m, 2), tick by tick
         world.step(*controls.unbind(-1))
         beside.append(locate(world.x, world.y, world.scene.route)[1])
         for name, value in world.judge().items():
             met[name] = met.get(name, torch.zeros_like(value)) | value
-    return {name: value.view(plans.shape[:2]) for name, value in met.items()} | {"beside": torch.stack(beside, -1).view(plans.shape[:3])}
+    met = {name: value.view(plans.shape[:2]) for name, value in met.items()}
+    return met | {"beside": torch.stack(beside, -1).view(plans.shape[:3])}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -272,7 +266,8 @@ GRACE = 1.0             # s: how long after a scenario's end a collision still c
 def comfort_of(speed, accel, curvature):
     """Whether each of the quantities of COMFORT_BOUNDS stays within its bounds: {name: (n, T) bool}, of a drive with
     speed (m/s), accel (m/s^2) and curvature (1/m), each (n, T) at 10 Hz. Jerk is the length of the change of the
-    acceleration, longitudinal and lateral."""
+    acceleration, longitudinal and lateral. The bounds are the release's; this is what a car that really drove felt, while
+    `rl.comfort` applies the release's rule to a path."""
     change = lambda x: torch.diff(x, dim=1, prepend=x[:, :1]) / DT
     rate = curvature * speed
     lateral = rate * speed
@@ -391,15 +386,16 @@ class Together:
 
     def __init__(self, sets):
         self.places = [(one, i) for one in sets for i in range(len(one))]
-        self.reasoning, self.names = ([value for one in sets for value in getattr(one, key)] for key in ("reasoning", "names"))
+        self.reasoning = [text for one in sets for text in one.reasoning]
+        self.names = [name for one in sets for name in one.names]
 
     def __len__(self):
         return len(self.places)
 
     def batch(self, indices):
         scenes = [one.batch([i]) for one, i in (self.places[int(k)] for k in indices)]
-        return {key: torch.cat([scene[key] for scene in scenes]) if torch.is_tensor(value) else sum((scene[key] for scene in scenes), [])
-                for key, value in scenes[0].items()}
+        join = lambda values: torch.cat(values) if torch.is_tensor(values[0]) else sum(values, [])
+        return {key: join([scene[key] for scene in scenes]) for key in scenes[0]}
 
     def drive_plans(self, indices, plans):
         places = [self.places[int(k)] for k in indices]
@@ -763,6 +759,10 @@ class ClipScenes:
                                  "images or calibration differ; choose camera_ids or a rig")
         lists = {key: [scene[key] for scene in scenes] for key in scenes[0]}
         return {key: torch.stack(values) if torch.is_tensor(values[0]) else values for key, values in lists.items()}
+
+    def drive_plans(self, indices, plans):
+        """What came of it if the car drove otherwise, a clip cannot tell."""
+        return {}
 
     def scene(self, index):
         """Scene number `index`, not batched."""

@@ -30,7 +30,6 @@ What usual GRPO has and this leaves out, and why:
 The page reads: rewards, the judge, objectives, curation, the loop, its curves, the table.
 """
 import argparse
-import copy
 import hashlib
 import json
 import math
@@ -48,12 +47,14 @@ from tqdm import tqdm
 
 import data
 import world
-from alpamayo import DT, HORIZON, Alpamayo, Rollout, gaussian_log_prob, token_log_probs, without_adapters, yaw_of
+from alpamayo import (
+    DT, HORIZON, OF_EXPERT, Alpamayo, Rollout, gaussian_log_prob, token_log_probs, without_adapters, yaw_of,
+)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rewards (Sec. 5.3.2). The paper gives no weights; these and the thresholds below are ours, chosen in our world.
 
-WEIGHTS = {"reason": 1.0, "consistency": 1.0, "trajectory": 1.0}  # of the parts in the sum
+WEIGHTS = {"reason": 0.2, "consistency": 1.0, "trajectory": 1.0}  # of the parts in the sum: at most 2
 DISTANCE, DISTANCE_MOST, COLLISION, JERK = 0.05, 1.0, 1.0, 0.02  # lambdas: 1/m^2; the most that distance costs; -; s^3/m
 SLOWER = ("yield", "stop", "follow", "search a gap", "adapt speed")  # decisions that make a car slow down or stand
 REASONS = {text.format(side=side, other=other): name for name, (*_, text) in data.CAUSES.items()
@@ -95,8 +96,9 @@ def consistency(texts, scene, xyz, rot, beside=None):
     The expert's own paths agree with its own traces in all of 500 scenes of val and 500 of tail, and in 95 % of train, where
     some already follow at the speed of the car ahead; with the traces of other decisions in 30 %."""
     G = xyz.shape[1]
-    past = [scene[key].to(xyz.device)[:, None].expand(-1, G, *[-1] * (scene[key].ndim - 1)) for key in ("ego_history_xyz", "ego_history_rot")]
-    poses, turns = torch.cat([past[0], xyz], 2), torch.cat([past[1], rot], 2)
+    past = [scene[key].to(xyz.device) for key in ("ego_history_xyz", "ego_history_rot")]
+    past = [one[:, None].expand(-1, G, *one.shape[1:]) for one in past]
+    poses, turns = torch.cat([past[0], xyz], 2), torch.cat([past[1], rot], 2)  # (B, G, 80, 3[, 3])
     speed, _, yaw, _ = data.smooth_motion(poses, turns)
     longitudinal, lateral = data.meta_actions(poses, turns)
     now = past[0].shape[2] - 1
@@ -172,15 +174,16 @@ def comfort(xyz, rot):
     along, across = yaw.cos() * vx + yaw.sin() * vy, yaw.cos() * vy - yaw.sin() * vx
     values = {"accel": rate(along), "lateral accel": rate(across), "jerk": rate(rate(torch.hypot(vx, vy))),
               "longitudinal jerk": rate(rate(along)), "yaw accel": rate(turn), "yaw rate": turn}  # fmt: skip
-    return {name: ((values[name] > low) & (values[name] < high)).all(-1) for name, (low, high) in data.COMFORT_BOUNDS.items()}
+    bounds = data.COMFORT_BOUNDS.items()
+    return {name: ((values[name] > low) & (values[name] < high)).all(-1) for name, (low, high) in bounds}
 
 
 def rewards_of(scene, out, scenes, numbers, flags, judge=None):
     """All that is rewarded in a Rollout of scenes number `numbers`, {part: (B, G)}: reason 0 to 5, consistency 0 or 1,
     trajectory up to 0; what is looked at beside them: collision, ade (m), comfort 0 to 1; and `total`, the weighted sum of
-    the parts in flags.rewards (reason as a share of 5)."""
+    the parts in flags.rewards."""
     xyz, rot, truth = out.xyz.cpu().float(), out.rot.cpu().float(), scene["ego_future_xyz"].cpu()
-    met = scenes.drive_plans(numbers, out.actions.cpu()) if hasattr(scenes, "drive_plans") else {}  # a clip cannot be driven
+    met = scenes.drive_plans(numbers, out.actions.cpu())  # of a clip: nothing
     pairs = [(said, true) for row, true in zip(out.reasoning, scene["reasoning"]) for said in row]
     scores = judge(pairs) if judge else [grade(*pair) for pair in pairs]
     parts = {
@@ -191,8 +194,7 @@ def rewards_of(scene, out, scenes, numbers, flags, judge=None):
         "ade": (xyz - truth[:, None])[..., :2].norm(dim=-1).mean(-1),
         "comfort": torch.stack(list(comfort(xyz, rot).values())).float().mean(0),
     }
-    scale = {"reason": 0.2}
-    return parts | {"total": sum(WEIGHTS[k] * scale.get(k, 1.0) * parts[k] for k in flags.rewards)}
+    return parts | {"total": sum(WEIGHTS[name] * parts[name] for name in flags.rewards)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,10 +336,12 @@ def choose(known, step, count, flags):
 
 
 def make_optimisers(model, flags):
-    """AdamW, with a rate of its own for the expert. No Muon: its steps are all of one size, and RL wants small ones."""
-    of_expert = lambda name: name.startswith(("expert.", "action_in_proj.", "action_out_proj."))
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    sides = [(flags.lr, [p for name, p in named if not of_expert(name)]), (flags.expert_lr, [p for name, p in named if of_expert(name)])]
+    """AdamW, with a rate of its own for the expert. No Muon: its steps are all of one size, and RL wants small ones; nor
+    weight decay, nor a fall of the rates at the end: train.py's flags for these do nothing here."""
+    sides = (flags.lr, []), (flags.expert_lr, [])
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            sides[name.startswith(OF_EXPERT)][1].append(p)
     return [(torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.0), lr) for lr, params in sides if params]
 
 
@@ -444,19 +448,25 @@ def summary(pieces, drawn):
 
 def validate(model, scenes, flags, judge=None):
     """Means of `likeliest` over the held-out scenes."""
-    return {name: value.mean().item() for name, value in likeliest(model, scenes, min(flags.val_scenes, len(scenes)), flags, judge).items()}
+    found = likeliest(model, scenes, min(flags.val_scenes, len(scenes)), flags, judge)
+    return {name: value.mean().item() for name, value in found.items()}
+
+
+def likeliest_of(model, scene, flags):
+    """The likeliest rollout of each scene: the likeliest thought, and the flow from the middle of the noise, as
+    closed-loop driving does it."""
+    calm = torch.zeros(len(scene["name"]), HORIZON, 2)
+    return model.sample(scene, 1, 0, steps=flags.flow_steps, max_new_tokens=flags.max_new_tokens, noise=calm, reason=True)
 
 
 @torch.no_grad()
 def likeliest(model, scenes, count, flags, judge=None):
-    """How good the likeliest rollout of each of the first scenes is, {name: (count,)}: the likeliest thought, and the
-    flow from the middle of the noise, as closed-loop driving does it. `right`: both decisions."""
+    """How good the likeliest rollout of each of the first scenes is, {name: (count,)}. `right`: both decisions."""
     found = {}
     for i in range(0, count, 32):
         numbers = range(i, min(i + 32, count))
         scene = scenes.batch(numbers)
-        calm = torch.zeros(len(numbers), HORIZON, 2)
-        out = model.sample(scene, 1, 0, steps=flags.flow_steps, max_new_tokens=flags.max_new_tokens, noise=calm, reason=True)
+        out = likeliest_of(model, scene, flags)
         parts = rewards_of(scene, out, scenes, numbers, flags, judge)
         right = [data.decisions(said) == data.decisions(true) for (said,), true in zip(out.reasoning, scene["reasoning"])]
         for name, value in {**parts, "right": torch.tensor(right).float()}.items():
@@ -499,14 +509,14 @@ def add_flags(p):
 
 def check_flags(flags, error):
     """Call error(line) where a flag of stage rl cannot be meant."""
-    for name in ("group", "flow_steps", "max_new_tokens", "updates"):
-        if getattr(flags, name) < 1 + (name in ("group", "flow_steps")):
-            error(f"--{name.replace('_', '-')} {getattr(flags, name)}: expected {1 + (name in ('group', 'flow_steps'))} or more")
-    for name in ("eta", "top_p", "temperature"):
-        if not 0 < getattr(flags, name) <= (10 if name == "temperature" else 1):
-            error(f"--{name.replace('_', '-')} {getattr(flags, name)}: expected more than 0 and at most 1 (a temperature: 10)")
-    if not 0 <= flags.curate <= 1 or flags.kl < 0 or flags.beta <= 0:
-        error("--curate: expected a share in [0, 1]; --kl 0 or more; --beta more than 0")
+    least = {"group": 2, "flow_steps": 2, "max_new_tokens": 1, "updates": 1, "kl": 0, "curate": 0}
+    above = {"eta": 0, "top_p": 0, "temperature": 0, "beta": 0}
+    most = {"eta": 1, "top_p": 1, "curate": 1}
+    for names, fine, words in ((least, lambda x, y: x >= y, "at least"), (above, lambda x, y: x > y, "more than"),
+                               (most, lambda x, y: x <= y, "at most")):  # fmt: skip
+        for name, limit in names.items():
+            if not fine(getattr(flags, name), limit):
+                error(f"--{name.replace('_', '-')} {getattr(flags, name)}: expected {words} {limit}")
 
 
 def line_of(line):
@@ -530,8 +540,8 @@ def draw_curves(log, file):
     with open(log) as f:
         lines = [json.loads(line) for line in f]
     shown = {"total": "reward", "reason": "reasoning, 0 to 5", "consistency": "consistency", "trajectory": "trajectory",
-             "collision": "collisions, share", "ade": "ADE, m", "entropy": "entropy, nats a token", "silent": "groups of equal rewards, share",
-             "grad_norm": "gradient norm"}  # fmt: skip
+             "collision": "collisions, share", "ade": "ADE, m", "entropy": "entropy, nats a token",
+             "silent": "groups of equal rewards, share", "grad_norm": "gradient norm"}  # fmt: skip
     figure, axes = plt.subplots(3, 3, figsize=(13, 8.5), dpi=100, constrained_layout=True)
     for ax, (name, title) in zip(axes.flat, shown.items()):
         steps = np.array([line["step"] for line in lines])
@@ -573,10 +583,7 @@ def measure(folder, args):
         met = likeliest(model, scenes, args.eval, args)
         found |= {f"{split} {name}": met[name].mean().item() for name in ("ade", "reason", "consistency", "collision", "right")}
 
-    def policy(scene):
-        calm = torch.zeros(len(scene["name"]), HORIZON, 2)
-        return model.sample(scene, 1, 0, steps=args.flow_steps, max_new_tokens=args.max_new_tokens, noise=calm, reason=True).actions[:, 0]
-
+    policy = lambda scene: likeliest_of(model, scene, args).actions[:, 0]
     first, met = world.SEEDS[args.split], []
     for i in tqdm(range(0, args.drive, 32), desc=f"driving {folder}"):
         met.append(data.drive(policy, range(first + i, first + min(i + 32, args.drive)), args.seconds, **view))
@@ -622,7 +629,8 @@ def main():
         if not found:
             raise ValueError(f"{row}: expected NAME=FOLDER,FOLDER")
         rows[name] = [measure(folder, args) for folder in folders.split(",")]
-    print(table(rows, args) + f"\n\nThe likeliest rollout of {args.eval} held-out scenes; {args.drive} scenarios of {args.seconds:g} s.\n\n" + PAPER)
+    print(table(rows, args))
+    print(f"\nThe likeliest rollout of {args.eval} held-out scenes; {args.drive} scenarios of {args.seconds:g} s.\n\n{PAPER}")
     print(json.dumps(rows))
 
 

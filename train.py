@@ -16,8 +16,8 @@ Chain of Causation in front of both; `all` runs one after the other. The loss is
 
 Stage `rl` (rl.py) is reinforcement learning, with losses and flags of its own.
 
-Everything random (the order of scenes, noise, flow times, rollouts) is a function of the seed and the step, so a run needs no
-random state to go on, only its weights and its optimiser's moments.
+Everything random (the order of scenes, noise, flow times, rollouts) is a function of the seed and the step, so a run
+needs no random state to go on, only its weights and its optimiser's moments.
 """
 import argparse
 import json
@@ -39,7 +39,8 @@ import plan
 import rl
 import world
 from alpamayo import (
-    PRESETS, Alpamayo, Vocabulary, add_adapters, checkpoint_activations, read_config, with_words, write_atomically,
+    OF_EXPERT, PRESETS, Alpamayo, Vocabulary, add_adapters, checkpoint_activations, read_config, with_words,
+    write_atomically,
 )  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ def prepare(model, flags):
     if flags.checkpointing:
         checkpoint_activations(model)
     for name, p in model.named_parameters():
-        of_expert = name.startswith(("expert.", "action_in_proj.", "action_out_proj."))
+        of_expert = name.startswith(OF_EXPERT)
         chosen = flags.train == "all" or of_expert == (flags.train == "expert")
         p.requires_grad_(chosen and (of_expert or not flags.lora or "lora_" in name))
         p.data = p.data.to(torch.float32 if p.requires_grad else getattr(torch, flags.dtype))

@@ -656,11 +656,19 @@ class World:
 
     def repeat(self, m):
         """The World with each scene m times, side by side, as it is now."""
-        many, again = copy.copy(self), lambda part: {k: v.repeat_interleave(m, 0) for k, v in vars(part).items() if torch.is_tensor(v)}
+        tensors = lambda part: {name: value for name, value in vars(part).items() if torch.is_tensor(value)}
+        again = lambda part: {name: value.repeat_interleave(m, 0) for name, value in tensors(part).items()}
+        many = copy.copy(self)
         many.__dict__ |= again(self)
         many.scene, many.things = SimpleNamespace(**again(self.scene)), SimpleNamespace(**again(self.things))
         many.draws = [one for one in self.draws for _ in range(m)]
         return many
+
+    def catch_up(self):
+        """Scenes that are shown late drive ahead, so that all of them arrive at their t0 together."""
+        late = (self.scene.late / DT).round()
+        for left in range(int(late.max()), 0, -1):
+            self.step(*self.expert(), which=late >= left)
 
     def _wander(self):
         """Nobody drives like a ruler: small waves in speed (m/s) and in lateral offset (m), now."""

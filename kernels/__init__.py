@@ -52,7 +52,8 @@ def capability(device):
 
 @torch.compiler.assume_constant_result  # torch.compile asks once, while it traces
 def by_hand(device, dtype):
-    """Whether Triton, and not PyTorch, works on tensors of this device and dtype; tells so on stderr, once."""
+    """Whether Triton, and not PyTorch, works on tensors of this device and dtype; says so on stderr when it first decides,
+    but for `auto` on a CPU, where there is nothing to decide."""
     if _choice is None:
         use(os.environ.get("ALPAMAYO_KERNELS", "auto"))
     here = device.type in devices and (device.type != "cuda" or torch.version.hip is None and capability(device) >= 80)
@@ -73,7 +74,7 @@ def by_hand(device, dtype):
     if _choice == "triton" and not answer and dtype != torch.float64:
         raise ValueError(f"ALPAMAYO_KERNELS=triton: the kernels cannot run: {why}")
     told = (device.type, dtype, answer)
-    if told not in _said and dtype != torch.float64:
+    if told not in _said and dtype != torch.float64 and (_choice != "auto" or device.type != "cpu"):
         _said.add(told)
         which = f"Triton {triton.__version__}" if answer else "PyTorch"
         print(f"kernels: {which} for {str(dtype)[6:]} on {device.type} ({why})", file=sys.stderr)

@@ -25,6 +25,7 @@ import math
 from typing import Optional
 
 import torch
+from torch.library import custom_op
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -200,7 +201,7 @@ def scratch_of(x, weight):
     return weight.new_empty(2, rows, A), weight.new_empty(rows, C, dtype=torch.float32)
 
 
-@torch.library.custom_op("kernels::flow_step", mutates_args=())
+@custom_op("alpamayo::flow_step", mutates_args=())
 def _flow_step(x: Tensor, hidden: Optional[Tensor], out: list[Tensor], step: float, t: Optional[Tensor], embed: list[Tensor]
                ) -> tuple[Tensor, Tensor]:  # fmt: skip
     weight = embed[-4]
@@ -299,7 +300,7 @@ def _over_cars(kernel, *tensors, T):
     kernel[(triton.cdiv(cars, 2),)](*tensors, cars, T, DT, ROWS=2, BT=max(16, triton.next_power_of_2(T)), num_warps=2)
 
 
-@torch.library.custom_op("kernels::roll_out", mutates_args=())
+@custom_op("alpamayo::roll_out", mutates_args=())
 def _forward(actions: Tensor, v0: Tensor) -> tuple[Tensor, Tensor]:
     xyz, rot = actions.new_empty(*actions.shape[:-1], 3), actions.new_empty(*actions.shape[:-1], 3, 3)
     _over_cars(_roll_out, actions.contiguous(), v0.contiguous(), xyz, rot, T=actions.shape[-2])
@@ -311,7 +312,7 @@ def _(actions, v0):
     return actions.new_empty(*actions.shape[:-1], 3), actions.new_empty(*actions.shape[:-1], 3, 3)
 
 
-@torch.library.custom_op("kernels::roll_out_backward", mutates_args=())
+@custom_op("alpamayo::roll_out_backward", mutates_args=())
 def _backward(xyz: Tensor, rot: Tensor, actions: Tensor, v0: Tensor) -> tuple[Tensor, Tensor]:
     grads = actions.new_empty(actions.shape), v0.new_empty(v0.shape)
     tensors = actions.contiguous(), v0.contiguous(), xyz.contiguous(), rot.contiguous(), *grads
@@ -325,7 +326,7 @@ def _(xyz, rot, actions, v0):
 
 
 _forward.register_autograd(
-    lambda ctx, xyz, rot: torch.ops.kernels.roll_out_backward(xyz, rot, *ctx.saved_tensors),
+    lambda ctx, xyz, rot: torch.ops.alpamayo.roll_out_backward(xyz, rot, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 

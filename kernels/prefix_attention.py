@@ -23,6 +23,7 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from kernels import by_hand, capability, tl, triton
 
@@ -266,7 +267,7 @@ def _rows_together(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("kernels::prefix_attention", mutates_args=())
+@custom_op("alpamayo::prefix_attention", mutates_args=())
 def _forward(q: Tensor, k0: Tensor, v0: Tensor, k1: Optional[Tensor], v1: Optional[Tensor], mask0: Optional[Tensor],
              mask1: Optional[Tensor], splits: int) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and the rows' log2-sum-exp2 (N, H, T). splits: parts of the keys, 0: as many as fill the chip."""
@@ -298,7 +299,7 @@ def _(q, k0, v0, k1, v1, mask0, mask1, splits):
     return q.new_empty(N, T, H, d).transpose(1, 2), q.new_empty(N, H, T, dtype=torch.float32)
 
 
-@torch.library.custom_op("kernels::prefix_attention_backward", mutates_args=())
+@custom_op("alpamayo::prefix_attention_backward", mutates_args=())
 def _backward(dy: Tensor, q: Tensor, k0: Tensor, v0: Tensor, k1: Optional[Tensor], v1: Optional[Tensor],
               mask0: Optional[Tensor], mask1: Optional[Tensor], y: Tensor, l: Tensor, prefix: bool, tail: bool
               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -343,7 +344,7 @@ def _keep(ctx, inputs, output):
 def _gradients(ctx, dy, _):
     needs = ctx.needs_input_grad
     prefix, tail = needs[1] or needs[2], needs[3] or needs[4]
-    grads = torch.ops.kernels.prefix_attention_backward(dy, *ctx.saved_tensors, prefix, tail)
+    grads = torch.ops.alpamayo.prefix_attention_backward(dy, *ctx.saved_tensors, prefix, tail)
     return *(g if need else None for g, need in zip(grads, needs)), None, None, None
 
 

@@ -22,6 +22,7 @@ P is not kept but computed again from the logarithm of each row's sum of exponen
 import math
 
 import torch
+from torch.library import custom_op
 import torch.nn.functional as F
 
 from kernels import by_hand, capability, tiles, tl, triton
@@ -189,7 +190,7 @@ def arguments(q, k, v, longest):
     return (q, k, v), sizes, dict(H=H, D=d, D0=D0, D1=D1)
 
 
-@torch.library.custom_op("alpamayo::pruned_attention", mutates_args=())
+@custom_op("alpamayo::pruned_attention", mutates_args=())
 def by_kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, longest: int, rows: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,7 +212,7 @@ def _(q, k, v, offsets, longest, rows):
     return q.new_empty(R, H, d), q.new_empty(len(offsets) - 1, H, padded, dtype=torch.float32)
 
 
-@torch.library.custom_op("alpamayo::pruned_attention_backward", mutates_args=())
+@custom_op("alpamayo::pruned_attention_backward", mutates_args=())
 def backward_by_kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, longest: int, rows: torch.Tensor | None,
     out: torch.Tensor, lse: torch.Tensor, grad: torch.Tensor,

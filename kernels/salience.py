@@ -16,6 +16,7 @@ operations, and no traffic to speak of: at that shape 0.038 TFLOP and 0.05 GB.
 import math
 
 import torch
+from torch.library import custom_op
 
 from kernels import by_hand, tiles, tl, triton
 
@@ -98,7 +99,7 @@ def launch(itemsize):
     return (64, dict(num_warps=4, num_stages=3)) if itemsize == 2 else (32, dict(num_warps=4, num_stages=2))
 
 
-@torch.library.custom_op("alpamayo::column_means", mutates_args=())
+@custom_op("alpamayo::column_means", mutates_args=())
 def by_kernel(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
     (B, H, T, d), (_, G, S, _) = q.shape, k.shape
     block, options = launch(q.element_size())

@@ -210,7 +210,7 @@ def test_pick():
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().repeat(1000, 1)
 
     def picked(temperature, top_p):
-        return set(pick(logits, temperature, top_p, torch.Generator().manual_seed(0)).tolist())
+        return set(pick(logits, temperature, top_p, torch.Generator().manual_seed(0))[0].tolist())
 
     assert picked(0, 1) == {1}
     assert picked(1, 0.4) == {1}

@@ -143,15 +143,18 @@ def test_what_does_not_fit():
 
 
 def test_the_switch(monkeypatch, capsys):
-    """Without a GPU: PyTorch, said once for each dtype on stderr; what cannot be is one line."""
+    """Without a GPU: PyTorch, and where somebody chose, that is said once for each dtype; what cannot be is one line."""
     ask = lambda dtypes: [kernels.by_hand(torch.device("cpu"), dtype) for dtype in dtypes]
     every = (torch.float32, torch.bfloat16, torch.float32, torch.float64)
     monkeypatch.setattr(kernels, "_choice", None)  # as it is when a program starts, and as it will be after this test
     monkeypatch.setattr(kernels, "devices", {"cuda"})
     monkeypatch.delenv("ALPAMAYO_KERNELS", raising=False)
     assert ask(every) == [False] * 4
+    assert not capsys.readouterr().err
+    kernels.use("torch")
+    assert ask(every) == [False] * 4
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "PyTorch for float32 on cpu" in said[0] and "NVIDIA GPU" in said[0]
+    assert len(said) == 2 and "PyTorch for float32 on cpu (ALPAMAYO_KERNELS=torch)" in said[0]
     kernels.use("triton")
     with pytest.raises(ValueError, match="ALPAMAYO_KERNELS=triton: the kernels cannot run: they need an NVIDIA GPU"):
         ask(every)

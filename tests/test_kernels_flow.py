@@ -132,7 +132,7 @@ def test_a_prefix_without_gradient_costs_none(monkeypatch):
 def test_prefix_attention_is_an_operator():
     """Shapes, strides and gradients under torch.compile's tracing are those that run."""
     leaves, mask0, mask1 = inputs(1, 2, 4, 2, 3, 33, 5, 16, True, "samples", torch.float32)
-    torch.library.opcheck(torch.ops.kernels.prefix_attention.default, (*leaves, mask0, mask1, 2))
+    torch.library.opcheck(torch.ops.alpamayo.prefix_attention.default, (*leaves, mask0, mask1, 2))
 
 
 # --------------------------------------------------------------------------------------------- the flow's step, the unicycle
@@ -209,10 +209,10 @@ def test_gradient_of_positions_alone():
 
 def test_operators_of_the_flow():
     actions, v0 = torch.randn(2, 5, 2, requires_grad=True), torch.rand(2, requires_grad=True)
-    torch.library.opcheck(torch.ops.kernels.roll_out.default, (actions, v0))
+    torch.library.opcheck(torch.ops.alpamayo.roll_out.default, (actions, v0))
     out, embed = embedding(40, 20, 4, 2, torch.float32)
     args = torch.randn(1, 3, 2), torch.randn(1, 3, 40), out, 0.1, torch.rand(1), embed
-    torch.library.opcheck(torch.ops.kernels.flow_step.default, args)
+    torch.library.opcheck(torch.ops.alpamayo.flow_step.default, args)
 
 
 # ------------------------------------------------------------------------------------------------------- the whole sampler

@@ -13,7 +13,7 @@ import plan
 import rl
 import train
 import world
-from alpamayo import PRESETS, Alpamayo, Vocabulary, add_adapters, with_words
+from alpamayo import PRESETS, Alpamayo, Vocabulary, with_words
 
 TEXTS = [data.sentence(cause, world.LEFT) for cause in data.CAUSES]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import data
 import train
 import world
-from alpamayo import Alpamayo
+from alpamayo import OF_EXPERT, Alpamayo
 from test_clips import folder  # noqa: F401, a clip of one's own
 from test_vision import build, scene  # noqa: F401, a tiny model, none of whose weights is zero, and three scenes
 
@@ -159,7 +159,7 @@ def test_hidden_action_tokens_are_not_read(scene):  # noqa: F811
 def test_the_losses_of_the_path_teach_the_expert_alone(scene):  # noqa: F811
     """Knowledge insulation, for `ade` as for `flow`: every weight of the expert learns, and none of what it reads."""
     model = build(torch.float32).requires_grad_(True)
-    expert = {n for n, _ in model.named_parameters() if n.startswith(("expert.", "action_in_proj.", "action_out_proj."))}
+    expert = {n for n, _ in model.named_parameters() if n.startswith(OF_EXPERT)}
     for loss in ("ade", "flow"):
         model.zero_grad()
         model(scene, "reason", flow_samples=2, generator=torch.Generator().manual_seed(2))[loss].backward()
