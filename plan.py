@@ -7,8 +7,8 @@ What a run needs of memory, found out without the memory.
 
 There is no formula here that could go stale. The code that trains runs, forward, backward and optimisers, on tensors
 that have a shape and a type and no contents (PyTorch's FakeTensor); every storage that it makes is counted from its
-birth to its death. A GPU is planned as a CPU that does its matrix products in bfloat16 and its optimisers' arithmetic for all
-tensors at once, as on a GPU they are.
+birth to its death. A GPU is planned as a CPU that does its matrix products in bfloat16 and its optimisers' arithmetic
+for all tensors at once, as on a GPU they are.
 
 Not counted: what a kernel takes and gives back by itself, CUDA's own share, gaps between storages. On a GPU leave a
 tenth and a GiB for these. Counted for one process; under torchrun each has all this for its share of the batch, and its
@@ -135,7 +135,7 @@ def last_token(model, scene, group, said):
     lm, n = model.vlm.model.language_model, len(scene["route"]) * group
     x, positions, seen, _ = model.embed_prompt(scene)
     x, prompt = lm(x, *rope(positions, model.cfg, x.dtype), seen=seen)
-    token = pick(model.vlm.lm_head(x[:, -1]).float().repeat_interleave(group, 0), 0.6, 0.98)
+    token, _ = pick(model.vlm.lm_head(x[:, -1]).float().repeat_interleave(group, 0), 0.6, 0.98)
     tails = [[a.new_zeros(n, a.shape[1], said - 1, a.shape[3]) for a in kv] for kv in prompt]
     past = [(*kv, None, *tail, None) for kv, tail in zip(prompt, tails)]
     at = torch.full((3, 1, 1), int(positions.max()) + said)

@@ -128,7 +128,7 @@ def consistency(texts, scene, xyz, rot, beside=None):
 
 
 def across_by_lane(decision, beside, turned):
-    """Whether a path does a lateral decision, from its metres beside the line to drive on (64,) and its change of heading."""
+    """Whether a path does a lateral decision, from its metres beside the line to drive on (64,) and how far it turned (rad)."""
     sign = -1 if decision.endswith("right") else 1
     most = float((sign * beside).max())
     if decision == "keep lane":  # for three seconds: what comes later is another decision
@@ -348,8 +348,8 @@ def make_optimisers(model, flags):
 def try_out(model, scene, flags, seed):
     """Rollouts of a Scene, a group of each of its scenes, as the flags say."""
     steps, eta = (1, 0.0) if flags.policy == "tokens" else (flags.flow_steps, flags.eta)
-    return model.sample(scene, flags.group, flags.temperature, flags.top_p, steps, flags.max_new_tokens, seed=seed, reason=True,
-                        decode=flags.policy, eta=eta)  # fmt: skip
+    return model.sample(scene, flags.group, flags.temperature, flags.top_p, steps, flags.max_new_tokens, seed=seed,
+                        reason=True, decode=flags.policy, eta=eta)  # fmt: skip
 
 
 def loss_of(model, reference, scene, out, rewards, flags, old=None):
@@ -437,7 +437,8 @@ def summary(pieces, drawn):
     line = {"tokens": float(sum(groups.out.tokens.numel() for groups in pieces))}
     for name in pieces[0].parts:
         values = torch.cat([groups.parts[name] for groups in pieces])
-        line[name], line[name + "_spread"] = values.mean().item(), values.std(1).mean().item()  # within a group: what can teach
+        line[name] = values.mean().item()
+        line[name + "_spread"] = values.std(1).mean().item()  # within a group: what there is to learn from
     line["silent"] = (torch.cat([groups.parts["total"] for groups in pieces]).std(1) < 1e-3).float().mean().item()
     line["one_text"] = np.mean([len(set(texts)) == 1 for groups in pieces for texts in groups.out.reasoning])
     divergences = torch.cat([groups.divergence for groups in pieces])
@@ -485,16 +486,18 @@ DEFAULTS = dict(scenes=1000, steps=100, batch=16, lr=1e-4, warmup=5, val_every=2
 def add_flags(p):
     """The flags of stage rl, for train.py's parser."""
     add = p.add_argument_group("stage rl").add_argument
-    add("--policy", choices=("flow", "tokens"), default="flow", help="what drives and learns beside the reasoning: the expert's "
-        "flow, or the language model's action tokens (the paper's)")  # fmt: skip
-    add("--objective", choices=("clip", "paper"), default="clip", help="clipped surrogate, or the paper's weighted likelihood")
+    add("--policy", choices=("flow", "tokens"), default="flow",
+        help="what drives and learns beside the reasoning: the expert's flow | the language model's action tokens (the paper's)")
+    add("--objective", choices=("clip", "paper"), default="clip", help="clipped surrogate | the paper's weighted likelihood")
     add("--rewards", nargs="+", choices=tuple(WEIGHTS), default=list(WEIGHTS), help="parts of the reward")
-    add("--judge", metavar="URL", help="grade reasoning by a language model behind this OpenAI-compatible endpoint, not by rule")
+    add("--judge", metavar="URL",
+        help="grade reasoning by a language model behind this OpenAI-compatible endpoint, not by rule")
     add("--judge-model", metavar="NAME", default="judge", help="its name there")
-    add("--split", nargs="+", choices=data.SPLITS, default=["tail", "train"], help="scenes of the world to try out, --scenes of each; "
-        "validation takes others of the first")  # fmt: skip
+    add("--split", nargs="+", choices=data.SPLITS, default=["tail", "train"],
+        help="scenes of the world to try out, --scenes of each; validation takes others of the first")
     add("--group", type=int, default=12, help="rollouts of a scene")
-    add("--temperature", type=float, default=1.5, help="of the rollouts' reasoning; a well-taught model says one thing at 0.6")
+    add("--temperature", type=float, default=1.5,
+        help="of the rollouts' reasoning; a well-taught model says one thing at 0.6")
     add("--top-p", type=float, default=1.0, help="likeliest tokens that together have this probability")
     add("--eta", type=float, default=0.5, help="how stochastic the flow's steps are, in (0, 1]")
     add("--flow-steps", type=int, default=5, help="Euler steps from noise to controls")
@@ -581,7 +584,8 @@ def measure(folder, args):
     for split in (args.split, "val"):
         scenes = data.load("world", split=split, scenes=args.eval, folder=args.cache, workers=os.cpu_count(), **view)
         met = likeliest(model, scenes, args.eval, args)
-        found |= {f"{split} {name}": met[name].mean().item() for name in ("ade", "reason", "consistency", "collision", "right")}
+        names = ("ade", "reason", "consistency", "collision", "right")
+        found |= {f"{split} {name}": met[name].mean().item() for name in names}
 
     policy = lambda scene: likeliest_of(model, scene, args).actions[:, 0]
     first, met = world.SEEDS[args.split], []
@@ -610,7 +614,8 @@ def table(rows, args):
 
 
 def main():
-    p = argparse.ArgumentParser(description="The paper's Table 9 in small.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description="The paper's Table 9 in small.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     add = p.add_argument
     add("rows", nargs="+", metavar="NAME=FOLDER,FOLDER", help="a row: its name and its checkpoints, one a seed")
     add("--split", choices=data.SPLITS, default="tail", help="held-out scenes")

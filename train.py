@@ -268,7 +268,8 @@ def total_loss(losses, flags):
 
 
 def prepare(model, flags):
-    """Say what learns, --train's part, or of the language model only its adapters; and how. Returns that and its optimisers."""
+    """Say what learns, --train's part, or of the language model only its adapters; and how. Returns what learns, and its
+    optimisers."""
     if flags.lora:
         add_adapters(model, flags.lora, torch.Generator().manual_seed(flags.seed))
     if flags.checkpointing:
@@ -444,11 +445,11 @@ def main():
             model, fresh = seeing_anew(model, cfg, flags)
             say(f"{flags.init}: all tensors but {fresh} new ones, which see by {cfg.vision}")
             if fresh and flags.lora:
-                raise ValueError(f"--lora: an untrained encoder, --vision {cfg.vision}, would never learn; train it first without")
+                raise ValueError(f"--lora: an untrained encoder, --vision {cfg.vision}, would never learn; train it without")
     if flags.lora:
         base = sum_of_bits(model)
         if getattr(flags, "base", base) != base:
-            raise ValueError(f"{flags.init}: other weights than those that this run began with; its adapters do not fit them")
+            raise ValueError(f"{flags.init}: other weights than those that this run began with; its adapters do not fit")
         flags.base = base
     if rank == 0:
         load_scenes(flags, cfg)  # renders what is not yet on disk
@@ -557,9 +558,9 @@ def print_plan(flags):
                 p.data = p.data.to(getattr(torch, flags.dtype))
         tokens = flags.policy == "tokens"
         out = plan.made_up_rollout(model, piece, flags.group, flags.max_new_tokens, 0 if tokens else flags.flow_steps)
-        try_out, learn = autocast(plan.last_token), autocast(rl.loss_of)
+        try_out, learn, rewards = autocast(plan.last_token), autocast(rl.loss_of), torch.zeros(piece, flags.group)
         phases = {"rollouts": lambda: try_out(model, scene, flags.group, out.tokens.shape[2]),
-                  "losses": lambda: learn(model, reference, scene, out, torch.zeros(piece, flags.group), flags)[0].backward()} | phases  # fmt: skip
+                  "losses": lambda: learn(model, reference, scene, out, rewards, flags)[0].backward()} | phases  # fmt: skip
     else:
         lesson, generator = "action" if flags.stage == "action" else "reason", torch.Generator().manual_seed(flags.seed)
         phases = {"losses": lambda: backward(model, scene, lesson, True, flags, generator, autocast)} | phases
