@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 from cpu_triton import poisoned, programs  # noqa: E402
 from test_rl import tiny  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
 import data  # noqa: E402
 import kernels  # noqa: E402
@@ -21,18 +22,19 @@ def scene():
 
 @pytest.fixture
 def both(monkeypatch):
-    """Run something in PyTorch, then in Triton with poisoned outputs and programs in random order; count the launches."""
-    launches = []
+    """Run something in PyTorch, then in Triton with poisoned outputs and programs in random order: both results, and the
+    names of the kernels that were launched."""
+    launched, launch = set(), JITFunction.run
+    note = lambda self, *args, **more: launched.add(self.fn.__name__) or launch(self, *args, **more)
+    monkeypatch.setattr(JITFunction, "run", note)
 
     def run(what):
         monkeypatch.setattr(kernels, "_choice", "torch")
         expected = what()
+        assert not launched
         monkeypatch.setattr(kernels, "_choice", "triton")
-        for module in (kernels.salience, kernels.pruned_attention, kernels.prefix_attention):
-            ask = module.by_hand
-            monkeypatch.setattr(module, "by_hand", lambda *a, ask=ask, name=module.__name__: launches.append(name) or ask(*a))
         with poisoned(), programs("shuffled"):
-            return expected, what(), {name.split(".")[-1] for name in launches}
+            return expected, what(), launched
 
     return run
 
@@ -48,15 +50,18 @@ def test_losses_and_gradients_of_a_pruned_model(scene, both):
         return {k: v.item() for k, v in losses.items()}, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     (losses, grads), (ours, our_grads), used = both(learn)
-    assert used == {"salience", "pruned_attention", "prefix_attention"}
+    assert used == {"row_sums", "column_sums", "forward", "backward_queries", "backward_keys", "_attend", "_grad_q",
+                    "_grad_kv", "_roll_out", "_roll_back"}  # fmt: skip
     assert ours == pytest.approx(losses, rel=1e-5)
     for name, grad in grads.items():
         assert (our_grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
 
 
-def test_thoughts_and_paths(scene, both):
+@pytest.mark.parametrize("eta", [0.0, 0.4])
+def test_thoughts_and_paths(scene, both, eta):
+    """The sampler's kernels take Euler's steps; steps with noise are the plain loop."""
     model = tiny()
-    out, ours, used = both(lambda: model.sample(scene, n=2, steps=2, max_new_tokens=5, seed=0, eta=0.4))
-    assert "prefix_attention" in used
+    out, ours, used = both(lambda: model.sample(scene, n=2, steps=2, max_new_tokens=5, seed=0, eta=eta))
+    assert used >= {"_attend", "_roll_out"} and ({"_heads", "_gate_up", "_add", "_step"} <= used) == (eta == 0)
     assert torch.equal(out.tokens, ours.tokens)
     assert (out.flow - ours.flow).abs().max() < 1e-3 and (out.xyz - ours.xyz).abs().max() < 1e-2
