@@ -40,9 +40,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
+from kernels import by_hand
+from kernels.flow_step import roll_out_by_kernel
 from kernels.prefix_attention import prefix_attention
 from kernels.pruned_attention import pruned_attention
 from kernels.salience import column_means
+from kernels.sampler import sample_flow
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration: the defaults are Alpamayo-R1-10B, number by number; a preset names only what differs.
@@ -183,6 +186,8 @@ def roll_out(actions, v0):
 
     actions (..., 64, 2): acceleration m/s^2, curvature 1/m (left-positive); v0 (...): m/s at t0.
     Returns xyz (..., 64, 3) in metres, with z = 0, and rot (..., 64, 3, 3)."""
+    if by_hand(actions.device, actions.dtype, even_32_bit=True):
+        return roll_out_by_kernel(actions, v0)
     accel, curvature = actions.unbind(-1)
     v0 = v0[..., None]
     v = torch.cat([v0, v0 + DT * accel.cumsum(-1)], -1)  # (..., 65)
@@ -1231,10 +1236,12 @@ class Alpamayo(nn.Module):
     def velocity(self, x_t, t, past, start):
         """The expert's velocity (N, 64, 2) at noisy controls x_t (N, 64, 2), times t (N,), over the language model's
         keys and values; its 64 tokens take the positions from `start` (N,) on."""
-        positions = (start[:, None] + torch.arange(HORIZON, device=x_t.device)).expand(3, -1, -1)
         x = self.action_in_proj(x_t, t)
-        cos, sin = rope(positions, self.cfg, x.dtype)
-        return self.action_out_proj(self.expert(x, cos, sin, past)).to(x_t.dtype)
+        return self.action_out_proj(self.expert(x, *self.rope_of_actions(start, x.dtype), past)).to(x_t.dtype)
+
+    def rope_of_actions(self, start, dtype):
+        positions = (start[:, None] + torch.arange(HORIZON, device=start.device)).expand(3, -1, -1)
+        return rope(positions, self.cfg, dtype)
 
     # -------------------------------------------------------------------------------------------------------- sampling
 
@@ -1303,15 +1310,8 @@ class Alpamayo(nn.Module):
             x = torch.randn(N, HORIZON, 2, generator=generator, device=device) if noise is None else noise.to(device)
         if x.shape != (N, HORIZON, 2):
             raise ValueError(f"noise: shape {tuple(x.shape)}; {B} scenes of {n} samples need {(N, HORIZON, 2)}")
-        past, flow = self.expert_past(prompt, tail, length), [x]
-        for i in range(steps):
-            t = torch.full((N,), i / steps, device=device)
-            velocity = self.velocity(x, t, past, start + length)
-            x, std = flow_step(x, velocity, i / steps, 1 / steps, eta)
-            if std:
-                x = x + std * torch.randn(N, HORIZON, 2, generator=generator, device=device)
-            flow.append(x)
-        actions = self.action_space.restore(x)
+        flow = self.integrate(x, prompt, tail, length, start, steps, eta, generator)
+        actions = self.action_space.restore(flow[-1])
         v0 = initial_speed(scene["ego_history_xyz"].to(device), scene["ego_history_rot"].to(device))
         xyz, rot = roll_out(actions, v0.repeat_interleave(n))
         seconds["flow"] = clock.lap()
@@ -1322,7 +1322,7 @@ class Alpamayo(nn.Module):
             texts.append(vocab.decode(row[:k]))
         by_scene = lambda a: a.unflatten(0, (B, n))
         return Rollout([texts[i : i + n] for i in range(0, N, n)], by_scene(tokens), by_scene(log_probs), by_scene(actions),
-                       by_scene(xyz), by_scene(rot), torch.stack(flow).unflatten(1, (B, n)), seconds)  # fmt: skip
+                       by_scene(xyz), by_scene(rot), flow.unflatten(1, (B, n)), seconds)  # fmt: skip
 
     def allowed(self, logits, driving):
         """Logits (N, vocab) of what may be said: no action tokens while thinking, nothing else where `driving` (N,)."""
@@ -1332,6 +1332,24 @@ class Alpamayo(nn.Module):
         is_history = (token >= first + self.cfg.bins) & (token < first + self.cfg.bins + self.cfg.history_bins)
         barred = torch.where(driving[..., None], ~is_action, is_action | is_history)
         return logits.masked_fill(barred, -1e9)  # not -inf: what is sure to be 0 should have a gradient of 0, not NaN
+
+    def integrate(self, x, prompt, tail, length, start, steps, eta=0.0, generator=None):
+        """Euler steps of the flow from noise x (N, 64, 2) to controls, Eq. 7 from t = 0 to 1: all of them, (steps + 1, N,
+        64, 2). prompt, tail, length (N,): see expert_past; start: the position behind the prompt; eta: see flow_step."""
+        dtype = self.expert.norm.weight.dtype
+        if steps and eta == 0 and by_hand(x.device, dtype):
+            seen = torch.arange(tail[0][0].shape[2] if tail[0][0] is not None else 0, device=x.device) < length[:, None]
+            cos, sin = self.rope_of_actions(start + length, dtype)
+            return sample_flow(self.expert, self.action_in_proj, self.action_out_proj, steps, x, cos, sin,
+                               [kv[:2] for kv in prompt], tail, seen)  # fmt: skip
+        past, flow = self.expert_past(prompt, tail, length), [x]
+        for i in range(steps):
+            velocity = self.velocity(x, torch.full((len(x),), i / steps, device=x.device), past, start + length)
+            x, std = flow_step(x, velocity, i / steps, 1 / steps, eta)
+            if std:
+                x = x + std * torch.randn(x.shape, generator=generator, device=x.device)
+            flow.append(x)
+        return torch.stack(flow)
 
     def expert_past(self, prompt, tail, length):
         """What the expert reads, for every layer: the shared prompt, of a sample's own tokens the first length (N,), and

@@ -51,9 +51,10 @@ def capability(device):
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once, while it traces
-def by_hand(device, dtype):
+def by_hand(device, dtype, even_32_bit=False):
     """Whether Triton, and not PyTorch, works on tensors of this device and dtype; says so on stderr when it first decides,
-    but for `auto` on a CPU, where there is nothing to decide."""
+    but for `auto` on a CPU, where there is nothing to decide. even_32_bit: `auto` takes Triton for 32-bit tensors too, for
+    where one launch replaces many."""
     if _choice is None:
         use(os.environ.get("ALPAMAYO_KERNELS", "auto"))
     here = device.type in devices and (device.type != "cuda" or torch.version.hip is None and capability(device) >= 80)
@@ -67,14 +68,14 @@ def by_hand(device, dtype):
         answer, why = False, f"they need an NVIDIA GPU of capability 8.0 or more, and the tensors are on {device.type}"
     elif _choice == "triton":
         answer, why = True, "ALPAMAYO_KERNELS=triton"
-    elif device.type != "cuda" or dtype == torch.float32:
+    elif device.type != "cuda" or dtype == torch.float32 and not even_32_bit:
         answer, why = False, "16-bit tensors on a GPU gain by them, and these are not"
     else:
         answer, why = True, f"capability {capability(device)}"
     if _choice == "triton" and not answer and dtype != torch.float64:
         raise ValueError(f"ALPAMAYO_KERNELS=triton: the kernels cannot run: {why}")
     told = (device.type, dtype, answer)
-    if told not in _said and dtype != torch.float64 and (_choice != "auto" or device.type != "cpu"):
+    if not even_32_bit and told not in _said and dtype != torch.float64 and (_choice != "auto" or device.type != "cpu"):
         _said.add(told)
         which = f"Triton {triton.__version__}" if answer else "PyTorch"
         print(f"kernels: {which} for {str(dtype)[6:]} on {device.type} ({why})", file=sys.stderr)

@@ -16,7 +16,8 @@ once for all steps (`time_share`). The kernel is for sampling; training embeds w
                         x_t+1 = x_t + dt / 2 (v_t cos yaw_t + v_t+1 cos yaw_t+1), y with sin
 
 is three running sums, so a row of tl.cumsum each, and its gradient the same sums from the other end. About 25 launches
-forward and 60 backward in PyTorch; one and one here.
+forward and 60 backward in PyTorch; one and one here. Its specification is `roll_out` in alpamayo.py, where a reader of
+the paper looks for Eq. 5; that of the step is below.
 
 By arithmetic, not measured: at the release's shape (64 rows, C = 2048, 512 wide) a step is four programs of 16 rows, each
 of which reads the embedding's 2.6 MB, which is 23 us at 64 bytes a clock, beside 1160 us for the bytes of the expert.
@@ -57,24 +58,6 @@ def specification(x, hidden, out, step, t, embed):
     for w, b, norm in zip(layers[::3], layers[1::3], layers[2::3]):
         z = F.rms_norm(F.silu(F.linear(z, w, b)), b.shape, norm, 1e-5)
     return x, F.layer_norm(F.linear(z, weight, bias), gain.shape, gain, offset, 1e-5)
-
-
-def roll_out_specification(actions, v0):
-    """Drive a unicycle from the origin of the ego frame, in Euler steps of 0.1 s.
-
-    actions (..., T, 2): acceleration m/s^2, curvature 1/m (left-positive); v0 (...): m/s at t0.
-    Returns xyz (..., T, 3) in metres, with z = 0, and rot (..., T, 3, 3)."""
-    accel, curvature = actions.unbind(-1)
-    v0 = v0[..., None]
-    v = torch.cat([v0, v0 + DT * accel.cumsum(-1)], -1)  # (..., T + 1)
-    yaw = (DT * curvature * v[..., :-1] + DT**2 / 2 * curvature * accel).cumsum(-1)
-    yaw = torch.cat([torch.zeros_like(v0), yaw], -1)
-    vx, vy = v * yaw.cos(), v * yaw.sin()
-    x = (DT / 2 * (vx[..., :-1] + vx[..., 1:])).cumsum(-1)
-    y = (DT / 2 * (vy[..., :-1] + vy[..., 1:])).cumsum(-1)
-    c, s = yaw[..., 1:].cos(), yaw[..., 1:].sin()
-    o, l = torch.zeros_like(c), torch.ones_like(c)
-    return torch.stack([x, y, o], -1), torch.stack([c, -s, o, s, c, o, o, o, l], -1).unflatten(-1, (3, 3))
 
 
 # ------------------------------------------------------------------------------------------------------- the step's kernel
@@ -331,10 +314,6 @@ _forward.register_autograd(
 )
 
 
-def roll_out(actions, v0):
-    """See `roll_out_specification`."""
-    # paths are float32 in every model; that a launch replaces many is worth it for them too
-    dtype = torch.bfloat16 if actions.dtype == torch.float32 else actions.dtype
-    if not by_hand(actions.device, dtype):
-        return roll_out_specification(actions, v0)
+def roll_out_by_kernel(actions, v0):
+    """alpamayo.roll_out, which is the specification, in one launch."""
     return _forward(actions, v0.expand(actions.shape[:-2]))

@@ -11,6 +11,12 @@ torch.set_num_threads(1)  # small tensors: threads would only wait for one anoth
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOLDEN = os.path.join(ROOT, "tests", "golden")
 sys.path.insert(0, ROOT)
+if os.environ.get("ALPAMAYO_KERNELS") == "triton" and not torch.cuda.is_available():
+    # The whole suite by the kernels, in Triton's interpreter; but what tests start as processes of its own is PyTorch's.
+    import cpu_triton  # noqa: F401
+    import kernels
+
+    kernels.use(os.environ.pop("ALPAMAYO_KERNELS"))
 
 
 def made_up(name, shape):

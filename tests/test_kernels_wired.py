@@ -8,10 +8,15 @@ import torch
 pytest.importorskip("triton")
 from cpu_triton import poisoned, programs  # noqa: E402
 from test_rl import tiny  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
 import data  # noqa: E402
 import kernels  # noqa: E402
 import world  # noqa: E402
+
+
+# Triton's interpreter computes in masked-off lanes too
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture(scope="module")
@@ -21,18 +26,19 @@ def scene():
 
 @pytest.fixture
 def both(monkeypatch):
-    """Run something in PyTorch, then in Triton with poisoned outputs and programs in random order; count the launches."""
-    launches = []
+    """Run something in PyTorch, then in Triton with poisoned outputs and programs in random order: both results, and the
+    names of the kernels that were launched."""
+    launched, launch = set(), JITFunction.run
+    note = lambda self, *args, **more: launched.add(self.fn.__name__) or launch(self, *args, **more)
+    monkeypatch.setattr(JITFunction, "run", note)
 
     def run(what):
         monkeypatch.setattr(kernels, "_choice", "torch")
         expected = what()
+        assert not launched
         monkeypatch.setattr(kernels, "_choice", "triton")
-        for module in (kernels.salience, kernels.pruned_attention, kernels.prefix_attention):
-            ask = module.by_hand
-            monkeypatch.setattr(module, "by_hand", lambda *a, ask=ask, name=module.__name__: launches.append(name) or ask(*a))
         with poisoned(), programs("shuffled"):
-            return expected, what(), {name.split(".")[-1] for name in launches}
+            return expected, what(), launched
 
     return run
 
@@ -48,7 +54,8 @@ def test_losses_and_gradients_of_a_pruned_model(scene, both):
         return {k: v.item() for k, v in losses.items()}, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     (losses, grads), (ours, our_grads), used = both(learn)
-    assert used == {"salience", "pruned_attention", "prefix_attention"}
+    assert used == {"row_sums", "column_sums", "forward", "backward_queries", "backward_keys", "_attend", "_grad_q",
+                    "_grad_kv", "_roll_out", "_roll_back"}  # fmt: skip
     assert ours == pytest.approx(losses, rel=1e-5)
     for name, grad in grads.items():
         assert (our_grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
@@ -56,7 +63,22 @@ def test_losses_and_gradients_of_a_pruned_model(scene, both):
 
 def test_thoughts_and_paths(scene, both):
     model = tiny()
-    out, ours, used = both(lambda: model.sample(scene, n=2, steps=2, max_new_tokens=5, seed=0, eta=0.4))
-    assert "prefix_attention" in used
+    out, ours, used = both(lambda: model.sample(scene, n=2, steps=2, max_new_tokens=5, seed=0))
+    assert used >= {"_attend", "_heads", "_gate_up", "_add", "_step", "_roll_out"}
     assert torch.equal(out.tokens, ours.tokens)
     assert (out.flow - ours.flow).abs().max() < 1e-3 and (out.xyz - ours.xyz).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4])
+def test_driving_without_thinking(both, eta):
+    """No tail but the action tokens' own; the sampler's kernels take Euler's steps, and steps with noise are the loop's."""
+    model = tiny()
+    cfg, x = model.cfg, torch.randn(4, 64, 2)
+    prompt = [tuple(torch.randn(2, cfg.n_kv_head, 9, cfg.head_dim) for _ in "kv") for _ in range(cfg.n_layer)]
+    nothing, length = [(None, None)] * cfg.n_layer, torch.zeros(4, dtype=torch.long)
+    random = lambda: torch.Generator().manual_seed(0)
+    run = torch.no_grad()(lambda: model.integrate(x, prompt, nothing, length, 12, 2, eta, random()))
+    flow, ours, used = both(run)
+    assert used == ({"_attend", "_heads", "_gate_up", "_add", "_step"} if eta == 0 else {"_attend"})
+    assert torch.equal(flow[0], x) and (flow[2] - flow[0]).abs().mean() > 0.1
+    assert (flow - ours).abs().max() < 1e-3

@@ -18,7 +18,7 @@ import torch
 from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
 from test_clips import folder  # noqa: F401, a clip of one's own
-from test_train import assert_same_run, cache, killed_and_resumed, log, run  # noqa: F401
+from test_train import assert_same_run, cache, complaint, killed_and_resumed, log, run  # noqa: F401
 from test_vision import H, TINY, W
 
 import alpamayo
@@ -492,15 +492,14 @@ def test_ones_own_clips_are_tried_too(cache, folder, tmp_path):  # noqa: F811
     assert line["collision"] == 0 and math.isfinite(line["total"]) and 0 <= line["consistency"] <= 1
 
 
-def test_flags_that_cannot_be_meant_are_one_line(cache, tmp_path):  # noqa: F811
+def test_flags_that_cannot_be_meant_are_one_line(cache, tmp_path, capsys):  # noqa: F811
     for more, line in (
         (("--group", "1"), "--group 1: expected at least 2"),
         (("--eta", "0"), "--eta 0.0: expected more than 0"),
         (("--preset", "mini"), "--stage rl starts from a checkpoint of stage reason: give it with --init"),
         (("--judge", "http://127.0.0.1:9/v1", "--steps", "1"), "train.py: --judge http://127.0.0.1:9/v1/chat/completions: no grade"),
     ):
-        done = run(rl_command(cache, tmp_path, *more), ok=False)
-        assert line in done.stderr.splitlines()[-1], done.stderr
+        assert line in complaint(rl_command(cache, tmp_path, *more), capsys)
 
 
 def test_the_table_is_made_of_checkpoints(cache, tmp_path):  # noqa: F811
