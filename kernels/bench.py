@@ -321,11 +321,11 @@ def roll_out_cases(shape):
         actions = torch.randn(n, T, 2, device=device) * torch.tensor([1, 0.05], device=device)  # m/s^2, 1/m
         leaves, unicycle = [actions, 20 * torch.rand(n, device=device)], in_pytorch(alpamayo.roll_out)  # m/s
         if not gradients:
-            return lambda: flow_step._forward(*leaves), lambda: {"PyTorch": lambda: unicycle(*leaves)}, exact(unicycle, *leaves)
+            return lambda: flow_step.roll_out_by_kernel(*leaves), lambda: {"PyTorch": lambda: unicycle(*leaves)}, exact(unicycle, *leaves)
         grads = [torch.randn(n, T, *size, device=device) for size in ((3,), (3, 3))]
         leaves = [x.requires_grad_() for x in leaves]
         others = lambda: {"PyTorch": with_gradients(unicycle, leaves, grads)}
-        return with_gradients(flow_step._forward, leaves, grads), others, exact_with_gradients(unicycle, leaves, grads)
+        return with_gradients(flow_step.roll_out_by_kernel, leaves, grads), others, exact_with_gradients(unicycle, leaves, grads)
 
     name, traffic = f"{n} samples", 4 * n * (T * (2 + 3 + 9) + 1)  # and no products
     yield Case("roll_out", name, 0, traffic, lambda *a: make(False, *a))
@@ -523,6 +523,7 @@ def compile_report(cases):
     for case in cases:
         ours, _, _ = (case.small or case.make)("cpu", torch.bfloat16)
         for chip in CHIPS:
+            sampler.shapes.clear()  # its buffers are laid out for one chip
             with compiling(chip) as builds:
                 ours()
             for b in builds:

@@ -171,12 +171,13 @@ def step_into(after, tokens, x, hidden, out, step, share, embed, scratch):
     accel, curvature, _, *layers, weight, bias, gain, offset = embed
     rows, T = x.shape[0] * x.shape[1], x.shape[1]
     norm, out_w, out_b = out
+    options = dict(num_stages=4, maxnreg=168) if weight.element_size() == 2 else dict(num_stages=2, maxnreg=208)
     (C, A), features = weight.shape, 2 * accel.numel()
     _step[(triton.cdiv(rows, 16),)](
         x, after, hidden, norm, out_w, out_b, share, accel, curvature, tuple(layers), weight, bias, gain, offset, *scratch,
         tokens, rows, T, C, A, features, step, 0 if share is None or len(share) == 1 else A, MOVE=hidden is not None,
         EMBED=tokens is not None, DEPTH=len(layers) // 3, BF=max(16, triton.next_power_of_2(2 * features)), BM=16, BN=32,
-        BK=64, num_warps=4, num_stages=4 if weight.element_size() == 2 else 2, maxnreg=168)  # fmt: skip
+        BK=64, num_warps=4, **options)  # fmt: skip
 
 
 def scratch_of(x, weight):

@@ -245,6 +245,10 @@ def plan_of(q, k0, k1, splits=0):
     options = dict(num_warps=4, num_stages=3 if q.element_size() == 2 else 2)
     if BM == 64 and R >= 128 and n * R // 128 * B * G >= processors and capability(q.device) in (90, 100):
         BM, BN, options = 128, 64, dict(num_warps=8, num_stages=2)
+    if q.element_size() == 4 and d > 64:  # no matrix unit: the keys lie in registers, too
+        BN, options = 16, dict(num_warps=8, num_stages=2)
+    if d % 16:  # the nano's 40: the compiler does not know that vectors begin at multiples of 16 bytes, and needs registers
+        options["maxnreg"] = 208
     rows = min(R, BM)
     blocks = triton.cdiv(n, BM // rows) * triton.cdiv(R, rows)
     power = lambda x: triton.next_power_of_2(max(1, x))  # so that few variants of the kernel are compiled
@@ -306,16 +310,19 @@ def _backward(dy: Tensor, q: Tensor, k0: Tensor, v0: Tensor, k1: Optional[Tensor
     """Gradients of q, k0, v0 (empty unless `prefix`), k1, v1 (empty unless `tail`)."""
     (N, H, T, d), (B, G, P, _) = q.shape, k0.shape
     n, R, S, scale = N // B, H // G * T, 0 if k1 is None else k1.shape[2], d**-0.5 * LOG2E
-    # tiles of 64 x 64 and of 64 keys x 32 rows, 8 warps: nothing spilled, 1 program a multiprocessor (2 on sm_100 by rows)
+    # tiles of 64 x 64 and of 64 keys x 32 rows, 8 warps: nothing spilled, 1 program a multiprocessor (2 on sm_100 by keys).
+    # maxnreg: left alone, the compiler saves registers on sm_100 for programs that are not there, and spills a few bytes
     BM = BN = 64 if q.element_size() == 2 else 32
-    rows, sizes = min(R, BM), dict(G=G, D=d, BN=BN, BD=max(16, triton.next_power_of_2(d)), num_warps=8, num_stages=2)
+    rows, sizes = min(R, BM), dict(G=G, D=d, BD=max(16, triton.next_power_of_2(d)), num_warps=8, num_stages=2,
+                                   maxnreg=208 if capability(q.device) == 100 else None)  # fmt: skip
+    by_rows = 16 if q.element_size() == 4 and d > 64 else 32 if d % 16 else BN  # keys at a time, see plan_of
     tails, each = _tails(k1, v1, mask1), mask1 is not None and mask1.shape[1] > 1
     dy = _rows_together(dy)
     dot = (dy.float() * y.float()).sum(-1).contiguous()  # (N, H, T)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _grad_q[(triton.cdiv(n, BM // rows) * triton.cdiv(R, rows), B * G)](
         q, k0, v0, _bytes(mask0), k1, v1, _bytes(mask1), dy, l, dot, dq, q.stride(), k0.stride(), v0.stride(), *tails,
-        dy.stride(), n, T, R, P, S, rows, scale, EACH=each, BM=BM, **sizes)  # fmt: skip
+        dy.stride(), n, T, R, P, S, rows, scale, EACH=each, BM=BM, BN=by_rows, **sizes)  # fmt: skip
     grads = [dq]
     for wanted, k, v, mask, m, each, owners in (
         (prefix, k0, v0, mask0, (P, 0), False, B), (tail, k1, v1, mask1, tails[2], each, N)
@@ -324,7 +331,7 @@ def _backward(dy: Tensor, q: Tensor, k0: Tensor, v0: Tensor, k1: Optional[Tensor
         if wanted and k.numel():
             _grad_kv[(triton.cdiv(k.shape[2], BN), owners * G)](
                 q, k, v, _bytes(mask), dy, l, dot, dk, dv, q.stride(), k.stride(), v.stride(), m, dy.stride(),
-                N // owners, T, R, k.shape[2], scale, EACH=each, BM=32, **sizes)  # fmt: skip
+                N // owners, T, R, k.shape[2], scale, EACH=each, BM=32, BN=BN, **sizes)  # fmt: skip
         grads += [dk, dv]
     return tuple(grads)
 

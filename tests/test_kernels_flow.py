@@ -19,7 +19,7 @@ import alpamayo  # noqa: E402
 import kernels  # noqa: E402
 from kernels import flow_step as flow  # noqa: E402
 from kernels import prefix_attention as attention  # noqa: E402
-from kernels import sampler  # noqa: E402
+from kernels import bench, sampler  # noqa: E402
 
 # Triton's interpreter computes in masked-off lanes too
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -331,3 +331,22 @@ def test_sampler_compiles(chip):
     gate(between, "HMMA", 3)
     for build in (last, roll_out, roll_back):
         gate(build, None, 8)
+
+
+@pytest.mark.parametrize("preset, dtype", [("nano", torch.float16), ("release", torch.float32)])
+def test_other_sizes_compile(preset, dtype):
+    """For sm_90, all that attention over a prefix and the sampler launch: for the nano's heads of 40 numbers, and for the
+    release in float32, whose products no matrix unit may have, since it would cut their inputs to 19 bits."""
+    shape = replace(bench.SHAPES[preset], samples=(1, 6))
+    _, *cases = bench.prefix_attention_cases(shape)
+    seen = set()
+    for case in [*cases, next(bench.sampler_cases(shape))]:
+        ours, _, _ = (case.small or case.make)("cpu", dtype)
+        with compiling(90) as builds:
+            ours()
+        for build in builds:
+            few_rows = build.kernel == "_step" or "decoding" in case.shape
+            expected = None if dtype == torch.float32 else "HMMA" if few_rows else "HGMMA"
+            gate(build, build.matrix() if build.kernel == "_step" and not build.matrix() else expected, 1)
+            seen.add(build.kernel)
+    assert seen == {"_attend", "_grad_q", "_grad_kv", "_step", "_heads", "_add", "_gate_up"}
