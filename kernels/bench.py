@@ -252,7 +252,8 @@ def prefix_attention_cases(shape):
 
     def case(gradients, what, n, H, T, S, causal=False):
         pairs = n * H * T * (P + (S - (T - 1) / 2 if causal else S))
-        queries, prefix, tails = 2 * n * H * T * d, 2 * 2 * G * P * d, 2 * 2 * n * G * S * d  # bytes of q, or y; keys, values
+        queries = 2 * n * H * T * d  # bytes of q, or y
+        prefix, tails = 2 * 2 * G * P * d, 2 * 2 * n * G * S * d  # of their keys and values
         name, args = f"{shape.name}, {what}, {n} sample{'s' * (n > 1)}", (n, H, T, S)
         operations, traffic = 2 * 2 * d * pairs, 2 * queries + prefix + tails
         if not gradients:
@@ -275,7 +276,7 @@ def prefix_attention_cases(shape):
 
 def expert_of(cfg, device, dtype):
     """Expert, action embedding and projection with random weights. The embedding's frequencies end at 1, not at 100, which
-    costs the same: else rounding grows 40-fold a step, and there is nothing to compare after ten."""
+    costs the same: else ten steps of random weights amplify rounding until nothing is left to compare."""
     with torch.device(device):
         cfg = replace(cfg, a_max_freq=1.0)
         parts = alpamayo.Expert(cfg), alpamayo.ActionEmbed(cfg), torch.nn.Linear(cfg.e_embd, 2)
@@ -308,7 +309,7 @@ def flow_step_cases(shape):
     _, *parts = expert_of(replace(shape.cfg, n_layer=0), "meta", torch.bfloat16)
     for n in shape.samples:
         operations = 2 * n * T * numbers(*parts, matrices=True)
-        traffic = 2 * numbers(*parts) + 2 * n * T * (2 * C + 2 * 2)  # weights; hidden states and tokens, x twice in float32
+        traffic = 2 * numbers(*parts) + n * T * (2 * 2 * C + 2 * 4 * 2)  # weights; hidden states and tokens; x and the next
         name = f"{shape.name}, {n} sample{'s' * (n > 1)}"
         yield Case("flow_step", name, operations, traffic, lambda *a, n=n: make(n, *a))
 
@@ -319,13 +320,15 @@ def roll_out_cases(shape):
 
     def make(gradients, device, dtype):
         actions = torch.randn(n, T, 2, device=device) * torch.tensor([1, 0.05], device=device)  # m/s^2, 1/m
-        leaves, unicycle = [actions, 20 * torch.rand(n, device=device)], in_pytorch(alpamayo.roll_out)  # m/s
+        leaves = [actions, 20 * torch.rand(n, device=device)]  # m/s
+        kernel, unicycle = flow_step.roll_out_by_kernel, in_pytorch(alpamayo.roll_out)
         if not gradients:
-            return lambda: flow_step.roll_out_by_kernel(*leaves), lambda: {"PyTorch": lambda: unicycle(*leaves)}, exact(unicycle, *leaves)
+            others = lambda: {"PyTorch": lambda: unicycle(*leaves)}
+            return lambda: kernel(*leaves), others, exact(unicycle, *leaves)
         grads = [torch.randn(n, T, *size, device=device) for size in ((3,), (3, 3))]
         leaves = [x.requires_grad_() for x in leaves]
         others = lambda: {"PyTorch": with_gradients(unicycle, leaves, grads)}
-        return with_gradients(flow_step.roll_out_by_kernel, leaves, grads), others, exact_with_gradients(unicycle, leaves, grads)
+        return with_gradients(kernel, leaves, grads), others, exact_with_gradients(unicycle, leaves, grads)
 
     name, traffic = f"{n} samples", 4 * n * (T * (2 + 3 + 9) + 1)  # and no products
     yield Case("roll_out", name, 0, traffic, lambda *a: make(False, *a))

@@ -237,8 +237,8 @@ def test_compiled_model():
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes in masked-off lanes too
 def test_bench():
     """What it would do with a GPU, but for the clock: every case of a small shape computes what it says it computes."""
-    cfg = replace(PRESETS["nano"], n_layer=1, n_head=4, n_kv_head=2, head_dim=24, mrope_section=(4, 4, 4), v_embd=48, v_head=2,
-                  e_embd=40, e_head=2, e_mlp=72, a_embd=24)  # fmt: skip
+    cfg = replace(PRESETS["nano"], n_layer=1, n_head=4, n_kv_head=2, head_dim=24, mrope_section=(4, 4, 4), v_embd=48,
+                  v_head=2, e_embd=40, e_head=2, e_mlp=72, a_embd=24)  # fmt: skip
     small = bench.Shape("small", cfg, images=3, patches=20, prefix=50, tail=5, samples=(1, 3), tokens=16, steps=2)
     for cases in bench.CASES.values():
         for case in cases(small):
