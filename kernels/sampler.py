@@ -14,13 +14,32 @@ stay where they are, so that a GPU records the launches once, as a CUDA graph, a
 That is 5 launches a layer and 1 a step: 1811 for 10 steps of the release's 36 layers, where PyTorch makes about 40 a layer.
 The weights are read where the modules keep them; nothing is fused by copying, so training may go on between two calls.
 
-A block of rows is a sample: its T = 64 action tokens. A norm before a matrix costs no launch and no pass: W (g * x / rms) is
-(W (g * x)) / rms, and the sum of squares is taken of the same tiles that are multiplied.
+A tile's rows are the T = 64 action tokens of a sample, or of two. A norm before a matrix costs no launch and no pass:
+W (g * x / rms) is (W (g * x)) / rms, and the sum of squares is taken of the same tiles that are multiplied.
 
-By arithmetic, not measured, for one sample at the release's shape on an H200: a step must read 4.56 GB of weights and 0.44
-GB of prefix, 1.16 ms at 4.3 TB/s. With these tiles a layer moves about 240 MB from L2 into the multiprocessors, at some 5.5
-TB/s 44 us, 1.6 ms a step: what is bound is not the memory but the 64 rows, read again for every 64 columns. Splitting K
-over programs would halve that and cost either another launch or float32 sums in an order that changes.
+What one sample costs a layer at the release's shape on an H200, by arithmetic, not measured. Its memory gives 4.3 TB/s;
+L2 gives 9.7 TB/s to all (github.com/te42kyfo/gpu-benches, gpu-l2-cache/h200.txt) and at most 110 GB/s to one
+multiprocessor (64 bytes x 1.7 GHz), so too few programs wait for L2. `tail`: what follows when K is cut into parts and the
+last of them is done, 0.7 us (assumed) until its program knows, and all parts' sums at 110 GB/s. `us`: the slower of L2 and
+memory, and the tail.
+
+                  each its whole K                  K in parts, as below
+               programs  MB each    us     programs  MB each   L2, us  memory, us  tail, us     us
+    _heads        32      0.79     7.1        128     0.20       2.6       3.9        1.9       5.8
+    _attend      128      0.21     6.0        128     0.21       2.8       2.9        3.1       6.0
+    o_proj        64      0.39     3.6        128     0.13       1.7       2.0        1.3       3.2
+    _gate_up     129      0.79    15.7        129     0.79      10.5      15.7          0      15.7
+    down_proj     64      1.59    14.4        128     0.54       7.1       7.9        1.3       9.2
+    a layer                       46.9                                    32.4        7.5      39.9
+    a step: 36 x (a layer + 5 gaps of 1 us, assumed) + 24 us of `flow_step`
+                               1.89 ms                                                      1.64 ms
+
+The floor is 1.16 ms, the bytes alone, and the aim 1.3 times that. On paper this is 1.4 times, from 1.6: the aim leaves 9 us
+a layer for gaps and tails, which are assumed to take 12.5; were both half as long, it would be 1.2. What is left is to be
+tried on a GPU: fewer parts in `_attend`, whose tail is longest, and launches that begin before the last one has ended.
+
+Six samples are bound by products, 2.66 ms a step. With one sample a tile they would draw 1.42 GB a layer from L2, 5.3 ms a
+step at 9.7 TB/s; two a tile draw 1.04 GB, 3.8 ms. That is L2 still, before the products.
 
 Why there is no persistent kernel, all steps in one launch, for the nano: its expert fits on the chip (0.6 M parameters), and
 floors are tempting: 5 barriers x 4 layers x 10 steps, 0.2 ms at an assumed 1 us each. But the five kernels' bodies would have
@@ -181,8 +200,8 @@ def tiles_of(N, T, C, like):
 
 
 def splits_of(tiles, K, BK, device):
-    """Into how many parts K is cut: as many as there are multiprocessors for, if each has 4 blocks to add up."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132  # an H200's
+    """Into how many parts K is cut: as many as there are multiprocessors for (132: an H200's), if each has 4 blocks."""
+    processors = 132 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(processors // tiles, K // (4 * BK)))
 
 

@@ -360,25 +360,33 @@ def test_prefix_attention_compiles(chip):
     assert all(b.async16 >= 8 for b in builds)
 
 
-@pytest.mark.parametrize("chip", [90, 100, 120])
+@pytest.mark.parametrize("chip", [80, 90, 100, 120])
 def test_sampler_compiles(chip):
-    """A step of one sample over a layer of the release, in at most 5 launches, between two steps of the flow."""
+    """A step of one sample over a layer of the release, in at most 5 launches, between two steps of the flow; and the
+    layer again for six samples."""
     cfg = replace(alpamayo.Config(), n_layer=1)
     with torch.device("meta"):
         parts = alpamayo.Expert(cfg), alpamayo.ActionEmbed(cfg), torch.nn.Linear(cfg.e_embd, 2)
     expert, embed, project = (part.to_empty(device="cpu").bfloat16() for part in parts)
-    buffers = sampler.Buffers(expert, embed, project, 1, B=1, N=1, T=64, P=3000, S=64)
     share = torch.zeros(1, cfg.a_embd)
     with compiling(chip) as builds, torch.no_grad():
+        sampler.Buffers(expert, embed, project, 1, B=1, N=6, T=64, P=3000, S=64).run()
+        buffers = sampler.Buffers(expert, embed, project, 1, B=1, N=1, T=64, P=3000, S=64)
         buffers.run()
         x, after = buffers.flow
         flow.step_into(after, buffers.h, x, buffers.h, buffers.out, 0.5, share, buffers.embed, buffers.scratch)
         flow._backward(*flow._forward(torch.zeros(16, 64, 2), torch.zeros(16)), torch.zeros(16, 64, 2), torch.zeros(16))
-    first, *layer, last, between, roll_out, roll_back = builds
-    assert [b.kernel for b in layer] == ["_heads", "_attend", "_add", "_gate_up", "_add"]
+    six, (first, *layer, last, between, roll_out, roll_back) = builds[1:6], builds[7:]
+    assert [b.kernel for b in layer] == [b.kernel for b in six] == ["_heads", "_attend", "_add", "_gate_up", "_add"]
+    # one sample: 128 programs or 129 for 132 multiprocessors
+    assert [b.grid for b in layer] == [(1, 32, 4), (2, 8, 8), (1, 32, 4), (1, 129), (1, 32, 4)]
+    rows = 3 if chip in (90, 100) else 6  # blocks of them: two samples' or one's
+    assert [six[i].grid for i in (0, 2, 3, 4)] == [(rows, 32, 1), (rows, 32, 1), (rows, 129), (rows, 32, 1)]
     for build in layer:
         gate(build, MATRIX[chip], 1 if chip == 120 else 2)
-        assert build.async16 >= 8
+    for build in six:
+        gate(build, MATRIX[chip], 1)
+    assert all(build.async16 >= 8 for build in layer + six)
     gate(first, "HMMA", 3)  # 16 rows
     gate(between, "HMMA", 3)
     for build in (last, roll_out, roll_back):
