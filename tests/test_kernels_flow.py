@@ -214,8 +214,8 @@ def test_operators_of_the_flow():
 # ------------------------------------------------------------------------------------------------------- the whole sampler
 
 
-def sampling(dtype, T=16):
-    """A small expert, two scenes of two samples, and what the language model left them."""
+def sampling(dtype, B=2, n=2, T=16):
+    """A small expert, B scenes of n samples, and what the language model left them."""
     cfg = replace(alpamayo.PRESETS["nano"], n_layer=2, e_embd=40, e_head=2, e_mlp=72, a_embd=24, n_kv_head=1, head_dim=24,
                   mrope_section=(4, 4, 4))  # fmt: skip
     parts = alpamayo.Expert(cfg), alpamayo.ActionEmbed(cfg), torch.nn.Linear(cfg.e_embd, 2)
@@ -225,10 +225,10 @@ def sampling(dtype, T=16):
                 torch.nn.init.normal_(p, float("weight" in name), 0.2)
         part.to(dtype)
     kv = lambda n, k: [tuple(torch.randn(n, 1, k, 24, dtype=torch.float64).to(dtype) for _ in "kv") for _ in range(2)]
-    P, length = random.randint(1, 70), torch.tensor([5, 2, 4, 1])
+    P, N, length = random.randint(1, 70), B * n, torch.randint(1, 6, (B * n,))
     positions = (P + length[:, None] + torch.arange(T)).expand(3, -1, -1)
     cos, sin = alpamayo.rope(positions, cfg, dtype)
-    return parts, torch.randn(4, T, 2), cos, sin, kv(2, P), kv(4, 5), torch.arange(5) < length[:, None]
+    return parts, torch.randn(N, T, 2), cos, sin, kv(B, P), kv(N, 5), torch.arange(5) < length[:, None]
 
 
 def plainly(steps, parts, noise, cos, sin, prefix, tail, seen):
@@ -244,12 +244,21 @@ def plainly(steps, parts, noise, cos, sin, prefix, tail, seen):
     return torch.stack(flow)
 
 
+def cut(monkeypatch, splits):
+    """Sums along K in this many parts. These are of blocks of 16, as K is small: 40, 48 and 72 in the three kinds of them."""
+    tiles = sampler.tiles_of
+    monkeypatch.setattr(sampler, "tiles_of", lambda *size: {**tiles(*size), "BK": 16})
+    monkeypatch.setattr(sampler, "splits_of", lambda *size: splits)
+
+
+@pytest.mark.parametrize("B, n, splits", [(2, 2, 2), (1, 1, 1)])  # two samples a tile, and one
 @torch.no_grad()
-def test_sampler():
+def test_sampler(B, n, splits, monkeypatch):
     """The kernels over static buffers do what the plain loop does, and do it again for another scene in the same ones."""
+    cut(monkeypatch, splits)
     for scene in range(2):
         if scene == 0:
-            parts, *inputs = sampling(torch.float32)
+            parts, *inputs = sampling(torch.float32, B, n)
         else:
             P = inputs[3][0][0].shape[2]
             fresh = lambda kvs: [tuple(torch.randn_like(x) for x in kv) for kv in kvs]
@@ -264,6 +273,45 @@ def test_sampler():
         close(got[1] - got[0], (expected[1] - expected[0]).double(), 5e-5)
         close(got[2] - got[1], (expected[2] - expected[1]).double(), 5e-3)  # a feature of x turns by 2 pi 100 x
     assert len(sampler.shapes[parts[0]]) == 1
+
+
+class Junk:
+    """A kernel that finds nan in its scratch."""
+
+    def __init__(self, kernel, scratch):
+        self.kernel, self.scratch = kernel, scratch
+
+    def __getitem__(self, grid):
+        self.scratch.fill_(torch.nan)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("N, splits", [(3, 3), (2, 5)])
+@torch.no_grad()
+def test_parts_of_a_sum(N, splits, monkeypatch):
+    """Parts are unequal, and of 5 some are empty. Whichever program of a tile comes last, the same bits come out, with junk
+    in the scratch before each launch; and the counters are back at 0 for the next."""
+    cut(monkeypatch, splits)
+    (expert, embed, project), noise, cos, sin, prefix, tail, seen = sampling(torch.float32, B=1, n=N)
+    buffers = sampler.Buffers(expert, embed, project, 1, 1, N, 16, prefix[0][0].shape[2], 64)
+    assert buffers.heads[2] == buffers.o_proj[2] == buffers.down_proj[2] == splits
+    for kernel in ("_heads", "_add"):
+        monkeypatch.setattr(sampler, kernel, Junk(getattr(sampler, kernel), buffers.part))
+    buffers.fill(noise, cos, sin, prefix, tail, seen)
+    results = []
+    for order in ("forward", "backward", "shuffled"):
+        with programs(order):
+            results.append(buffers.replay())
+        assert not buffers.done.any()
+    expected = plainly(1, (expert, embed, project), noise, cos, sin, prefix, tail, seen)
+    close(results[0][1] - noise, (expected[1] - noise).double(), 5e-5)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_as_many_parts_as_the_chip_has_room_for():
+    device = torch.device("cpu")  # counts as an H200, with 132 multiprocessors
+    assert [sampler.splits_of(32 * n, 2048, 64, device) for n in (1, 2, 3, 8)] == [4, 2, 1, 1]
+    assert sampler.splits_of(1, 600, 64, device) == 2  # of 300 each: 5 blocks
 
 
 # -------------------------------------------------------------------------------------------------- what it compiles to
@@ -308,25 +356,33 @@ def test_prefix_attention_compiles(chip):
     assert all(b.async16 >= 8 for b in builds)
 
 
-@pytest.mark.parametrize("chip", [90, 100, 120])
+@pytest.mark.parametrize("chip", [80, 90, 100, 120])
 def test_sampler_compiles(chip):
-    """A step of one sample over a layer of the release, in at most 5 launches, between two steps of the flow."""
+    """A step of one sample over a layer of the release, in at most 5 launches, between two steps of the flow; and the
+    layer again for six samples."""
     cfg = replace(alpamayo.Config(), n_layer=1)
     with torch.device("meta"):
         parts = alpamayo.Expert(cfg), alpamayo.ActionEmbed(cfg), torch.nn.Linear(cfg.e_embd, 2)
     expert, embed, project = (part.to_empty(device="cpu").bfloat16() for part in parts)
-    buffers = sampler.Buffers(expert, embed, project, 1, B=1, N=1, T=64, P=3000, S=64)
     share = torch.zeros(1, cfg.a_embd)
     with compiling(chip) as builds, torch.no_grad():
+        sampler.Buffers(expert, embed, project, 1, B=1, N=6, T=64, P=3000, S=64).run()
+        buffers = sampler.Buffers(expert, embed, project, 1, B=1, N=1, T=64, P=3000, S=64)
         buffers.run()
         x, after = buffers.flow
         flow.step_into(after, buffers.h, x, buffers.h, buffers.out, 0.5, share, buffers.embed, buffers.scratch)
         flow._backward(*flow._forward(torch.zeros(16, 64, 2), torch.zeros(16)), torch.zeros(16, 64, 2), torch.zeros(16))
-    first, *layer, last, between, roll_out, roll_back = builds
-    assert [b.kernel for b in layer] == ["_heads", "_attend", "_add", "_gate_up", "_add"]
+    six, (first, *layer, last, between, roll_out, roll_back) = builds[1:6], builds[7:]
+    assert [b.kernel for b in layer] == [b.kernel for b in six] == ["_heads", "_attend", "_add", "_gate_up", "_add"]
+    # one sample: 128 programs or 129 for 132 multiprocessors
+    assert [b.grid for b in layer] == [(1, 32, 4), (2, 8, 8), (1, 32, 4), (1, 129), (1, 32, 4)]
+    rows = 3 if chip in (90, 100) else 6  # blocks of them: two samples' or one's
+    assert [six[i].grid for i in (0, 2, 3, 4)] == [(rows, 32, 1), (rows, 32, 1), (rows, 129), (rows, 32, 1)]
     for build in layer:
         gate(build, MATRIX[chip], 1 if chip == 120 else 2)
-        assert build.async16 >= 8
+    for build in six:
+        gate(build, MATRIX[chip], 1)
+    assert all(build.async16 >= 8 for build in layer + six)
     gate(first, "HMMA", 3)  # 16 rows
     gate(between, "HMMA", 3)
     for build in (last, roll_out, roll_back):
