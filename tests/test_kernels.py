@@ -242,9 +242,11 @@ def test_bench():
     small = bench.Shape("small", cfg, images=3, patches=20, prefix=50, tail=5, samples=(1, 3), tokens=16, steps=2)
     for cases in bench.CASES.values():
         for case in cases(small):
-            result = bench.measure(case, torch.device(DEVICE), lambda f: 1e-3)
+            # two steps of the sampler amplify bf16's rounding too much to tell it from a mistake
+            dtype, limit = (torch.float32, 1e-3) if case.kernel == "sample_flow" else (torch.bfloat16, 2e-2)
+            result = bench.measure(case, torch.device(DEVICE), lambda f: 1e-3, dtype)
             errors = {name: r["error"] for name, r in result.items() if name != bench.UNPRUNED}
-            assert len(errors) >= 2 and max(errors.values()) < 3e-2, (case, errors)
+            assert len(errors) >= 2 and max(errors.values()) < limit, (case, errors)
             assert bench.floor(case, (1e12, 1e30)) == (case.traffic / 1e12, "memory")
 
 
