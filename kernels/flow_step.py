@@ -171,7 +171,7 @@ def step_into(after, tokens, x, hidden, out, step, share, embed, scratch):
     accel, curvature, _, *layers, weight, bias, gain, offset = embed
     rows, T = x.shape[0] * x.shape[1], x.shape[1]
     norm, out_w, out_b = out
-    options = dict(num_stages=4, maxnreg=168) if weight.element_size() == 2 else dict(num_stages=2, maxnreg=208)
+    options = dict(num_stages=4, maxnreg=168) if weight.element_size() == 2 else dict(num_stages=2, maxnreg=255)
     (C, A), features = weight.shape, 2 * accel.numel()
     _step[(triton.cdiv(rows, 16),)](
         x, after, hidden, norm, out_w, out_b, share, accel, curvature, tuple(layers), weight, bias, gain, offset, *scratch,

@@ -312,10 +312,11 @@ def _backward(dy: Tensor, q: Tensor, k0: Tensor, v0: Tensor, k1: Optional[Tensor
     n, R, S, scale = N // B, H // G * T, 0 if k1 is None else k1.shape[2], d**-0.5 * LOG2E
     # tiles of 64 x 64 and of 64 keys x 32 rows, 8 warps: nothing spilled, 1 program a multiprocessor (2 on sm_100 by keys).
     # Left alone, the compiler saves registers for programs that are not there, and spills a few bytes, on sm_100 and in float32
-    BM = BN = 64 if q.element_size() == 2 else 32
+    BM = 64 if q.element_size() == 2 else 32
+    BN = 16 if BM == 32 and d > 64 else BM
     rows, sizes = min(R, BM), dict(G=G, D=d, BD=max(16, triton.next_power_of_2(d)), num_warps=8, num_stages=2,
-                                   maxnreg=208 if capability(q.device) == 100 or BN == 32 else None)  # fmt: skip
-    by_rows = 16 if q.element_size() == 4 and d > 64 else 32 if d % 16 else BN  # keys at a time, see plan_of
+                                   maxnreg=208 if capability(q.device) == 100 or BM == 32 else None)  # fmt: skip
+    by_rows = min(BN, 32) if d % 16 else BN  # keys at a time, see plan_of
     tails, each = _tails(k1, v1, mask1), mask1 is not None and mask1.shape[1] > 1
     dy = _rows_together(dy)
     dot = (dy.float() * y.float()).sum(-1).contiguous()  # (N, H, T)
