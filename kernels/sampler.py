@@ -195,8 +195,9 @@ def tiles_of(N, T, C, like):
     """Sides of the tiles and options of the launches. Rows are one sample's or, where the chip multiplies 128 at once and
     N is even, two samples', which read a weight from L2 once and not twice."""
     BM = 2 * T if N % 2 == 0 and T <= 64 and capability(like.device) in (90, 100) else T
-    BK, stages = min(64, triton.next_power_of_2(C)), 4 if like.element_size() == 2 else 2
-    return dict(BM=BM, BK=BK, num_warps=8 if BM >= 128 else 4, num_stages=stages)
+    half = like.element_size() == 2  # float32's tiles lie in registers, so they are smaller
+    BK = min(64 if half else 32, triton.next_power_of_2(C))
+    return dict(BM=BM, BK=BK, num_warps=8 if BM >= 128 else 4, num_stages=4 if half else 2)
 
 
 def splits_of(tiles, K, BK, device):
