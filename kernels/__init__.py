@@ -31,7 +31,8 @@ except ImportError:  # torch for CPUs comes without: the kernels are then only r
 
 CHOICES = ("auto", "torch", "triton")
 devices = {"cuda"}  # where a Triton kernel can run; tests/cpu_triton.py adds "cpu"
-chip = 90  # for tensors that are on no GPU: the compute capability that launches are laid out for, see `capability`
+chip = 90  # for tensors that are on no GPU: the compute capability that launches are laid out for, see `capability`,
+processors = 132  # and the number of multiprocessors, an H200's; see `multiprocessors`
 _choice, _said = None, set()
 
 
@@ -48,6 +49,11 @@ def capability(device):
     """Compute capability as one number: 80 is an A100, 90 an H100 or H200, 100 a B200, 120 an RTX 5090 or RTX PRO 6000."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else divmod(chip, 10)
     return 10 * major + minor
+
+
+def multiprocessors(device):
+    """How many programs run side by side, one of them a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else processors
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once, while it traces

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from kernels import by_hand, capability, tl, triton
+from kernels import by_hand, capability, multiprocessors, tl, triton
 
 LOG2E = 1.4426950408889634  # exp(x) = exp2(LOG2E * x), and exp2 is what the chip has
 
@@ -240,7 +240,7 @@ def plan_of(q, k0, k1, splits=0):
     Compiled for d = 128 in bf16: nothing spilled, 2 programs a multiprocessor (1 of 128 rows, 4 of 16)."""
     (N, H, T, d), (B, G, P, _) = q.shape, k0.shape
     n, R, S = N // B, H // G * T, 0 if k1 is None else k1.shape[2]
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 132  # an H200's
+    processors = multiprocessors(q.device)
     BM, BN = min(64 if q.element_size() == 2 else 32, max(16, triton.next_power_of_2(n * R))), 32
     options = dict(num_warps=4, num_stages=3 if q.element_size() == 2 else 2)
     if BM == 64 and R >= 128 and n * R // 128 * B * G >= processors and capability(q.device) in (90, 100):

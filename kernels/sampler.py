@@ -52,7 +52,7 @@ import weakref
 
 import torch
 
-from kernels import capability, flow_step, prefix_attention, tl, triton
+from kernels import capability, flow_step, multiprocessors, prefix_attention, tl, triton
 
 # Where there are fewer tiles than multiprocessors, SPLITS programs share one: each sums over a part of K and leaves its
 # sums, in float32, in PART. The program that finds all other parts there adds them up, always from the first to the last,
@@ -201,9 +201,8 @@ def tiles_of(N, T, C, like):
 
 
 def splits_of(tiles, K, BK, device):
-    """Into how many parts K is cut: as many as there are multiprocessors for (132: an H200's), if each has 4 blocks."""
-    processors = 132 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(processors // tiles, K // (4 * BK)))
+    """Into how many parts K is cut: as many as there are multiprocessors for, if each has 4 blocks."""
+    return max(1, min(multiprocessors(device) // tiles, K // (4 * BK)))
 
 
 class Buffers:

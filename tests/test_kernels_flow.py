@@ -29,6 +29,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # 
 @pytest.fixture(autouse=True)
 def by_hand(monkeypatch):
     monkeypatch.setattr(kernels, "_choice", "triton")
+    monkeypatch.setattr(kernels, "processors", 132)
 
 
 def close(got, expected, tolerance):
@@ -309,7 +310,7 @@ def test_parts_of_a_sum(N, splits, monkeypatch):
 
 
 def test_as_many_parts_as_the_chip_has_room_for():
-    device = torch.device("cpu")  # counts as an H200, with 132 multiprocessors
+    device = torch.device("cpu")
     assert [sampler.splits_of(32 * n, 2048, 64, device) for n in (1, 2, 3, 8)] == [4, 2, 1, 1]
     assert sampler.splits_of(1, 600, 64, device) == 2  # of 300 each: 5 blocks
 
