@@ -349,12 +349,17 @@ def in_pytorch(f):
 
 
 def plain_loop(parts, steps, x, cos, sin, past):
-    """The loop of Alpamayo.sample, from noise x: how far the flow has moved it."""
-    (expert, embed, project), noise = parts, x
+    """The loop of Alpamayo.integrate, from noise x: all its steps, (steps + 1, n, T, 2)."""
+    (expert, embed, project), flow = parts, [x]
     for i in range(steps):
         t = torch.full((len(x),), i / steps, dtype=x.dtype, device=x.device)
-        x = x + project(expert(embed(x, t), cos, sin, past)).to(x.dtype) / steps
-    return x - noise
+        flow.append(flow[-1] + project(expert(embed(flow[-1], t), cos, sin, past)).to(x.dtype) / steps)
+    return torch.stack(flow)
+
+
+def moved(flow):
+    """How far each step is from the noise, which all have in common and which would make errors look small."""
+    return flow[1:] - flow[0]
 
 
 def loop_over_copies(parts, steps, x, cos, sin, prefix, tail):
@@ -370,7 +375,7 @@ def loop_over_copies(parts, steps, x, cos, sin, prefix, tail):
     def run():
         before, alpamayo.prefix_attention = alpamayo.prefix_attention, attend
         try:
-            return plain_loop(parts, steps, x, cos, sin, past)
+            return moved(plain_loop(parts, steps, x, cos, sin, past))
         finally:
             alpamayo.prefix_attention = before
 
@@ -392,13 +397,13 @@ def sampler_cases(shape):
         def truth():
             double = lambda x: x.double() if torch.is_tensor(x) else x
             inputs = [double(x) for x in (noise, cos, sin)], [[double(x) for x in layer] for layer in past]
-            return plain_loop([copy.deepcopy(part).double() for part in parts], steps, *inputs[0], inputs[1])
+            return moved(plain_loop([copy.deepcopy(part).double() for part in parts], steps, *inputs[0], inputs[1]))
 
         others = lambda: {
-            "PyTorch": lambda: in_pytorch(plain_loop)(parts, steps, noise, cos, sin, past),
+            "PyTorch": lambda: moved(in_pytorch(plain_loop)(parts, steps, noise, cos, sin, past)),
             "PyTorch, prefix copied": loop_over_copies(parts, steps, noise, cos, sin, prefix, tail),
         }
-        ours = lambda: sampler.sample_flow(*parts, steps, noise, cos, sin, prefix, tail, seen)[-1] - noise
+        ours = lambda: moved(sampler.sample_flow(*parts, steps, noise, cos, sin, prefix, tail, seen))
         return ours, others, truth
 
     parts = expert_of(cfg, "meta", torch.bfloat16)

@@ -26,9 +26,9 @@ import math
 from typing import Optional
 
 import torch
-from torch.library import custom_op
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
 from kernels import by_hand, tl, triton
 

@@ -22,8 +22,8 @@ P is not kept but computed again from the logarithm of each row's sum of exponen
 import math
 
 import torch
-from torch.library import custom_op
 import torch.nn.functional as F
+from torch.library import custom_op
 
 from kernels import by_hand, capability, tiles, tl, triton
 

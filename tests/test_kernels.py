@@ -154,7 +154,8 @@ def check_attention(counts, dropped, H, d, dtype):
     assert y.dtype == dqkv.dtype == dtype
     close(y, expected, TOLERANCE[dtype])
     for i in range(3):
-        close(dqkv[:, i], dexpected[:, i], TOLERANCE[dtype] * 1.5, least=0.3 * dexpected.norm())  # dQ of one patch is 0
+        # of all three's norm: dQ of one patch is 0, a difference of equal numbers
+        close(dqkv[:, i], dexpected[:, i], TOLERANCE[dtype] * 1.5, least=dexpected.norm())
     gone = torch.ones(T, dtype=torch.bool).index_fill(0, which, False)
     assert (dqkv[gone] == 0).all()
     by_specification = pruned_attention.specification(*exact.unbind(1), offsets, max(counts), rows)

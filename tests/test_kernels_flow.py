@@ -233,16 +233,9 @@ def sampling(dtype, B=2, n=2, T=16):
 
 
 def plainly(steps, parts, noise, cos, sin, prefix, tail, seen):
-    """The loop of Alpamayo.sample."""
-    expert, embed, project = parts
     mask = torch.cat([seen, torch.ones(noise.shape[:2], dtype=torch.bool)], 1)[:, None]
-    past, x = [(*a, None, *b, mask) for a, b in zip(prefix, tail)], noise
-    flow = [x]
-    for i in range(steps):
-        velocity = project(expert(embed(x, torch.full((len(x),), i / steps, dtype=x.dtype)), cos, sin, past))
-        x = x + velocity / steps
-        flow.append(x)
-    return torch.stack(flow)
+    past = [(*a, None, *b, mask) for a, b in zip(prefix, tail)]
+    return bench.in_pytorch(bench.plain_loop)(parts, steps, noise, cos, sin, past)
 
 
 def cut(monkeypatch, splits):
