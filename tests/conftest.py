@@ -12,12 +12,22 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOLDEN = os.path.join(ROOT, "tests", "golden")
 sys.path.insert(0, ROOT)
 if os.environ.get("ALPAMAYO_KERNELS") == "triton" and not torch.cuda.is_available():
-    # The whole suite by the kernels, in Triton's interpreter; but what tests start as processes of its own is PyTorch's.
+    # The whole suite by the kernels, in Triton's interpreter; but what tests start as processes of their own is PyTorch's.
     import cpu_triton  # noqa: F401
     import kernels
 
     kernels.use(os.environ.pop("ALPAMAYO_KERNELS"))
     kernels.processors = 2  # the interpreter has one program run after another: the fewer, the faster
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "in_pytorch(why): with the kernels everywhere else, this stays PyTorch's")
+
+
+@pytest.fixture(autouse=True)
+def in_pytorch(request, monkeypatch):
+    if request.node.get_closest_marker("in_pytorch"):
+        monkeypatch.setattr("kernels._choice", "torch")
 
 
 def made_up(name, shape):

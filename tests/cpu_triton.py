@@ -20,6 +20,7 @@ What stays different: float32 products are exact, whatever input_precision says;
 nothing; programs run one after another, so one that waits for another waits for ever.
 """
 import contextlib
+import functools
 import os
 import random
 import re
@@ -328,6 +329,11 @@ def install():
     first = lambda self, *args, **kwargs: self.fn.run(*args, **{**kwargs, **self.configs[0].all_kwargs()})
     Autotuner.run = first  # there is nothing to time here
     kernels.devices.add("cpu")
+    # Half of the interpreter's time went into overflows that it looks for and, outside its debug mode, says nothing of,
+    # and a tenth into one table made anew at each operation.
+    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    table = functools.cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda dtype: np.dtype(np.uint64) if dtype.scalar.is_ptr() else table(dtype.scalar)
 
 
 if not torch.cuda.is_available():

@@ -4,6 +4,7 @@ fresh random sizes, and what they compile to for four chips.
 
     python -m pytest tests/test_kernels_flow.py
 """
+import copy
 import random
 from dataclasses import replace
 
@@ -267,6 +268,19 @@ def test_sampler(B, n, splits, monkeypatch):
         close(got[1] - got[0], (expected[1] - expected[0]).double(), 5e-5)
         close(got[2] - got[1], (expected[2] - expected[1]).double(), 5e-3)  # a feature of x turns by 2 pi 100 x
     assert len(sampler.shapes[parts[0]]) == 1
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+@torch.no_grad()
+def test_sampler_in_16_bits(dtype, tolerance, monkeypatch):
+    """A step, its sums cut into parts or not, against float64 on the same rounded weights."""
+    cut(monkeypatch, random.choice([1, 2]))
+    parts, *inputs = sampling(dtype, B=1, n=random.choice([1, 2]))
+    with poisoned(), programs("shuffled"):
+        noise, after = sampler.sample_flow(*parts, 1, *inputs)
+    double = lambda x: [tuple(map(double, kv)) for kv in x] if isinstance(x, list) else x if x.dtype == torch.bool else x.double()
+    expected = plainly(1, [copy.deepcopy(part).double() for part in parts], *map(double, inputs))
+    close(after - noise, expected[1] - expected[0], tolerance)
 
 
 class Junk:

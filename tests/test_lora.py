@@ -10,17 +10,14 @@ from safetensors.torch import load_file
 
 import data
 import train
-from alpamayo import (
-    PRESETS, Alpamayo, Layer, VisionBlock, Vocabulary, add_adapters, checkpoint_activations, with_words, without_adapters,
-)  # fmt: skip
+from alpamayo import Alpamayo, Layer, VisionBlock, Vocabulary, add_adapters, checkpoint_activations, without_adapters
 from test_train import assert_same_run, cache, command, killed_and_resumed, log  # noqa: F401
-
-SWITCHES = dict(planes=(6, 6, 2), planes_patch=(3, 3, 2), flex_tokens=6)
+from test_vision import TINY
 
 
 def make(seed=0, **switches):
-    """A nano whose every matrix is random, so that no path of gradients is shut at first."""
-    cfg = with_words(replace(PRESETS["nano"], **SWITCHES | switches), ["Stop at the line", *data.ROUTES.values()])
+    """A tiny model whose every matrix is random, so that no path of gradients is shut at first."""
+    cfg = replace(TINY, **switches)
     model = Alpamayo(cfg, Vocabulary(cfg))
     generator = torch.Generator().manual_seed(seed)
     model.init_weights(generator)
@@ -123,7 +120,7 @@ def test_activations_computed_twice_are_the_same(scene, switches):
             m.mlp.register_forward_pre_hook(lambda mlp, args: calls.append(mlp))
     a, cache_a, grads_a = step(models[0])
     b, cache_b, grads_b = step(models[1])
-    assert all(torch.equal(a[k], b[k]) for k in a) and all(map(torch.equal, cache_a, cache_b)) and len(cache_a) == 8
+    assert all(torch.equal(a[k], b[k]) for k in a) and all(map(torch.equal, cache_a, cache_b)) and len(cache_a) == 2 * TINY.n_layer
     assert {calls.count(mlp) for mlp in calls} == {2}  # in forward, and again in backward
     for name, g in grads_a.items():
         assert (g is None) == (grads_b[name] is None), name
@@ -131,6 +128,7 @@ def test_activations_computed_twice_are_the_same(scene, switches):
             torch.testing.assert_close(grads_b[name], g, rtol=1e-5, atol=1e-6 * float(g.abs().max()) + 1e-12, msg=name)
 
 
+@pytest.mark.in_pytorch("the half that is killed runs in another process, and equals the other to the last bit")
 def test_a_killed_run_with_adapters_goes_on(cache, tmp_path, monkeypatch):  # noqa: F811
     """As if it had not been killed: from the weights that it began with, not from those with the adapters in them, which
     would add them twice; and where those are gone or others, it says so."""

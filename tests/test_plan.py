@@ -15,6 +15,7 @@ import train
 import world
 from alpamayo import PRESETS, Alpamayo, Vocabulary, with_words
 
+pytestmark = pytest.mark.in_pytorch("what is planned, and counted, is what PyTorch's lines allocate")
 TEXTS = [data.sentence(cause, world.LEFT) for cause in data.CAUSES]
 
 

@@ -181,10 +181,10 @@ def test_gradient_of_the_flows_log_probability(scene):
 def test_an_update_makes_the_better_rollout_likelier(scene, policy, objective):
     """The test that catches GRPO which silently learns nothing: one rollout of each group is rewarded, and after a few
     small updates on these very rollouts it has gained on the others, in every decision that it is made of."""
-    flags = flags_of(policy=policy, objective=objective, temperature=1.0, top_p=1.0, max_new_tokens=6, beta=20.0)
+    flags = flags_of(policy=policy, objective=objective, temperature=1.0, top_p=1.0, max_new_tokens=6, beta=20.0, group=3)
     model = tiny()
     out = rl.try_out(model, scene, flags, seed=4)
-    rewards = torch.zeros(2, 4)
+    rewards = torch.zeros(2, 3)
     rewards[0, 1] = rewards[1, 2] = 1.0
     better = rewards.bool()
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-4)
@@ -195,7 +195,7 @@ def test_an_update_makes_the_better_rollout_likelier(scene, policy, objective):
         return tokens.sum(2), flow.sum(2) if flow is not None else None
 
     before, old = probabilities(), None
-    for _ in range(5):
+    for _ in range(3):
         loss, decided, _ = rl.loss_of(model, None, scene, out, rewards, flags, old)
         old = old or decided
         optimiser.zero_grad()
