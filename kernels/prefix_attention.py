@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from kernels import by_hand, capability, multiprocessors, tl, triton
+from kernels import by_hand, capability, multiprocessors, tiles, tl, triton
 
 LOG2E = 1.4426950408889634  # exp(x) = exp2(LOG2E * x), and exp2 is what the chip has
 
@@ -59,7 +59,7 @@ def specification(q, k0, v0, k1=None, v1=None, mask0=None, mask1=None):
 # A program is one call of the function below, with its own program_id; hundreds run at once, in any order. It works on
 # whole tiles: `tl.arange(0, BM)` is a vector, X + vector a tile of addresses, `tl.load` reads it, lanes whose mask is
 # False read `other`. Tile sides are powers of two, hence the masks wherever a real size (R, P, S, d) is none.
-# Arguments like q_ are the strides of q, in elements; the last one of each tensor is 1.
+# Arguments like q_ are the strides of q, counted in vectors of d numbers; see tiles.in_vectors for why.
 
 
 @triton.jit
@@ -73,16 +73,17 @@ def _rows(block, n, T, R, rows, BM: tl.constexpr):
 
 
 @triton.jit
-def _tile(X, at, ok, D: tl.constexpr, BD: tl.constexpr):
-    """Vectors of d numbers at the addresses X + at, as the rows of a tile; zeros where not ok and beyond d."""
+def _tile(X, first, more, ok, D: tl.constexpr, BD: tl.constexpr):
+    """X's vectors number first + more (BM,), as the rows of a tile; zeros where not ok and beyond d. The first may be far
+    off, and is counted in 64 bits; the tile in 32."""
     c = tl.arange(0, BD)
-    return tl.load(X + at[:, None] + c[None, :], mask=ok[:, None] & (c < D)[None, :], other=0.0)
+    return tl.load(X + first * D + (more * D)[:, None] + c[None, :], mask=ok[:, None] & (c < D)[None, :], other=0.0)
 
 
 @triton.jit
-def _put(X, at, ok, y, D: tl.constexpr, BD: tl.constexpr):
+def _put(X, first, more, ok, y, D: tl.constexpr, BD: tl.constexpr):
     c = tl.arange(0, BD)
-    tl.store(X + at[:, None] + c[None, :], y.to(X.dtype.element_ty), mask=ok[:, None] & (c < D)[None, :])
+    tl.store(X + first * D + (more * D)[:, None] + c[None, :], y.to(X.dtype.element_ty), mask=ok[:, None] & (c < D)[None, :])
 
 
 @triton.jit
@@ -91,8 +92,8 @@ def _keys(K, V, M, owner, g, j, P, k_, v_, m, D: tl.constexpr, BN: tl.constexpr,
     them are there to be seen (BN,). M: the mask's bytes, a row of m of them an owner, or None."""
     key = j * BN + tl.arange(0, BN)
     seen = key < P
-    k = _tile(K + owner * k_[0] + g * k_[1], key * k_[2], seen, D, BD)
-    v = _tile(V + owner * v_[0] + g * v_[1], key * v_[2], seen, D, BD)
+    k = _tile(K, owner * k_[0] + g * k_[1], key * k_[2], seen, D, BD)
+    v = _tile(V, owner * v_[0] + g * v_[1], key * v_[2], seen, D, BD)
     if M is not None:
         seen = tl.load(M + owner * m + key, mask=seen, other=0) != 0
     return k, v, key, seen
@@ -124,7 +125,7 @@ def _attend(Q, K0, V0, M0, K1, V1, M1, Y, L, PART, PART_L, DONE, q_, k0_, v0_, k
     block, part = tl.program_id(0), tl.program_id(1)
     b, g = (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
     sample, head, t, ok = _rows(block, n, T, R, rows, BM)
-    q = _tile(Q + b * n * q_[0] + g * (R // T) * q_[1], sample * q_[0] + head * q_[1] + t * q_[2], ok, D, BD)
+    q = _tile(Q, b * n * q_[0] + g * (R // T) * q_[1], sample * q_[0] + head * q_[1] + t * q_[2], ok, D, BD)
     best = tl.full([BM], float("-inf"), tl.float32)
     total, y = tl.zeros([BM], tl.float32), tl.zeros([BM, BD], tl.float32)
 
@@ -149,7 +150,7 @@ def _attend(Q, K0, V0, M0, K1, V1, M1, Y, L, PART, PART_L, DONE, q_, k0_, v0_, k
     if SPLITS > 1:  # leave the part's result; whoever finds that all other parts are there combines them
         i, unit = tl.arange(0, BM), tl.program_id(2) * tl.num_programs(0) + block
         at = (unit * SPLITS + part).to(tl.int64) * BM
-        _put(PART + at * BD, i * BD, i < BM, y / tl.where(total == 0, 1.0, total)[:, None], BD, BD)
+        _put(PART, at, i, i < BM, y / tl.where(total == 0, 1.0, total)[:, None], BD, BD)
         tl.store(PART_L + at + i, best + tl.log2(total))
         tl.debug_barrier()  # all threads of this program have stored, and then one of them says so
         last = tl.atomic_add(DONE + unit, 1, sem="acq_rel") == SPLITS - 1
@@ -164,7 +165,7 @@ def _attend(Q, K0, V0, M0, K1, V1, M1, Y, L, PART, PART_L, DONE, q_, k0_, v0_, k
             best, total, y = new, total * fade + w, y * fade[:, None] + w[:, None] * part_y
         tl.store(DONE + unit, 0, mask=last)  # ready for the next launch
         ok = ok & last
-    _put(Y + b * n * y_[0] + g * (R // T) * y_[1], sample * y_[0] + head * y_[1] + t * y_[2], ok, y / total[:, None], D, BD)
+    _put(Y, b * n * y_[0] + g * (R // T) * y_[1], sample * y_[0] + head * y_[1] + t * y_[2], ok, y / total[:, None], D, BD)
     tl.store(L + (b * n * G + g) * R + sample * G * R + head * T + t, best + tl.log2(total), mask=ok)
 
 
@@ -176,8 +177,8 @@ def _grad_q(Q, K0, V0, M0, K1, V1, M1, DY, L, DOT, DQ, q_, k0_, v0_, k1_, v1_, m
     block = tl.program_id(0)
     b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     sample, head, t, ok = _rows(block, n, T, R, rows, BM)
-    q = _tile(Q + b * n * q_[0] + g * (R // T) * q_[1], sample * q_[0] + head * q_[1] + t * q_[2], ok, D, BD)
-    dy = _tile(DY + b * n * dy_[0] + g * (R // T) * dy_[1], sample * dy_[0] + head * dy_[1] + t * dy_[2], ok, D, BD)
+    q = _tile(Q, b * n * q_[0] + g * (R // T) * q_[1], sample * q_[0] + head * q_[1] + t * q_[2], ok, D, BD)
+    dy = _tile(DY, b * n * dy_[0] + g * (R // T) * dy_[1], sample * dy_[0] + head * dy_[1] + t * dy_[2], ok, D, BD)
     at = (b * n * G + g) * R + sample * G * R + head * T + t  # in (N, H, T)
     l, dot = tl.load(L + at, mask=ok, other=0.0), tl.load(DOT + at, mask=ok, other=0.0)
     dq = tl.zeros([BM, BD], tl.float32)
@@ -198,7 +199,7 @@ def _grad_q(Q, K0, V0, M0, K1, V1, M1, DY, L, DOT, DQ, q_, k0_, v0_, k1_, v1_, m
             w = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - l[:, None])
             ds = tl.where(seen, w * (tl.dot(dy, tl.trans(v), input_precision="ieee") - dot[:, None]), 0.0)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    _put(DQ, at * D, ok, dq * (scale * 0.6931471805599453), D, BD)  # the scores were in base 2
+    _put(DQ, (b * n * G + g) * R, sample * G * R + head * T + t, ok, dq * (scale * 0.6931471805599453), D, BD)  # the scores were in base 2
 
 
 @triton.jit
@@ -210,13 +211,12 @@ def _grad_kv(Q, K, V, M, DY, L, DOT, DK, DV, q_, k_, v_, m_, dy_, n, T, R, P, sc
     b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     k, v, key, seen = _keys(K, V, None if EACH else M, b, g, tl.program_id(0), P, k_, v_, m_[0], D, BN, BD)
     dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
-    Q, DY = Q + b * n * q_[0] + g * (R // T) * q_[1], DY + b * n * dy_[0] + g * (R // T) * dy_[1]
     L, DOT = L + (b * n * G + g) * R, DOT + (b * n * G + g) * R
     for i in range(0, n * R, BM):
         i = i + tl.arange(0, BM)
         sample, head, t, ok = i // R, i % R // T, i % T, i < n * R
-        q = _tile(Q, sample * q_[0] + head * q_[1] + t * q_[2], ok, D, BD)
-        dy = _tile(DY, sample * dy_[0] + head * dy_[1] + t * dy_[2], ok, D, BD)
+        q = _tile(Q, b * n * q_[0] + g * (R // T) * q_[1], sample * q_[0] + head * q_[1] + t * q_[2], ok, D, BD)
+        dy = _tile(DY, b * n * dy_[0] + g * (R // T) * dy_[1], sample * dy_[0] + head * dy_[1] + t * dy_[2], ok, D, BD)
         at = sample * G * R + head * T + t
         l, dot = tl.load(L + at, mask=ok, other=0.0), tl.load(DOT + at, mask=ok, other=0.0)
         both = seen[:, None] & ok[None, :]
@@ -226,9 +226,9 @@ def _grad_kv(Q, K, V, M, DY, L, DOT, DK, DV, q_, k_, v_, m_, dy_, n, T, R, P, sc
         dv = tl.dot(w.to(dy.dtype), dy, dv, input_precision="ieee")
         ds = w * (tl.dot(v, tl.trans(dy), input_precision="ieee") - dot[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    at = tl.program_id(1).to(tl.int64) * P * D
-    _put(DK + at, key * D, key < P, dk * (scale * 0.6931471805599453), D, BD)
-    _put(DV + at, key * D, key < P, dv, D, BD)
+    first = tl.program_id(1).to(tl.int64) * P
+    _put(DK, first, key, key < P, dk * (scale * 0.6931471805599453), D, BD)
+    _put(DV, first, key, key < P, dv, D, BD)
 
 
 # ------------------------------------------------------------------------------------------------------- launching them
@@ -245,10 +245,10 @@ def plan_of(q, k0, k1, splits=0):
     options = dict(num_warps=4, num_stages=3 if q.element_size() == 2 else 2)
     if BM == 64 and R >= 128 and n * R // 128 * B * G >= processors and capability(q.device) in (90, 100):
         BM, BN, options = 128, 64, dict(num_warps=8, num_stages=2)
-    if q.element_size() == 4 and d > 64:  # no matrix unit: the keys lie in registers, too
+    if q.element_size() == 4 and (d > 64 or d % 16):  # no matrix unit: the keys lie in registers, too
         BN, options = 16, dict(num_warps=8, num_stages=2)
-    if d % 16:  # the nano's 40: the compiler does not know that vectors begin at multiples of 16 bytes, and needs registers
-        options["maxnreg"] = 208
+    if d % 16 and capability(q.device) not in (90, 100):  # the nano's 40: left alone, the compiler saves registers, and spills
+        options["maxnreg"] = 240
     rows = min(R, BM)
     blocks = triton.cdiv(n, BM // rows) * triton.cdiv(R, rows)
     power = lambda x: triton.next_power_of_2(max(1, x))  # so that few variants of the kernel are compiled
@@ -257,18 +257,18 @@ def plan_of(q, k0, k1, splits=0):
     return (n, T, R, P, S, rows, d**-0.5 * LOG2E), (blocks, splits, B * G), sizes
 
 
-def _tails(k1, v1, mask1):
-    """Strides of what may be missing."""
-    k1_, v1_ = (x.stride() if x is not None else (0, 0, 0, 1) for x in (k1, v1))
-    return k1_, v1_, (0, 0) if mask1 is None else (mask1[0].numel(), mask1.shape[2])
+def _vectors(*tensors):
+    """Their strides, but the last, in vectors; of what may be missing, too."""
+    return [(0, 0, 0) if x is None else tuple(s // x.shape[3] for s in x.stride()[:3]) for x in tensors]
+
+
+def _rows_of(mask1):
+    """Bytes of a sample's mask, and of a query's."""
+    return (0, 0) if mask1 is None else (mask1[0].numel(), mask1.shape[2])
 
 
 def _bytes(mask):
     return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
-def _rows_together(x):
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @custom_op("alpamayo::prefix_attention", mutates_args=())
@@ -291,8 +291,8 @@ def scratch_of(q, plan):
 
 def attend_into(y, q, k0, v0, k1, v1, mask0, mask1, plan, scratch):
     (numbers, grid, sizes), (l, part_l, part, done) = plan, scratch
-    _attend[grid](q, k0, v0, _bytes(mask0), k1, v1, _bytes(mask1), y, l, part, part_l, done, q.stride(), k0.stride(),
-                  v0.stride(), *_tails(k1, v1, mask1), y.stride(), *numbers, **sizes,
+    _attend[grid](q, k0, v0, _bytes(mask0), k1, v1, _bytes(mask1), y, l, part, part_l, done,
+                  *_vectors(q, k0, v0, k1, v1), _rows_of(mask1), *_vectors(y), *numbers, **sizes,
                   EACH=mask1 is not None and mask1.shape[1] > 1)  # fmt: skip
     return y, l
 
@@ -313,25 +313,25 @@ def _backward(dy: Tensor, q: Tensor, k0: Tensor, v0: Tensor, k1: Optional[Tensor
     # tiles of 64 x 64 and of 64 keys x 32 rows, 8 warps: nothing spilled, 1 program a multiprocessor (2 on sm_100 by keys).
     # Left alone, the compiler saves registers for programs that are not there, and spills a few bytes, on sm_100 and in float32
     BM = 64 if q.element_size() == 2 else 32
-    BN = 16 if BM == 32 and d > 64 else BM
+    BN = 16 if BM == 32 and (d > 64 or d % 16) else BM
+    if d % 16 and capability(q.device) not in (90, 100):  # the nano's 40, if each query has its own mask, spills with 64
+        BN = min(BN, 32)
     rows, sizes = min(R, BM), dict(G=G, D=d, BD=max(16, triton.next_power_of_2(d)), num_warps=8, num_stages=2,
                                    maxnreg=208 if capability(q.device) == 100 or BM == 32 else None)  # fmt: skip
-    by_rows = min(BN, 32) if d % 16 else BN  # keys at a time, see plan_of
-    tails, each = _tails(k1, v1, mask1), mask1 is not None and mask1.shape[1] > 1
-    dy = _rows_together(dy)
+    each, dy = mask1 is not None and mask1.shape[1] > 1, tiles.in_vectors(dy)[0]
     dot = (dy.float() * y.float()).sum(-1).contiguous()  # (N, H, T)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _grad_q[(triton.cdiv(n, BM // rows) * triton.cdiv(R, rows), B * G)](
-        q, k0, v0, _bytes(mask0), k1, v1, _bytes(mask1), dy, l, dot, dq, q.stride(), k0.stride(), v0.stride(), *tails,
-        dy.stride(), n, T, R, P, S, rows, scale, EACH=each, BM=BM, BN=by_rows, **sizes)  # fmt: skip
+        q, k0, v0, _bytes(mask0), k1, v1, _bytes(mask1), dy, l, dot, dq, *_vectors(q, k0, v0, k1, v1),
+        _rows_of(mask1), *_vectors(dy), n, T, R, P, S, rows, scale, EACH=each, BM=BM, BN=BN, **sizes)  # fmt: skip
     grads = [dq]
     for wanted, k, v, mask, m, each, owners in (
-        (prefix, k0, v0, mask0, (P, 0), False, B), (tail, k1, v1, mask1, tails[2], each, N)
+        (prefix, k0, v0, mask0, (P, 0), False, B), (tail, k1, v1, mask1, _rows_of(mask1), each, N)
     ):  # fmt: skip
         dk, dv = (torch.empty(k.shape if wanted else 0, dtype=q.dtype, device=q.device) for _ in range(2))
         if wanted and k.numel():
             _grad_kv[(triton.cdiv(k.shape[2], BN), owners * G)](
-                q, k, v, _bytes(mask), dy, l, dot, dk, dv, q.stride(), k.stride(), v.stride(), m, dy.stride(),
+                q, k, v, _bytes(mask), dy, l, dot, dk, dv, *_vectors(q, k, v), m, *_vectors(dy),
                 N // owners, T, R, k.shape[2], scale, EACH=each, BM=32, BN=BN, **sizes)  # fmt: skip
         grads += [dk, dv]
     return tuple(grads)
@@ -363,5 +363,5 @@ def prefix_attention(q, k0, v0, k1=None, v1=None, mask0=None, mask1=None):
     """See `specification`."""
     if not by_hand(q.device, q.dtype):
         return specification(q, k0, v0, k1, v1, mask0, mask1)
-    q, k0, v0, k1, v1 = (x if x is None else _rows_together(x) for x in (q, k0, v0, k1, v1))
+    q, k0, v0, k1, v1 = (x if x is None else tiles.in_vectors(x)[0] for x in (q, k0, v0, k1, v1))
     return _forward(q, k0, v0, k1, v1, mask0, mask1, 0)[0]

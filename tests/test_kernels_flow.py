@@ -112,6 +112,18 @@ def test_a_part_may_see_nothing_and_a_row_may_not():
     torch.testing.assert_close(y, expected, equal_nan=True)
 
 
+def test_vectors_that_lie_anyhow():
+    """Strides are counted in vectors of d numbers; what is not laid out so is copied, the gradient that comes in as well."""
+    plain, mask0, mask1 = inputs(1, 2, 4, 2, 3, 21, 5, 16, True, "queries", torch.float32)
+    odd = [torch.cat([x.detach(), torch.full_like(x[..., :3], torch.nan)], -1)[..., :-3].requires_grad_() for x in plain]
+    odd[0] = plain[0].detach().mT.contiguous().mT.requires_grad_()
+    dy = torch.randn(2, 4, 3, 19)[..., :-3]
+    y, expected = (attention.prefix_attention(*leaves, mask0, mask1) for leaves in (odd, plain))
+    assert torch.equal(y, expected)
+    for a, b in zip(torch.autograd.grad(y, odd, dy), torch.autograd.grad(expected, plain, dy.contiguous())):
+        assert torch.equal(a, b)
+
+
 def test_a_prefix_without_gradient_costs_none(monkeypatch):
     """Knowledge insulation: the expert's attention sends nothing into the prompt, so nothing is computed for it."""
     (q, k0, v0, k1, v1), _, _ = inputs(1, 2, 4, 2, 3, 40, 5, 16, False, None, torch.float32)
@@ -412,5 +424,6 @@ def test_other_sizes_compile(preset, dtype):
             few_rows = build.kernel == "_step" or "decoding" in case.shape
             expected = None if dtype == torch.float32 else "HMMA" if few_rows else "HGMMA"
             gate(build, build.matrix() if build.kernel == "_step" and not build.matrix() else expected, 1)
+            assert build.async16 >= 8 or build.kernel in ("_step", "_grad_kv")
             seen.add(build.kernel)
     assert seen == {"_attend", "_grad_q", "_grad_kv", "_step", "_heads", "_add", "_gate_up"}
