@@ -476,7 +476,7 @@ class VisionAttention(nn.Module):
         M, S, C = x.shape
         q, k, v = self.qkv(x).view(M, S, 3, self.n_head, C // self.n_head).unbind(2)
         if cos is not None:  # (S, d / 2) or (M, S, d / 2)
-            q, k = (rotate(a, cos[..., None, :], sin[..., None, :]) for a in (q, k))
+            q, k = (rotate(a, cos[..., None, :], sin[..., None, :]).to(v.dtype) for a in (q, k))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x, cos, sin, images=None, heads=None):
@@ -801,7 +801,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(N, T, self.n_head, self.head_dim)).transpose(1, 2)  # (N, H, T, d)
         k = self.k_norm(self.k_proj(x).view(N, T, self.n_kv_head, self.head_dim)).transpose(1, 2)  # (N, G, T, d)
         v = self.v_proj(x).view(N, T, self.n_kv_head, self.head_dim).transpose(1, 2).contiguous()  # as it will be read
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = (rotate(a, cos, sin).to(v.dtype) for a in (q, k))  # CUDA's autocast norms in float32
         if past is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_head != self.n_kv_head)
         else:

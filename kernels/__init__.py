@@ -72,6 +72,8 @@ def by_hand(device, dtype, even_32_bit=False):
         answer, why = False, "Triton is not installed"
     elif not here:
         answer, why = False, f"they need an NVIDIA GPU of capability 8.0 or more, and the tensors are on {device.type}"
+    elif device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        answer, why = False, f"they run on the current GPU, and the tensors are on {device}: call torch.cuda.set_device first"
     elif _choice == "triton":
         answer, why = True, "ALPAMAYO_KERNELS=triton"
     elif device.type != "cuda" or dtype == torch.float32 and not even_32_bit:

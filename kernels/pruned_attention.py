@@ -122,7 +122,8 @@ def backward_queries(
         k0, k1 = tiles.load(K, key * k_row + head * k_head, j < n, D, D0, D1)
         v0, v1 = tiles.load(V, key * v_row + head * v_head, j < n, D, D0, D1)
         p = tl.exp2(tiles.products(q0, q1, k0, k1, D1) * scale - lse[:, None])  # (BQ, BK)
-        ds = p * (tiles.products(g0, g1, v0, v1, D1) - delta[:, None])  # keys beyond n are zero and add nothing
+        p = tl.where((j < n)[None, :], p, 0.0)  # beyond n the score is 0, and may be far above all others
+        ds = p * (tiles.products(g0, g1, v0, v1, D1) - delta[:, None])
         dq0, dq1 = tiles.add(dq0, dq1, ds, k0, k1, D1)
     over = tl.full([BQ], 0.6931471805599453, tl.float32) * scale  # 1 / sqrt(d) = scale * ln 2
     dq0, dq1 = tiles.scaled(dq0, dq1, over, D1)

@@ -207,9 +207,10 @@ def splits_of(tiles, K, BK, device):
 
 class Buffers:
     """Everything that one shape of sampling reads and writes, and its graph. `expert`, `embed` and `project` are the
-    model's modules of the expert's layers, the action embedding and the projection to the velocity."""
+    model's modules of the expert's layers, the action embedding and the projection to the velocity. prefix: that of
+    other buffers, of the same B and P."""
 
-    def __init__(self, expert, embed, project, steps, B, N, T, P, S):
+    def __init__(self, expert, embed, project, steps, B, N, T, P, S, prefix=None):
         layers, weight = expert.layers, embed.norm.weight
         first = layers[0].self_attn
         H, G, D = first.n_head, first.n_kv_head, first.head_dim
@@ -220,7 +221,7 @@ class Buffers:
         self.times = new(steps, dtype=torch.float32).copy_(torch.arange(steps) / steps)
         self.h, self.q, self.y, self.m = new(N, T, C), new(N, T, H, D), new(N, T, H, D), new(N, T, M)
         self.cos, self.sin = new(N, T, D // 2), new(N, T, D // 2)
-        self.prefix = [(new(B, G, P, D), new(B, G, P, D)) for _ in layers]
+        self.prefix = prefix or [(new(B, G, P, D), new(B, G, P, D)) for _ in layers]
         self.tail = [(new(N, G, S + T, D), new(N, G, S + T, D)) for _ in layers]
         self.mask = torch.ones(N, 1, S + T, dtype=torch.bool, device=weight.device)
         self.plan = prefix_attention.plan_of(self.q.transpose(1, 2), self.prefix[0][0], self.tail[0][0])
@@ -246,6 +247,7 @@ class Buffers:
             if k is not None:
                 s = k.shape[2]
                 k1[:, :, :s], v1[:, :, :s] = k, v
+            v1[:, :, s : self.S] = 0  # not seen, but 0 times a nan of another scene would be nan
         self.mask[:, :, : self.S] = False
         self.mask[:, 0, :s] = seen
 
@@ -282,15 +284,16 @@ class Buffers:
         elif self.graph is None:
             self.run()  # compiles, and is the result; what follows only records
             torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
                 self.run()
+            self.graph = graph
         else:
             self.graph.replay()
         return self.flow.clone()
 
 
-shapes = weakref.WeakKeyDictionary()  # of an expert: its last buffers of each shape
+kept = weakref.WeakKeyDictionary()  # of an expert: where its weights lie, and its last buffers by their shape
 
 
 @torch.no_grad()
@@ -305,11 +308,15 @@ def sample_flow(expert, embed, project, steps, noise, cos, sin, prefix, tail, se
         raise ValueError(f"noise: {T} action tokens; the kernels' tiles need 16, 32, 64, ...")
     (B, _, P, _), k1 = prefix[0][0].shape, tail[0][0]
     S = 0 if k1 is None else -(-k1.shape[2] // 64) * 64
-    key = (steps, B, N, T, P, S, *(p.data_ptr() for p in (embed.norm.weight, project.weight)))
-    mine = shapes.setdefault(expert, {})
-    if key not in mine:
+    places = [p.data_ptr() for part in (expert, embed, project) for p in (*part.parameters(), *part.buffers())]
+    if expert not in kept or kept[expert][0] != places:
+        kept[expert] = places, {}
+    mine, shape = kept[expert][1], (steps, B, N, T, P, S)
+    if shape not in mine:
         if len(mine) == 4:
             mine.pop(next(iter(mine)))
-        mine[key] = Buffers(expert, embed, project, steps, B, N, T, P, S)
-    mine[key].fill(noise, cos, sin, prefix, tail, seen)
-    return mine[key].replay()
+        same = next((b.prefix for (_, B1, _, _, P1, _), b in mine.items() if (B1, P1) == (B, P)), None)
+        with torch.inference_mode(False), torch.no_grad():  # buffers for all modes, whichever the first call is in
+            mine[shape] = Buffers(expert, embed, project, steps, B, N, T, P, S, same)
+    mine[shape].fill(noise, cos, sin, prefix, tail, seen)
+    return mine[shape].replay()

@@ -163,6 +163,23 @@ def check_attention(counts, dropped, H, d, dtype):
 
 
 @every_dtype
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the padding's keys, which are not stored
+def test_scores_far_below_zero(dtype):
+    """All of them: then the padding of a tile, whose scores are 0, would have weights beyond all numbers."""
+    far = 7 * torch.ones(40, 1, 24, dtype=torch.float64)  # scores around -240
+    q, k = ((sign * far + torch.randn(40, 1, 24, dtype=torch.float64)).to(dtype).requires_grad_() for sign in (1, -1))
+    v = normal(40, 1, 24, dtype=dtype).requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    y = pruned_attention.pruned_attention(q, k, v, torch.tensor([0, 40]), 40)
+    expected = reference_attention(*exact, [40], torch.arange(40))
+    close(y, expected, 100 * TOLERANCE[dtype])
+    for g, e in zip(torch.autograd.grad(y.square().sum(), (q, k, v)), torch.autograd.grad(expected.square().sum(), exact)):
+        assert g.isfinite().all()
+        if dtype == torch.float32:  # differences of what is far off: in 16 bits little is left of them
+            close(g, e, 1e-2)
+
+
+@every_dtype
 @pytest.mark.parametrize("dropped", [0, 37], ids=["packed", "gathered"])
 def test_pruned_attention(dtype, dropped):
     counts = [random.randint(65, 140), 1, 0, random.randint(2, 64)]

@@ -3,6 +3,8 @@ Attention over a shared prefix, the flow's step and the roll-out in Triton: agai
 fresh random sizes, and what they compile to for four chips.
 
     python -m pytest tests/test_kernels_flow.py
+
+Where there is a GPU the same tests run on it, the sampler as a CUDA graph, but for what is compiled for others.
 """
 import copy
 import random
@@ -11,9 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-if torch.cuda.is_available():
-    pytest.skip("a GPU is here: kernels run on it", allow_module_level=True)
+pytest.importorskip("triton")
 from cpu_triton import compiling, poisoned, programs  # noqa: E402
 
 import alpamayo  # noqa: E402
@@ -25,12 +25,16 @@ from kernels import bench, sampler  # noqa: E402
 # Triton's interpreter computes in masked-off lanes too
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the norm; the types' own roundings
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+cross_compiled = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is here: kernels are compiled for it alone")
 
 
 @pytest.fixture(autouse=True)
 def by_hand(monkeypatch):
     monkeypatch.setattr(kernels, "_choice", "triton")
     monkeypatch.setattr(kernels, "processors", 132)
+    with torch.device(DEVICE):
+        yield
 
 
 def close(got, expected, tolerance):
@@ -279,7 +283,28 @@ def test_sampler(B, n, splits, monkeypatch):
         assert torch.equal(got[0], inputs[0])
         close(got[1] - got[0], (expected[1] - expected[0]).double(), 5e-5)
         close(got[2] - got[1], (expected[2] - expected[1]).double(), 5e-3)  # a feature of x turns by 2 pi 100 x
-    assert len(sampler.shapes[parts[0]]) == 1
+    assert len(sampler.kept[parts[0]][1]) == 1
+
+
+@torch.no_grad()
+def test_buffers_outlive_what_changes_between_two_calls(monkeypatch):
+    """Tails of another width share the prefix; a tail of nan is gone with its scene; weights that are put elsewhere are
+    found there; and buffers that were made in inference mode serve out of it."""
+    cut(monkeypatch, 1)
+    parts, noise, cos, sin, prefix, tail, seen = sampling(torch.float32, 1, 1)
+    longer = [tuple(torch.cat([x] * 13, 2) for x in kv) for kv in tail], torch.cat([seen] * 13, 1)  # 65 tokens
+    ours = lambda tail, seen: sampler.sample_flow(*parts, 1, noise, cos, sin, prefix, tail, seen)[1] - noise
+    expected = lambda tail, seen: (plainly(1, parts, noise, cos, sin, prefix, tail, seen)[1] - noise).double()
+    with torch.inference_mode():
+        ours([tuple(x * torch.nan for x in kv) for kv in tail], seen)
+    short = [tuple(x[:, :, :2] for x in kv) for kv in tail], torch.ones_like(seen[:, :2])
+    for inputs in (short, longer):
+        close(ours(*inputs), expected(*inputs), 5e-5)
+    small, large = sampler.kept[parts[0]][1].values()
+    assert small.prefix is large.prefix and small.mask.shape[2] == 64 + 16 and large.mask.shape[2] == 128 + 16
+    parts[0].load_state_dict({k: v + 0.1 for k, v in parts[0].state_dict().items()}, assign=True)
+    close(ours(*short), expected(*short), 5e-5)
+    assert len(sampler.kept[parts[0]][1]) == 1
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
@@ -328,6 +353,7 @@ def test_parts_of_a_sum(N, splits, monkeypatch):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@cross_compiled
 def test_as_many_parts_as_the_chip_has_room_for():
     device = torch.device("cpu")
     assert [sampler.splits_of(32 * n, 2048, 64, device) for n in (1, 2, 3, 8)] == [4, 2, 1, 1]
@@ -357,6 +383,7 @@ def gate(build, instruction, blocks):
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
+@cross_compiled
 @pytest.mark.parametrize("chip", [80, 90, 100, 120])
 def test_prefix_attention_compiles(chip):
     with compiling(chip) as builds, torch.no_grad():
@@ -376,6 +403,7 @@ def test_prefix_attention_compiles(chip):
     assert all(b.async16 >= 8 for b in builds)
 
 
+@cross_compiled
 @pytest.mark.parametrize("chip", [80, 90, 100, 120])
 def test_sampler_compiles(chip):
     """A step of one sample over a layer of the release, in at most 5 launches, between two steps of the flow; and the
@@ -409,6 +437,7 @@ def test_sampler_compiles(chip):
         gate(build, None, 8)
 
 
+@cross_compiled
 @pytest.mark.parametrize("preset, dtype", [("nano", torch.float16), ("release", torch.float32)])
 def test_other_sizes_compile(preset, dtype):
     """For sm_90, all that attention over a prefix and the sampler launch: for the nano's heads of 40 numbers, and for the

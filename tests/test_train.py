@@ -177,18 +177,18 @@ def test_the_losses_of_the_path_teach_the_expert_alone(scene):  # noqa: F811
 
 
 def test_the_expert_learns_a_batch_by_heart(scene):  # noqa: F811
-    """Three scenes with eight fixed noises each: in 25 steps from scratch the flow loss falls to less than 0.6 of itself,
-    0.43 as measured."""
+    """Three scenes with two fixed noises each: in 25 steps from scratch the flow loss falls to less than 0.4 of itself,
+    0.2 as measured."""
     model = build(torch.float32).requires_grad_(True)
     model.init_weights(torch.Generator().manual_seed(3))
     optimiser, losses = torch.optim.AdamW(model.parameters(), lr=0.02), []
     for _ in range(26):
-        loss = model(scene, "action", False, 8, generator=torch.Generator().manual_seed(4))["flow"]
+        loss = model(scene, "action", False, 2, generator=torch.Generator().manual_seed(4))["flow"]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-    assert losses[25] < 0.6 * losses[0], losses
+    assert losses[25] < 0.4 * losses[0], losses
 
 
 def test_without_a_route_only_turns_that_a_signal_tells_are_shown():
