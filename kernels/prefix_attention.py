@@ -199,7 +199,8 @@ def _grad_q(Q, K0, V0, M0, K1, V1, M1, DY, L, DOT, DQ, q_, k0_, v0_, k1_, v1_, m
             w = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - l[:, None])
             ds = tl.where(seen, w * (tl.dot(dy, tl.trans(v), input_precision="ieee") - dot[:, None]), 0.0)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    _put(DQ, (b * n * G + g) * R, sample * G * R + head * T + t, ok, dq * (scale * 0.6931471805599453), D, BD)  # the scores were in base 2
+    dq *= scale * 0.6931471805599453  # the scores were in base 2
+    _put(DQ, (b * n * G + g) * R, sample * G * R + head * T + t, ok, dq, D, BD)
 
 
 @triton.jit

@@ -121,9 +121,9 @@ def backward_queries(
         key = row_of(Rows, first + j, j < n)
         k0, k1 = tiles.load(K, key * k_row + head * k_head, j < n, D, D0, D1)
         v0, v1 = tiles.load(V, key * v_row + head * v_head, j < n, D, D0, D1)
-        p = tl.exp2(tiles.products(q0, q1, k0, k1, D1) * scale - lse[:, None])  # (BQ, BK)
-        p = tl.where((j < n)[None, :], p, 0.0)  # beyond n the score is 0, and may be far above all others
-        ds = p * (tiles.products(g0, g1, v0, v1, D1) - delta[:, None])
+        p = tiles.products(q0, q1, k0, k1, D1) * scale - lse[:, None]  # (BQ, BK)
+        p = tl.exp2(tl.minimum(p, 0.0))  # no weight is above 1; beyond n, where the score is 0, it could be infinite
+        ds = p * (tiles.products(g0, g1, v0, v1, D1) - delta[:, None])  # and there the keys are 0, so nothing is added
         dq0, dq1 = tiles.add(dq0, dq1, ds, k0, k1, D1)
     over = tl.full([BQ], 0.6931471805599453, tl.float32) * scale  # 1 / sqrt(d) = scale * ln 2
     dq0, dq1 = tiles.scaled(dq0, dq1, over, D1)

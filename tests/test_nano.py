@@ -9,7 +9,7 @@ import data
 import world
 from alpamayo import Alpamayo
 
-pytestmark = pytest.mark.in_pytorch("what the weights have learned is asked in 300 scenes: an hour in Triton's interpreter")
+pytestmark = pytest.mark.in_pytorch("what the weights have learned is asked in hundreds of scenes, too many for Triton's interpreter")
 CAUSED = [name for name in world.SITUATIONS if name not in ("free", "curve", "turn")]
 EACH = 10
 

@@ -511,7 +511,7 @@ def test_the_table_trains_what_is_missing_and_goes_on(cache, tmp_path, monkeypat
 
     def run(command, **_):  # train.py in this process
         trained.append(command)
-        monkeypatch.setattr(sys, "argv", [*command[1:], "--batch", "2"])
+        monkeypatch.setattr(sys, "argv", [*command[1:], "--batch", "2", "--val-scenes", "2"])
         train.main()
         return type("Done", (), {"returncode": 0})
 
