@@ -6,7 +6,7 @@ The kernels: what costs most on a GPU, by hand in Triton, each beside the PyTorc
     prefix_attention.py   attention of n samples over the prompt that they share and a tail that each has
     flow_step.py          the flow's Euler step with the embedding of the new controls; the unicycle and its gradient
     sampler.py            all steps of the flow over the expert, five launches a layer, recorded as one CUDA graph
-    tiles.py              what the first two share: a head dimension that is no power of two
+    tiles.py              what these share: vectors whose length is no power of two
 
 A kernel changes how fast something is computed, never what: each file has the PyTorch specification first, the kernel
 second and last the function that the model calls, which asks `by_hand` here which of the two runs.

@@ -258,7 +258,12 @@ def plan_of(q, k0, k1, splits=0):
     return (n, T, R, P, S, rows, d**-0.5 * LOG2E), (blocks, splits, B * G), sizes
 
 
-def _vectors(*tensors):
+def _in_vectors(*tensors):
+    """Copies of those that are not laid out in vectors, see tiles.in_vectors."""
+    return [x if x is None else tiles.in_vectors(x)[0] for x in tensors]
+
+
+def _strides(*tensors):
     """Their strides, but the last, in vectors; of what may be missing, too."""
     return [(0, 0, 0) if x is None else tuple(s // x.shape[3] for s in x.stride()[:3]) for x in tensors]
 
@@ -277,6 +282,7 @@ def _forward(q: Tensor, k0: Tensor, v0: Tensor, k1: Optional[Tensor], v1: Option
              mask1: Optional[Tensor], splits: int) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and the rows' log2-sum-exp2 (N, H, T). splits: parts of the keys, 0: as many as fill the chip."""
     N, H, T, d = q.shape
+    q, k0, v0, k1, v1 = _in_vectors(q, k0, v0, k1, v1)
     plan = plan_of(q, k0, k1, splits)
     y = q.new_empty(N, T, H, d).transpose(1, 2)  # in memory as o_proj will read it
     return attend_into(y, q, k0, v0, k1, v1, mask0, mask1, plan, scratch_of(q, plan))
@@ -293,7 +299,7 @@ def scratch_of(q, plan):
 def attend_into(y, q, k0, v0, k1, v1, mask0, mask1, plan, scratch):
     (numbers, grid, sizes), (l, part_l, part, done) = plan, scratch
     _attend[grid](q, k0, v0, _bytes(mask0), k1, v1, _bytes(mask1), y, l, part, part_l, done,
-                  *_vectors(q, k0, v0, k1, v1), _rows_of(mask1), *_vectors(y), *numbers, **sizes,
+                  *_strides(q, k0, v0, k1, v1), _rows_of(mask1), *_strides(y), *numbers, **sizes,
                   EACH=mask1 is not None and mask1.shape[1] > 1)  # fmt: skip
     return y, l
 
@@ -319,12 +325,13 @@ def _backward(dy: Tensor, q: Tensor, k0: Tensor, v0: Tensor, k1: Optional[Tensor
         BN = min(BN, 32)
     rows, sizes = min(R, BM), dict(G=G, D=d, BD=max(16, triton.next_power_of_2(d)), num_warps=8, num_stages=2,
                                    maxnreg=208 if capability(q.device) == 100 or BM == 32 else None)  # fmt: skip
-    each, dy = mask1 is not None and mask1.shape[1] > 1, tiles.in_vectors(dy)[0]
+    each = mask1 is not None and mask1.shape[1] > 1
+    dy, q, k0, v0, k1, v1 = _in_vectors(dy, q, k0, v0, k1, v1)
     dot = (dy.float() * y.float()).sum(-1).contiguous()  # (N, H, T)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _grad_q[(triton.cdiv(n, BM // rows) * triton.cdiv(R, rows), B * G)](
-        q, k0, v0, _bytes(mask0), k1, v1, _bytes(mask1), dy, l, dot, dq, *_vectors(q, k0, v0, k1, v1),
-        _rows_of(mask1), *_vectors(dy), n, T, R, P, S, rows, scale, EACH=each, BM=BM, BN=BN, **sizes)  # fmt: skip
+        q, k0, v0, _bytes(mask0), k1, v1, _bytes(mask1), dy, l, dot, dq, *_strides(q, k0, v0, k1, v1),
+        _rows_of(mask1), *_strides(dy), n, T, R, P, S, rows, scale, EACH=each, BM=BM, BN=BN, **sizes)  # fmt: skip
     grads = [dq]
     for wanted, k, v, mask, m, each, owners in (
         (prefix, k0, v0, mask0, (P, 0), False, B), (tail, k1, v1, mask1, _rows_of(mask1), each, N)
@@ -332,7 +339,7 @@ def _backward(dy: Tensor, q: Tensor, k0: Tensor, v0: Tensor, k1: Optional[Tensor
         dk, dv = (torch.empty(k.shape if wanted else 0, dtype=q.dtype, device=q.device) for _ in range(2))
         if wanted and k.numel():
             _grad_kv[(triton.cdiv(k.shape[2], BN), owners * G)](
-                q, k, v, _bytes(mask), dy, l, dot, dk, dv, *_vectors(q, k, v), m, *_vectors(dy),
+                q, k, v, _bytes(mask), dy, l, dot, dk, dv, *_strides(q, k, v), m, *_strides(dy),
                 N // owners, T, R, k.shape[2], scale, EACH=each, BM=32, BN=BN, **sizes)  # fmt: skip
         grads += [dk, dv]
     return tuple(grads)
@@ -364,5 +371,4 @@ def prefix_attention(q, k0, v0, k1=None, v1=None, mask0=None, mask1=None):
     """See `specification`."""
     if not by_hand(q.device, q.dtype):
         return specification(q, k0, v0, k1, v1, mask0, mask1)
-    q, k0, v0, k1, v1 = (x if x is None else tiles.in_vectors(x)[0] for x in (q, k0, v0, k1, v1))
     return _forward(q, k0, v0, k1, v1, mask0, mask1, 0)[0]

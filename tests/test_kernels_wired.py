@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 from cpu_triton import poisoned, programs  # noqa: E402
-import test_rl  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import alpamayo  # noqa: E402
 import data  # noqa: E402
 import kernels  # noqa: E402
+import test_rl  # noqa: E402
 import world  # noqa: E402
 
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def random():
+def seeded():
     return torch.Generator(DEVICE).manual_seed(0)
 
 
@@ -63,7 +63,7 @@ def test_losses_and_gradients_of_a_pruned_model(scene, both):
 
     def learn():
         model.zero_grad()
-        losses = model(scene, generator=random())
+        losses = model(scene, generator=seeded())
         (losses["text"] + losses["action"] + losses["flow"] + losses["ade"]).backward()
         return {k: v.item() for k, v in losses.items()}, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -89,7 +89,7 @@ def test_under_autocast(scene, both, monkeypatch):
     def learn():
         model.zero_grad()
         with torch.autocast(DEVICE, torch.bfloat16):
-            losses = model(scene, generator=random())
+            losses = model(scene, generator=seeded())
         (losses["text"] + losses["flow"]).backward()
         return losses, [p.grad.norm() for p in model.expert.parameters()]
 
@@ -115,7 +115,7 @@ def test_driving_without_thinking(both, eta):
     cfg, x = model.cfg, torch.randn(4, 64, 2, device=DEVICE)
     prompt = [tuple(torch.randn(2, cfg.n_kv_head, 9, cfg.head_dim, device=DEVICE) for _ in "kv") for _ in range(cfg.n_layer)]
     nothing, length = [(None, None)] * cfg.n_layer, torch.zeros(4, dtype=torch.long, device=DEVICE)
-    run = torch.no_grad()(lambda: model.integrate(x, prompt, nothing, length, 12, 2, eta, random()))
+    run = torch.no_grad()(lambda: model.integrate(x, prompt, nothing, length, 12, 2, eta, seeded()))
     flow, ours, used = both(run)
     assert used == ({"_attend", "_heads", "_gate_up", "_add", "_step"} if eta == 0 else {"_attend"})
     assert torch.equal(flow[0], x) and (flow[2] - flow[0]).abs().mean() > 0.1
