@@ -46,6 +46,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import motion
 import world
 from alpamayo import (
     DT, HORIZON, OF_EXPERT, Alpamayo, Rollout, gaussian_log_prob, token_log_probs, without_adapters, yaw_of,
@@ -99,10 +100,10 @@ def consistency(texts, scene, xyz, rot, beside=None):
     past = [scene[key].to(xyz.device) for key in ("ego_history_xyz", "ego_history_rot")]
     past = [one[:, None].expand(-1, G, *one.shape[1:]) for one in past]
     poses, turns = torch.cat([past[0], xyz], 2), torch.cat([past[1], rot], 2)  # (B, G, 80, 3[, 3])
-    speed, _, yaw, _ = data.smooth_motion(poses, turns)
-    longitudinal, lateral = data.meta_actions(poses, turns)
+    speed, _, yaw, _ = motion.smooth_motion(poses, turns)
+    longitudinal, lateral = motion.meta_actions(poses, turns)
     now = past[0].shape[2] - 1
-    name, after = data.LONGITUDINAL_META.index, longitudinal[..., now + 1 :]
+    name, after = motion.LONGITUDINAL_META.index, longitudinal[..., now + 1 :]
     is_one = lambda *names: torch.isin(after, torch.tensor([name(n) for n in names], device=after.device))
     slows = is_one("gentle decelerate", "strong decelerate", "stop").any(-1)
     speeds_up = is_one("gentle accelerate", "strong accelerate").any(-1)
@@ -141,7 +142,7 @@ def across_by_lane(decision, beside, turned):
 
 def across_by_events(decision, xyz, yaw, lateral):
     """The same of a path alone: xyz (T, 3), yaw (T,), lateral meta-actions (T,)."""
-    events = [kind for _, kind in data.lateral_events(xyz.double(), yaw, lateral)]
+    events = [kind for _, kind in motion.lateral_events(xyz.double(), yaw, lateral)]
     if decision == "keep lane":
         return not any(kind.startswith(("leave lane", "turn")) for kind in events)
     side = decision.split()[-1]
@@ -161,7 +162,7 @@ def trajectory(xyz, truth, collision=None):
 
 
 def comfort(xyz, rot):
-    """The release's six comfort tests of paths (..., T, 3), (..., T, 3, 3): {name of data.COMFORT_BOUNDS: (...) bool}.
+    """The release's six comfort tests of paths (..., T, 3), (..., T, 3, 3): {name of motion.COMFORT_BOUNDS: (...) bool}.
 
     The rule is that of its reward, and its verdicts are in tests/golden: every rate is a forward difference whose last
     value is repeated, also on rates. So a path that still brakes or speeds up when it ends jerks there: more than 0.41
@@ -174,7 +175,7 @@ def comfort(xyz, rot):
     along, across = yaw.cos() * vx + yaw.sin() * vy, yaw.cos() * vy - yaw.sin() * vx
     values = {"accel": rate(along), "lateral accel": rate(across), "jerk": rate(rate(torch.hypot(vx, vy))),
               "longitudinal jerk": rate(rate(along)), "yaw accel": rate(turn), "yaw rate": turn}  # fmt: skip
-    bounds = data.COMFORT_BOUNDS.items()
+    bounds = motion.COMFORT_BOUNDS.items()
     return {name: ((values[name] > low) & (values[name] < high)).all(-1) for name, (low, high) in bounds}
 
 

@@ -471,7 +471,7 @@ def draw_film(file, model, args, size=(192, 384)):
 
         def frame(traffic, scene, plan):
             front.clear(), above.clear()
-            image = traffic.render((1,), size)[0, 0].permute(1, 2, 0).cpu().numpy()
+            image = world.images_of(traffic, (1,), size)[0, 0].permute(1, 2, 0).cpu().numpy()
             intrinsics, pose = world.rig_camera(1, *size)
             xyz, rot = roll_out(plan[:1], traffic.speed[:1])
             draw_view(front, 1, (image, intrinsics, pose), [Drive("", xyz[0], rot[0], None, {}, ((1.8, MODEL, 0.5),))])

@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import RIG, load, project
+from alpamayo import project
+from data import load
+from world import RIG
 
 SPEED, RADIUS = 8.0, 50.0
 TIMES = np.round(np.arange(0, 10, 0.097), 6)    # s, of poses and images: not those of a Scene

@@ -19,8 +19,9 @@ from conftest import ROOT
 from PIL import Image
 
 from alpamayo import fit_actions, initial_speed, roll_out, rot_of
-from data import (
-    COMPONENTS, LATERAL_META, LONGITUDINAL_META, key_frames, load, meta_actions, read_labels, segments, write_labels)
+from data import COMPONENTS, load
+from motion import LATERAL_META, LONGITUDINAL_META, key_frames, meta_actions, segments
+from tools.label import read_labels, write_labels
 
 NOISE = (0.008, 0.001)      # m, rad
 
@@ -233,7 +234,7 @@ def write_clip(clip, xyz, rot):
 
 
 def run(*arguments):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "data.py"), *map(str, arguments)], capture_output=True,
+    done = subprocess.run([sys.executable, "-m", "tools.label", *map(str, arguments)], cwd=ROOT, capture_output=True,
                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout, done.stderr
 
@@ -250,7 +251,7 @@ def prepared(tmp_path_factory):
     """A clip that stops, starts, slows down, speeds up, and the folder of its labels."""
     folder = tmp_path_factory.mktemp("labelling")
     write_clip(folder / "mine", *drive(STOP_AND_GO))
-    assert run("--keyframes", folder / "mine", "--out", folder / "labels")[0] == 0
+    assert run(folder / "mine", "--out", folder / "labels")[0] == 0
     return folder
 
 
@@ -275,7 +276,7 @@ def test_labels_go_round(prepared):
     assert len(first["history"]) == 4 and re.match(r"\+0.0 s: speed (9.[89]|10.[0-2]) m/s, ", first["history"][-1])
     assert any("stop" in line for line in second["meta_actions"]["longitudinal"])
 
-    code, out, err = run("--read-labels", labels)
+    code, out, err = run("--read", labels)
     assert code == 0 and "0 labels, 0 excluded, 4 to be filled in" in out, err
     assert not (clip / "reasoning.json").exists()
     text = "Stop and keep lane since the light ahead turns red."
@@ -284,13 +285,13 @@ def test_labels_go_round(prepared):
     fill(start / "stage_2" / "label.json", exclude="no decision")
     (clip / "reasoning.json").write_text(json.dumps([{"time": 3.0, "text": "Old."},
                                                      {"time": frames[0]["time"], "text": "Old."}]))
-    code, out, err = run("--read-labels", labels)
+    code, out, err = run("--read", labels)
     assert code == 0 and "1 labels, 1 excluded, 2 to be filled in" in out, err
     clips = load(clip)
     assert clips.reasoning == ["Old.", text]
     assert clips.batch([1])["reasoning"] == [text]
     # A second search keeps what was filled in.
-    assert run("--keyframes", clip, "--out", labels)[0] == 0
+    assert run(clip, "--out", labels)[0] == 0
     assert json.loads((stop / "stage_2" / "label.json").read_text())["reasoning"] == text
 
 
@@ -348,7 +349,7 @@ def test_broken_label_files_are_all_told(prepared, tmp_path):
     (labels[1] / "stage_1" / "label.json").write_text("{")
     (labels[2] / "stage_2" / "label.json").write_text("[]")
     (labels[3] / "stage_2" / "label.json").write_text('{"exclude": "no"}')
-    code, _, err = run("--read-labels", tmp_path)
+    code, _, err = run("--read", tmp_path)
     lines = err.strip().splitlines()
     assert code == 1 and len(lines) == 3 and "Traceback" not in err
     assert "stage_1/label.json: not JSON" in lines[0] and "stage_2/label.json: it is []" in lines[1]

@@ -8,6 +8,7 @@ from conftest import ROOT
 import data
 import world
 from alpamayo import Alpamayo
+from world import causes
 
 pytestmark = pytest.mark.in_pytorch("what the weights have learned is asked in hundreds of scenes, too many for Triton's interpreter")
 CAUSED = [name for name in world.SITUATIONS if name not in ("free", "curve", "turn")]
@@ -38,14 +39,14 @@ def test_without_its_cause_a_reason_is_gone(nano, monkeypatch):
 
     def without_cause(seed):
         scene = draw(seed)
-        scene.things = [world.Thing() if thing.cause else thing for thing in scene.things]
+        scene.things = [causes.Thing() if thing.cause else thing for thing in scene.things]
         return scene
 
     named, still = 0, 0
     for name in CAUSED:
-        monkeypatch.setattr(world, "draw", draw)
+        monkeypatch.setattr("world.traffic.draw", draw)
         said, true = reasons(nano, seeds[name])
-        monkeypatch.setattr(world, "draw", without_cause)
+        monkeypatch.setattr("world.traffic.draw", without_cause)
         later, _ = reasons(nano, seeds[name])
         with_it = sum(a == b for a, b in zip(said, true))
         without = sum(a == b for a, b in zip(later, true))

@@ -22,6 +22,7 @@ import encoders
 import sample
 import train
 import world
+from world import causes, images_of
 from alpamayo import PRESETS, Alpamayo, Config, Vocabulary, column_means, image_positions, look_up, rope, rotate, with_words
 
 H, W = 32, 64
@@ -109,15 +110,15 @@ def test_a_thing_of_the_world_is_found_where_it_stands():
     that are well aside of it."""
     for distance, side in ((12, 0), (9, 6), (8, -7)):
         images, centre = [], None
-        for kind in (world.NOTHING, world.BUILDING):
+        for kind in (causes.NOTHING, causes.BUILDING):
             w = world.World([5])
-            w.things.kind[:] = world.NOTHING
+            w.things.kind[:] = causes.NOTHING
             if kind:
                 w.things.kind[0, 0], w.things.size[0, 0] = kind, torch.tensor([2.0, 2.0, 3.0])
                 s, d, _ = world.locate(w.x + math.cos(w.yaw) * distance - math.sin(w.yaw) * side,
                                        w.y + math.sin(w.yaw) * distance + math.cos(w.yaw) * side, w.scene.road)  # fmt: skip
                 w.things.s[0, 0], w.things.d[0, 0], w.things.colour[0, 0] = s, d, torch.tensor([1.0, 0, 1])
-            images.append(w.render(tuple(world.RIG), (64, 128)).double())
+            images.append(images_of(w, tuple(world.RIG), (64, 128)).double())
         lens, pose = (torch.stack(a).double()[None] for a in zip(*(world.rig_camera(i, 64, 128) for i in world.RIG)))
         points = torch.tensor([[distance, side, 1.5], [distance, side + 6, 1.5], [distance, side - 6, 1.5]], dtype=torch.float64)
         (without, visible), (with_it, _) = (look_up(i, points, lens, pose) for i in images)

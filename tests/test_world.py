@@ -8,8 +8,10 @@ import torch
 
 import alpamayo
 import data
+import motion
 import world
 from alpamayo import fit_actions, initial_speed, roll_out
+from world import causes, images_of, render, roads
 
 SMALL = dict(size=(32, 64))
 
@@ -45,10 +47,10 @@ def test_a_scene_may_be_empty(monkeypatch):
 
     def empty(seed):
         scene = draw(seed)
-        scene.things, scene.causes = [], [world.Cause("free", world.LEFT, -1, world.FAR)]
+        scene.things, scene.causes = [], [causes.Cause("free", world.LEFT, -1, roads.FAR)]
         return scene
 
-    monkeypatch.setattr(world, "draw", empty)
+    monkeypatch.setattr("world.traffic.draw", empty)
     assert data.make_scenes([5], **SMALL)["reasoning"] == ["Keep speed and keep lane since the road ahead is free."]
 
 
@@ -94,18 +96,18 @@ def test_where_causes_meet_the_urgent_one_decides_and_the_trace_is_minimal():
 def combined(scene):
     """Which held-out combinations and rare objects a Draw shows, judged by its things and road alone, not by its name."""
     kinds = [thing.kind for thing in scene.things]
-    crosses = any(t.kind == world.PEDESTRIAN and t.drift for t in scene.things)
-    in_lane = [t for t in scene.things if t.kind == world.CAR and t.v == 0 and abs(t.d) < 2]
+    crosses = any(t.kind == causes.PEDESTRIAN and t.drift for t in scene.things)
+    in_lane = [t for t in scene.things if t.kind == causes.CAR and t.v == 0 and abs(t.d) < 2]
     sharp = scene.road[2] > 0 and abs(scene.road[1]) > 1 / 100
-    on_path = any(t.kind == world.CONE and abs(t.d) < world.LANE / 2 for t in scene.things)
-    red = any(t.kind == world.LIGHT and world.RED in (t.signal,) and t.t_signal > 0 for t in scene.things)
+    on_path = any(t.kind == causes.CONE and abs(t.d) < world.LANE / 2 for t in scene.things)
+    red = any(t.kind == causes.LIGHT and causes.RED in (t.signal,) and t.t_signal > 0 for t in scene.things)
     found = {
         "pedestrian behind a parked car": crosses and bool(in_lane), "pedestrian at a speed bump": crosses and world.BUMP in kinds,
-        "pedestrian at a green light": crosses and any(t.signal == world.GREEN for t in scene.things),
-        "cut-in at a red light": red and any(t.kind == world.CAR and t.drift for t in scene.things),
+        "pedestrian at a green light": crosses and any(t.signal == causes.GREEN for t in scene.things),
+        "cut-in at a red light": red and any(t.kind == causes.CAR and t.drift for t in scene.things),
         "cones in a curve": sharp and on_path, "braking lead in a curve": sharp and any(t.accel < 0 for t in scene.things),
-        "dusk and rain": scene.dusk > 0 and scene.rain > 0, "deer": world.DEER in kinds, "cyclist": world.CYCLIST in kinds,
-        "debris": world.DEBRIS in kinds}
+        "dusk and rain": scene.dusk > 0 and scene.rain > 0, "deer": causes.DEER in kinds, "cyclist": causes.CYCLIST in kinds,
+        "debris": causes.DEBRIS in kinds}
     return {name for name, true in found.items() if true}
 
 
@@ -141,9 +143,9 @@ def test_every_cause_can_be_seen_in_the_history(split, monkeypatch):
              "rare": list(world.RARE)}[split]
     found, draw, without = seeds_of(names, split, 6 if split == "val" else 3), world.draw, []
     seeds = [seed for some in found.values() for seed in some]
-    many = (world.CONE, world.BARRIER, world.DEBRIS)
-    parts = {seed: sorted({t.kind if t.kind in many else i for i, t in enumerate(draw(seed).things) if t.cause and t.kind != world.SIGN}
-                          | {i for i, t in enumerate(draw(seed).things) if t.cause and t.signal != world.YELLOW and t.kind == world.SIGN})
+    many = (causes.CONE, causes.BARRIER, causes.DEBRIS)
+    parts = {seed: sorted({t.kind if t.kind in many else i for i, t in enumerate(draw(seed).things) if t.cause and t.kind != causes.SIGN}
+                          | {i for i, t in enumerate(draw(seed).things) if t.cause and t.signal != causes.YELLOW and t.kind == causes.SIGN})
              for seed in seeds}  # a warning sign is not the bump
     jobs = [(seed, part) for seed in seeds for part in parts[seed]]
 
@@ -152,10 +154,10 @@ def test_every_cause_can_be_seen_in_the_history(split, monkeypatch):
         if without:
             part = without.pop(0)
             gone = lambda i, t: t.cause and (t.kind == part if t.kind in many else i == part)
-            scene.things = [world.Thing() if gone(i, t) else t for i, t in enumerate(scene.things)]
+            scene.things = [causes.Thing() if gone(i, t) else t for i, t in enumerate(scene.things)]
         return scene
 
-    monkeypatch.setattr(world, "draw", drawn)
+    monkeypatch.setattr("world.traffic.draw", drawn)
     view = dict(camera_ids=(0, 1, 2, 6), size=(64, 128))
     with_it = data.make_scenes([seed for seed, _ in jobs], **view)["images"].int()
     without.extend(part for _, part in jobs)
@@ -179,13 +181,13 @@ def test_labels_know_nothing_of_the_future(monkeypatch):
     def without_future(seed):
         scene = draw(seed)
         times = ("t_signal", "t_accel", "t_go", "t_drift")
-        things = [t._replace(**{k: world.NEVER for k in times if getattr(t, k) > 0}) for t in scene.things]
+        things = [t._replace(**{k: causes.NEVER for k in times if getattr(t, k) > 0}) for t in scene.things]
         # Where scripts will end is the future, too: a braking car may stop or not, a drift may go further.
         scene.things = [t._replace(v_end=t.v_end * 0.5, d_end=t.d_end + 3 * (t.d_end > t.d) - 3 * (t.d_end < t.d)) for t in things]
         return scene
 
     before = labels()
-    monkeypatch.setattr(world, "draw", without_future)
+    monkeypatch.setattr("world.traffic.draw", without_future)
     assert labels() == before
     assert all(set(part) >= {"component", "what"} and part["component"] in data.COMPONENTS
                for label in before for part in label.components)
@@ -249,7 +251,7 @@ def test_the_expert_does_what_the_label_says(split):
 
 
 def test_at_fault_is_not_who_was_struck_from_behind():
-    traffic = alone(world.CAR, s=-3.3, size=world.CAR_SIZE, v=12.0)
+    traffic = alone(causes.CAR, s=-3.3, size=causes.CAR_SIZE, v=12.0)
     traffic.x[:], traffic.y[:], traffic.yaw[:], traffic.speed[:] = 0.0, 0.0, 0.0, 8.0
     now = traffic.judge()
     assert now["close"] and not now["at_fault"]
@@ -283,7 +285,7 @@ def test_lessons_err_and_come_back():
         s, d, _ = world.locate(traffic.x, traffic.y, traffic.scene.route)
         return d - traffic._nudge(s)[0]
 
-    ticks = (traffic.scene.late / world.DT).round() + world.PAST  # until t0, when it is shown
+    ticks = (traffic.scene.late / alpamayo.DT).round() + world.PAST  # until t0, when it is shown
     for left in range(int(ticks.max()), 0, -1):
         traffic.step(*traffic.expert(), which=ticks >= left)
     offset, since, until = traffic.scene.lapse.unbind(-1)
@@ -394,9 +396,9 @@ def test_progress_is_a_share_of_the_experts_way():
 def test_cars_keep_their_distance_from_an_ego_that_brakes():
     """A car follows us; we stop hard: it stops behind us."""
     seeds = [s for s in range(world.SEEDS["val"], world.SEEDS["val"] + 400) if any(
-        t.kind == world.CAR and t.d == 0 and t.s < -20 for t in world.draw(s).things)][:20]
+        t.kind == causes.CAR and t.d == 0 and t.s < -20 for t in world.draw(s).things)][:20]
     traffic = world.World(seeds)
-    followers = (traffic.things.kind == world.CAR) & (traffic.things.d == 0) & (traffic.things.s < -20)
+    followers = (traffic.things.kind == causes.CAR) & (traffic.things.d == 0) & (traffic.things.s < -20)
     assert followers.any(1).all()
     for _ in range(150):
         steer = traffic.expert()[1]
@@ -414,18 +416,18 @@ def test_nobody_passes_a_red_light_or_a_stop_sign_without_stopping():
         s = world.locate(traffic.x, traffic.y, traffic.scene.route)[0]
         before = s + world.FRONT < traffic.scene.stop
         slowest = torch.where(before, slowest.minimum(traffic.speed), slowest)
-        is_red = ((traffic.things.kind == world.LIGHT) & (traffic.signals() == world.RED)).any(1)
+        is_red = ((traffic.things.kind == causes.LIGHT) & (traffic.signals() == causes.RED)).any(1)
         red |= ~before & is_red
     assert not red.any() and not before.any() and slowest[20:].max() < 0.2
 
 
 def test_comfort_is_lost_by_what_is_rough():
     speed, zero = torch.full((1, 50), 10.0), torch.zeros(1, 50)
-    calm = data.comfort_of(speed, zero, zero)
-    assert set(calm) == set(data.COMFORT_BOUNDS) and all(ok.all() for ok in calm.values())
-    jolt = data.comfort_of(speed, torch.where(torch.arange(50) == 25, -6.0, 0.0)[None], zero)
+    calm = motion.comfort_of(speed, zero, zero)
+    assert set(calm) == set(motion.COMFORT_BOUNDS) and all(ok.all() for ok in calm.values())
+    jolt = motion.comfort_of(speed, torch.where(torch.arange(50) == 25, -6.0, 0.0)[None], zero)
     assert {name for name, ok in jolt.items() if not ok.all()} == {"accel", "jerk", "longitudinal jerk"}
-    sharp = data.comfort_of(speed, zero, torch.linspace(0, 0.06, 50)[None])
+    sharp = motion.comfort_of(speed, zero, torch.linspace(0, 0.06, 50)[None])
     assert {name for name, ok in sharp.items() if not ok.all()} == {"lateral accel"}
 
 
@@ -453,13 +455,13 @@ def test_the_red_lamp_is_where_project_says():
     traffic = world.World(seeds)
     while traffic.time[0] < 0:
         traffic.step(*traffic.expert())
-    image = traffic.render((1, 6), (192, 384))  # (n, 2, 3, H, W)
-    boxes = world._boxes(traffic)
-    lamp = boxes["part"] == 2 * world.LIGHT
+    image = images_of(traffic, (1, 6), (192, 384))  # (n, 2, 3, H, W)
+    boxes = render._boxes(traffic)
+    lamp = boxes["part"] == 2 * causes.LIGHT
     found = 0
     for i in range(len(seeds)):
         for j in lamp[i].nonzero()[:, 0].tolist():
-            if boxes["signal"][i, j] != world.RED:
+            if boxes["signal"][i, j] != causes.RED:
                 continue
             point = boxes["centre"][i, j] + torch.tensor([-boxes["half"][i, j, 0], 0, 0.45 * boxes["half"][i, j, 2]])
             for camera, pixels in zip((1, 6), image[i]):
@@ -525,12 +527,12 @@ def at_t0(seeds, **air):
 
 def alone(kind, s=18.0, d=0.0, **fields):
     """A world at t0 with one thing on an empty straight road."""
-    seed = next(i for i in range(100) if world.draw(i).situation == "free" and world.draw(i).road == world.STRAIGHT)
+    seed = next(i for i in range(100) if world.draw(i).situation == "free" and world.draw(i).road == roads.STRAIGHT)
     traffic = at_t0([seed])
-    for name, value in (world.Thing(kind, s, d)._asdict() | fields).items():
+    for name, value in (causes.Thing(kind, s, d)._asdict() | fields).items():
         getattr(traffic.things, name)[0, 0] = torch.as_tensor(value)
-    traffic.things.kind[0, 1:] = world.NOTHING
-    traffic.scene.crossing[:] = traffic.scene.stop[:] = world.FAR
+    traffic.things.kind[0, 1:] = causes.NOTHING
+    traffic.scene.crossing[:] = traffic.scene.stop[:] = roads.FAR
     return traffic
 
 
@@ -539,7 +541,7 @@ def slow_render(traffic, camera, ground, H, W):
     `World.render` as one would write it down: every ray with every box, in float64. ground (n, 3, H, W) is what is
     behind the boxes. Each thing has its own colour all over, the day is clear.
     """
-    boxes = {name: value.double() for name, value in world._boxes(traffic).items()}
+    boxes = {name: value.double() for name, value in render._boxes(traffic).items()}
     intrinsics, pose = world.rig_camera(camera, 2 * H, 2 * W)
     ray, origin = (world.rays(intrinsics, 2 * H, 2 * W) @ pose[:3, :3].T).double(), pose[:3, 3].double()
     images = []
@@ -564,20 +566,20 @@ def slow_render(traffic, camera, ground, H, W):
 
 @pytest.mark.parametrize("crowd", ["as drawn", "anywhere"])
 def test_the_fast_renderer_agrees_with_a_slow_one(crowd, monkeypatch):
-    monkeypatch.setattr(world, "_livery", lambda *_: None)  # things in their own colour
+    monkeypatch.setattr("world.render._livery", lambda *_: None)  # things in their own colour
     seed = int(torch.randint(10**6, ()))
     traffic = at_t0(range(seed, seed + 4))
     t = traffic.things
     t.colour = torch.rand_like(t.colour)
     if crowd == "anywhere":  # also what is huge, near, or reaches behind the cameras
-        t.kind = torch.randint_like(t.kind, world.CAR, len(world.PARTS))
+        t.kind = torch.randint_like(t.kind, causes.CAR, len(render.PARTS))
         t.s, t.d = torch.empty_like(t.s).uniform_(-15, 60), torch.empty_like(t.d).uniform_(-12, 12)
         t.size = torch.rand_like(t.size) * torch.tensor([12, 4, 6]) + 0.1
         t.drift, t.d_end = torch.randn_like(t.drift), torch.full_like(t.d_end, 99.0)
     cameras, size = (0, 1, 6), (24, 48)
-    fast = traffic.render(cameras, size)
+    fast = images_of(traffic, cameras, size)
     kinds, t.kind = t.kind, torch.zeros_like(t.kind)
-    ground = traffic.render(cameras, size)
+    ground = images_of(traffic, cameras, size)
     t.kind = kinds
     assert (fast != ground).any(2).float().mean() > 0.01
     for i, camera in enumerate(cameras):
@@ -589,27 +591,27 @@ def test_the_fast_renderer_agrees_with_a_slow_one(crowd, monkeypatch):
 def test_a_scene_looks_the_same_beside_any_other(monkeypatch):
     seeds = [3, 8, 21, 34, 55, 89, 144]
     air = dict(dusk=[0, 1, 0, 0.4, 0, 0, 0.8], rain=[0, 0, 1, 0.5, 0, 0, 0], visibility=[150.0, 150, 90, 80, 50, 150, 150])
-    together = at_t0(seeds, **air).render((1, 6), (32, 64))
-    backwards = at_t0(seeds[::-1], **{k: v[::-1] for k, v in air.items()}).render((1, 6), (32, 64))
+    together = images_of(at_t0(seeds, **air), (1, 6), (32, 64))
+    backwards = images_of(at_t0(seeds[::-1], **{k: v[::-1] for k, v in air.items()}), (1, 6), (32, 64))
     assert torch.equal(together, backwards.flip(0))
     for i, seed in enumerate(seeds):
         one = at_t0([seed], **{k: v[i] for k, v in air.items()})
-        assert torch.equal(one.render((1, 6), (32, 64))[0], together[i]), seed
-        assert torch.equal(one.render((6,), (32, 64))[0, 0], together[i, 1]), seed
-    monkeypatch.setattr(world, "CHUNK", (1, 1))  # one scene at a time
-    assert torch.equal(at_t0(seeds, **air).render((1, 6), (32, 64)), together)
+        assert torch.equal(images_of(one, (1, 6), (32, 64))[0], together[i]), seed
+        assert torch.equal(images_of(one, (6,), (32, 64))[0, 0], together[i, 1]), seed
+    monkeypatch.setattr("world.render.CHUNK", (1, 1))  # one scene at a time
+    assert torch.equal(images_of(at_t0(seeds, **air), (1, 6), (32, 64)), together)
 
 
 def pixel(traffic, part, q, camera=6, size=(64, 128)):
     """What the camera shows of the point q of the first thing's box (0 or 1), each coordinate from -1 to 1: r, g, b."""
-    boxes = {name: value[0, part] for name, value in world._boxes(traffic).items()}
+    boxes = {name: value[0, part] for name, value in render._boxes(traffic).items()}
     x, y, z = torch.tensor(q) * boxes["half"]
     cos, sin = boxes["cos"], boxes["sin"]
     point = torch.stack([cos * x - sin * y, sin * x + cos * y, z]) + boxes["centre"]
     intrinsics, pose = world.rig_camera(camera, *size)
     uv, visible = alpamayo.project((point - pose[:3, 3]) @ pose[:3, :3], intrinsics)
     assert visible
-    return traffic.render((camera,), size)[0, 0, :, int(uv[1]), int(uv[0])].int().tolist()
+    return images_of(traffic, (camera,), size)[0, 0, :, int(uv[1]), int(uv[0])].int().tolist()
 
 
 RED, YELLOW, BROWN = (lambda r, g, b: r > 2 * g and r > 2 * b), (lambda r, g, b: min(r, g) > 1.5 * b), (lambda r, g, b: r > 1.2 * g > 1.2 * b)
@@ -617,31 +619,31 @@ WHITE, DARK, PINK = (lambda r, g, b: min(r, g, b) > 150), (lambda r, g, b: max(r
 
 
 @pytest.mark.parametrize("kind, size, box, q, colour, fields", [
-    ("BUMP", world.BUMP_SIZE, 0, (-1, 0, 0), YELLOW, {}),
-    ("SIGN", world.SIGN_SIZE, 0, (-1, 0.55, 0.65), RED, {}),
-    ("SIGN", world.SIGN_SIZE, 0, (-1, 0.55, 0.65), YELLOW, dict(signal=world.YELLOW)),
-    ("LIGHT", world.LIGHT_SIZE, 0, (-1, 0, 0), YELLOW, dict(signal=world.YELLOW, s=35.0)),
-    ("CAR", world.TRUCK_SIZE, 0, (-1, 0.75, -0.48), RED, dict(accel=-2.0, t_accel=-1.0, s=24.0)),
-    ("CAR", world.TRUCK_SIZE, 0, (-1, 0, 0.3), WHITE, dict(colour=(0.95, 0.95, 0.95), s=24.0)),
-    ("CYCLIST", world.CYCLIST_SIZE, 1, (-1, 0, 0), PINK, dict(colour=(0.95, 0.1, 0.6))),
-    ("CYCLIST", world.CYCLIST_SIZE, 0, (-1, 0, -0.2), DARK, {}),
-    ("DEER", world.DEER_SIZE, 0, (-1, 0, 0.5), BROWN, dict(colour=world.DEER_COLOUR)),
-    ("DEER", world.DEER_SIZE, 0, (0, 1, 0.5), BROWN, dict(colour=world.DEER_COLOUR, drift=-1.0)),
-    ("DEBRIS", world.DEBRIS_SIZE, 0, (-1, 0.2, 0), DARK, {}),
-    ("BARRIER", world.BARRIER_SIZE, 0, (-1, 0.12, 0), RED, {}),
-    ("BARRIER", world.BARRIER_SIZE, 0, (-1, 0.37, 0), WHITE, {}),
+    ("BUMP", causes.BUMP_SIZE, 0, (-1, 0, 0), YELLOW, {}),
+    ("SIGN", causes.SIGN_SIZE, 0, (-1, 0.55, 0.65), RED, {}),
+    ("SIGN", causes.SIGN_SIZE, 0, (-1, 0.55, 0.65), YELLOW, dict(signal=causes.YELLOW)),
+    ("LIGHT", causes.LIGHT_SIZE, 0, (-1, 0, 0), YELLOW, dict(signal=causes.YELLOW, s=35.0)),
+    ("CAR", causes.TRUCK_SIZE, 0, (-1, 0.75, -0.48), RED, dict(accel=-2.0, t_accel=-1.0, s=24.0)),
+    ("CAR", causes.TRUCK_SIZE, 0, (-1, 0, 0.3), WHITE, dict(colour=(0.95, 0.95, 0.95), s=24.0)),
+    ("CYCLIST", causes.CYCLIST_SIZE, 1, (-1, 0, 0), PINK, dict(colour=(0.95, 0.1, 0.6))),
+    ("CYCLIST", causes.CYCLIST_SIZE, 0, (-1, 0, -0.2), DARK, {}),
+    ("DEER", causes.DEER_SIZE, 0, (-1, 0, 0.5), BROWN, dict(colour=causes.DEER_COLOUR)),
+    ("DEER", causes.DEER_SIZE, 0, (0, 1, 0.5), BROWN, dict(colour=causes.DEER_COLOUR, drift=-1.0)),
+    ("DEBRIS", causes.DEBRIS_SIZE, 0, (-1, 0.2, 0), DARK, {}),
+    ("BARRIER", causes.BARRIER_SIZE, 0, (-1, 0.12, 0), RED, {}),
+    ("BARRIER", causes.BARRIER_SIZE, 0, (-1, 0.37, 0), WHITE, {}),
 ])  # fmt: skip
 def test_a_kind_of_thing_is_where_project_says(kind, size, box, q, colour, fields):
-    traffic = alone(getattr(world, kind), size=size, **fields)
+    traffic = alone(getattr(causes, kind), size=size, **fields)
     assert colour(*pixel(traffic, box, q)), pixel(traffic, box, q)
 
 
 def test_lamps_glow_at_dusk():
     def tail(**air):
-        traffic = alone(world.CAR, size=world.CAR_SIZE, colour=(0.5, 0.5, 0.5), **{k: air.pop(k) for k in ("accel", "t_accel") if k in air})
+        traffic = alone(causes.CAR, size=causes.CAR_SIZE, colour=(0.5, 0.5, 0.5), **{k: air.pop(k) for k in ("accel", "t_accel") if k in air})
         for name, value in air.items():
             getattr(traffic.scene, name)[:] = value
-        return pixel(traffic, 0, (-1, 0.7, 0.2))[0], traffic.render((1,), (32, 64)).float().mean()
+        return pixel(traffic, 0, (-1, 0.7, 0.2))[0], images_of(traffic, (1,), (32, 64)).float().mean()
 
     (day, bright), (dusk, dim), (braking, _) = tail(), tail(dusk=1.0), tail(dusk=1.0, accel=-2.0, t_accel=-1.0)
     assert dim < 0.75 * bright and day + 20 < dusk < braking - 60
@@ -651,20 +653,20 @@ def test_a_pedestrian_at_60_m_is_seen_in_any_air():
     for air in ({}, dict(dusk=1.0), dict(rain=1.0, visibility=80.0), dict(visibility=50.0), dict(dusk=1.0, rain=1.0, visibility=80.0)):
         images = []
         for colour in ((1.0, 0.9, 0.1), (0.6, 0.1, 0.9)):
-            traffic = alone(world.PEDESTRIAN, s=60.0, size=world.PERSON_SIZE, colour=colour)
-            for kind in (world.PEDESTRIAN, world.NOTHING):
+            traffic = alone(causes.PEDESTRIAN, s=60.0, size=causes.PERSON_SIZE, colour=colour)
+            for kind in (causes.PEDESTRIAN, causes.NOTHING):
                 traffic.things.kind[0, 0] = kind
                 for name, value in air.items():
                     getattr(traffic.scene, name)[:] = value
-                images.append(traffic.render((6,), (64, 128)).int())
+                images.append(images_of(traffic, (6,), (64, 128)).int())
             assert (images[-2] - images[-1]).abs().max() > 25, (air, colour)
 
 
 def test_rain_falls():
     first, same = (at_t0([5, 6], rain=1.0) for _ in range(2))
-    image = first.render((1,), (64, 128))
-    assert torch.equal(image, same.render((1,), (64, 128)))
+    image = images_of(first, (1,), (64, 128))
+    assert torch.equal(image, images_of(same, (1,), (64, 128)))
     sky = image[:, 0, :, :16].int()  # of two scenes: their streaks are not in the same places
     assert (sky[0] != sky[1]).any() and (sky.amax((2, 3)) - sky.amin((2, 3))).min() > 10
-    first.time += world.DT
-    assert not torch.equal(first.render((1,), (64, 128))[..., :16, :], image[..., :16, :])
+    first.time += alpamayo.DT
+    assert not torch.equal(images_of(first, (1,), (64, 128))[..., :16, :], image[..., :16, :])
