@@ -13,6 +13,7 @@ import os
 import textwrap
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -101,7 +102,7 @@ class Drive(NamedTuple):
 class Photo(NamedTuple):
     """An image, and the camera that took it; None where the camera is not calibrated."""
 
-    image: torch.Tensor  # (H, W, 3)
+    image: np.ndarray  # (H, W, 3)
     intrinsics: torch.Tensor | None  # (10,), see alpamayo.project
     camera_to_ego: torch.Tensor | None  # (4, 4)
 
@@ -144,7 +145,7 @@ def photos_of(scene, b=0):
     """The newest image of each camera of scene b of a batch: {camera id: Photo}."""
     photos = {}
     for i, camera in enumerate(scene["camera_ids"][b].tolist()):
-        image = scene["images"][b, i, -1].permute(1, 2, 0)
+        image = scene["images"][b, i, -1].permute(1, 2, 0).numpy()
         photos[camera] = Photo(image, scene["intrinsics"][b, i], scene["camera_to_ego"][b, i])
     return photos
 
@@ -233,11 +234,9 @@ def draw_scene(file, scene, out, photos):
 def draw_title(figure, scene, out):
     """What the model says, and below it the truth, or the scene's name."""
     said = readable(out.reasoning[0][0]) or "Drives without reasoning."
-    if len(said) <= 80:
-        figure.text(0.025, 0.965, said, size=23, color=TRUTH, va="top", weight="bold")
-    else:
-        said = textwrap.fill(said, 115)
-        figure.text(0.025, 0.965, said, size=16, color=TRUTH, va="top", weight="bold")
+    size = 23 if len(said) <= 80 else 16
+    said = textwrap.fill(said, 115)
+    figure.text(0.025, 0.965, said, size=size, color=TRUTH, va="top", weight="bold")
     true = scene["reasoning"][0]
     below = f"truth: {true}" if true else scene["name"][0]
     below = textwrap.shorten(f"sample 1 of {len(out.xyz[0])} | {below}", 180)

@@ -4,7 +4,7 @@ Look, think, drive: what a model says and does in one scene, printed and drawn.
     python sample.py                           the shipped nano in the built-in world; see out/
     python sample.py --situation pedestrian    the first held-out scene of that kind
     python sample.py --clip FOLDER --t0 3      a real clip, in any layout that clips.py reads
-    python sample.py --keep 0.5                half of the image tokens; any checkpoint, no retraining
+    python sample.py --keep 0.5                half of the image tokens; no retraining
 
 The page reads: the story in `main`, the flags, a scene of the world or of a clip, the report.
 For tables over many scenes and for driving in closed loop see `python -m tools.evaluate`.

@@ -27,10 +27,10 @@ def add_model_flags(parser):
 
 
 def check_at_least(args, least, *flags):
-    """ValueError, in one line, where a flag is less than `least`."""
+    """ValueError, in one line, where a flag is less than `least`. None is not given."""
     for flag in flags:
         value = getattr(args, flag)
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"--{flag.replace('_', '-')} {value}: expected {least} or more")
 
 

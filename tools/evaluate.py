@@ -206,27 +206,28 @@ def parse_flags():
     add("--cache", metavar="FOLDER", default="data", help="where rendered scenes are kept")
     args = p.parse_args()
     check_at_least(args, 0, "seed")
-    check_at_least(args, 0.1, "seconds", "replan")
-    check_at_least(args, 1, "scenes", "n", "steps", "batch")
-    if args.drive is not None:
-        check_at_least(args, 1, "drive")
+    check_at_least(args, 1, "scenes", "n", "steps", "batch", "drive")
     return args
 
 
 def main():
     args = parse_flags()
     model = load_checkpoint(args)
-    record = {"checkpoint": args.checkpoint, "keep": model.cfg.keep, "retrieve": model.cfg.retrieve}
-    record |= {"split": args.split, "seed": args.seed}
     if args.drive:
         rows = closed_loop(model, args)
-        print(drive_table(rows))
-        print("\n" + DRIVE_NOTE.format(**vars(args)))
+        print(f"{drive_table(rows)}\n\n{DRIVE_NOTE.format(**vars(args))}")
     else:
-        record["samples"] = args.n
         rows = open_loop(model, args)
-        print(open_table(rows))
-        print("\n" + NOTE.format(**vars(args)))
+        print(f"{open_table(rows)}\n\n{NOTE.format(**vars(args))}")
+    record = {
+        "checkpoint": args.checkpoint,
+        "keep": model.cfg.keep,
+        "retrieve": model.cfg.retrieve,
+        "split": args.split,
+        "seed": args.seed,
+    }
+    if not args.drive:
+        record["samples"] = args.n
     print(json.dumps({**record, "rows": rows}))
 
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +40,7 @@ from tools.common import check_at_least, drive_scenes, load_scenes, measure_plan
 
 NANO = PRESETS["nano"]
 PICTURES = NANO.frames // NANO.temporal_patch * len(NANO.cameras)  # of a scene
-TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 def spread(values, digits=2, scale=1, sign=""):
@@ -84,7 +85,7 @@ def folders_of(way, args):
     setting = f"world{world.WORLD_VERSION}-{args.train_steps}x{args.scenes}-{height}x{width}"
     name = "-".join(way.flags.replace("--", "").split()) or "image"
     seeds = args.seeds[:1] if "--keep" in way.flags else args.seeds
-    return {seed: os.path.join(args.out, setting, f"{name}-{seed}") for seed in seeds}
+    return {seed: f"{args.out}/{setting}/{name}-{seed}" for seed in seeds}
 
 
 def train_missing(args):
@@ -94,39 +95,33 @@ def train_missing(args):
     runs = {}  # by folder: some rows share a model
     for way in WAYS:
         for seed, folder in folders_of(way, args).items():
-            runs[folder] = [*way.flags.split(), "--seed", str(seed)]
-
-    def train(folder):
-        saved = os.path.join(folder, "training.safetensors")
-        if not os.path.exists(saved):
-            run_train(folder, shared_flags(folder, args) + runs[folder])
-        elif steps_made(saved) < args.train_steps:
-            run_train(folder, ["--resume", folder])
+            runs[folder] = f"{way.flags} --seed {seed}"
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(tqdm(pool.map(train, runs), total=len(runs), desc="training", unit="run"))
+        work = pool.map(lambda folder: train(folder, runs[folder], args), runs)
+        list(tqdm(work, total=len(runs), desc="training", unit="run"))
 
 
-def steps_made(saved):
-    """How many steps train.py's file of a training has made."""
-    with safe_open(saved, "pt") as file:
-        return int(file.metadata()["step"])
-
-
-def shared_flags(folder, args):
-    """The flags of train.py that all rows share."""
-    words = f"--steps {args.train_steps} --scenes {args.scenes} --threads 1 --save-every 100"
-    words += " --val-scenes 32 --val-every 100000 --size {} {}".format(*args.size)
-    return [*words.split(), "--cache", args.cache, "--out", folder]
-
-
-def run_train(folder, flags):
-    """Run train.py in a process of one thread."""
+def train(folder, flags, args):
+    """Train a model to the end, from the start or where it stopped, in a process of one thread."""
+    saved = f"{folder}/training.safetensors"
+    if os.path.exists(saved):
+        with safe_open(saved, "pt") as file:
+            step = int(file.metadata()["step"])
+        if step == args.train_steps:
+            return
+        flags = ["--resume", folder]
+    else:
+        flags = f"--steps {args.train_steps} --scenes {args.scenes} {flags}".split()
+        flags += "--threads 1 --save-every 100 --val-scenes 32 --val-every 100000".split()
+        flags += ["--size", *map(str, args.size), "--cache", args.cache, "--out", folder]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, TRAIN, *flags], capture_output=True, text=True, env=env)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["train.py was killed"]
         raise ValueError(f"{folder}: {lines[-1]}")
+
+
 
 
 # --------------------------------------------------------------------------------------------------
@@ -207,8 +202,8 @@ model for each of {pictures} pictures; a picture is two successive frames of a c
 of what turns the tower's patches into tokens; triplane and Flex need no mergers. FLOP: matrix
 products of one scene. ms: vision + prefill on this machine with {threads} thread(s), median of
 {repeats} rounds over all rows, a scene by itself and a scene of a batch of {batch}. The paper's:
-Table 12, tokens an image and relative minADE, of real traffic, a 0.5B model and 160 tokens an image:
-compare the order only."""
+Table 12, tokens an image and relative minADE, of real traffic, a 0.5B model and 160 tokens an
+image: compare the order only."""
 
 
 def encoder_table(rows):
@@ -262,7 +257,6 @@ def newest(groups, scene, cfg):
     return groups.view(B, cameras, -1, H // side, W // side)[:, :, -1].cpu()
 
 
-@torch.no_grad()
 def shares_that_keep(model, scene):
     """The smallest of SHARES_KEPT that keeps each group of the newest pictures, or 1."""
     everything = model.look(scene, keep=1.0).kept
@@ -272,7 +266,6 @@ def shares_that_keep(model, scene):
     return newest(share, scene, model.cfg)
 
 
-@torch.no_grad()
 def calls_of(module, model, scene):
     """What a module is given and returns while the model looks at a Scene: [(inputs, output)]."""
     calls = []
@@ -283,7 +276,7 @@ def calls_of(module, model, scene):
 
 
 def scene_token_attention(model, scene):
-    """What each group of the newest pictures receives of the scene tokens' attention, last layer."""
+    """How much the scene tokens attend to each group of the newest pictures, in the last layer."""
     attn = model.vlm.model.visual.flex.blocks[-1].attn
     ((inputs, _),) = calls_of(attn, model, scene)
     q, k, _ = attn.heads(*inputs[:2])
@@ -305,8 +298,9 @@ def plane_contrast(model, scene):
 LIGHT = {1.0: 0.06, 0.75: 0.25, 0.5: 0.45, 0.25: 0.7, 0.1: 1.0}  # of the share that keeps a group
 
 
+@torch.no_grad()
 def draw_seeing(file, args):
-    """Draw what single image under pruning, Flex and triplanes look at: models of the first seed."""
+    """Draw what single image with pruning, Flex and triplanes look at: the first seed's models."""
     plt = draw.pyplot()
     models = [load_model(folders_of(WAYS[i], args)[args.seeds[0]]) for i in (0, 1, 3)]
     single, triplane, flex = models
@@ -345,7 +339,7 @@ def draw_lit(figure, photos, rows):
         for column, (camera, photo) in enumerate(photos.items()):
             ax = figure.add_subplot(grid[row, column], anchor="NW")
             by_pixel = F.interpolate(light[None, column, None], photo.image.shape[:2])[0, 0]
-            image = photo.image / 255 * by_pixel[..., None]
+            image = photo.image / 255 * by_pixel[..., None].numpy()
             draw.draw_photo(ax, camera, draw.Photo(image, None, None), [])
             if column == 0:
                 ax.set_title(title, pad=3)
@@ -365,7 +359,7 @@ def draw_planes(figure, model, scene):
     margins = dict(left=0.045, right=0.98, top=0.28, bottom=0.04, wspace=0.12)
     axes = figure.add_gridspec(1, 3, width_ratios=(2, 1, 1), **margins).subplots()
     for ax, title, contrast in zip(axes, planes, plane_contrast(model, scene)):
-        ax.pcolormesh(*planes[title], contrast[0].T, cmap="Oranges", shading="nearest")
+        ax.pcolormesh(*planes[title], contrast[0].T.numpy(), cmap="Oranges", shading="nearest")
         ax.set_title(title)
     path = scene["ego_future_xyz"][0]
     axes[0].plot(path[:, 0], path[:, 1], color=draw.TRUTH, linewidth=1.5)
@@ -374,7 +368,7 @@ def draw_planes(figure, model, scene):
 
 def encoders(args):
     """Do what the flags of `encoders` ask for."""
-    check_at_least(args, 1, "train_steps", "scenes", "jobs", "eval")
+    check_at_least(args, 1, "train_steps", "scenes", "eval", "jobs")
     if args.parameters:
         print(full_size())
         return
