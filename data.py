@@ -611,8 +611,8 @@ def _make_set(done, seeds, view, workers):
         texts = {key: [] for key in TEXTS}
         starts = range(0, len(seeds), BATCH)
         jobs = [(making, seeds, slice(i, i + BATCH), view) for i in starts]
-        parts = _make_parts(jobs, workers)
-        for part in tqdm(parts, f"making {os.path.basename(done)}", len(jobs), unit="part"):
+        bar = {"desc": f"making {os.path.basename(done)}", "unit": "scene", "unit_scale": BATCH}
+        for part in tqdm(_make_parts(jobs, workers), total=len(jobs), **bar):
             for key in TEXTS:
                 texts[key] += part[key]
         with open(f"{making}/set.json", "w") as file:
