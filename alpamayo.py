@@ -433,7 +433,10 @@ class Alpamayo(nn.Module):
         actions = self.target_actions(scene)  # (B, 64, 2)
         prompt = self.embed_prompt(scene, reason)
         ids, ends = self.response_ids(scene, actions, reason, action_tokens)  # (B, R), (B,)
-        x, cache = self.read(prompt, self.hide(ids.clamp(min=0), hide_actions, generator))
+        read = ids.clamp(min=0)  # padding is -1
+        if action_tokens and hide_actions:
+            read = self.hide(read, hide_actions, generator)
+        x, cache = self.read(prompt, read)
         losses = self.token_losses(x, ids, ends if action_tokens else None)
         noise = self.flow_noise(actions, flow_samples, flow_t, flow_noise, generator)
         losses |= self.flow_losses(scene, actions, prompt, cache, ends, *noise)
@@ -470,8 +473,6 @@ class Alpamayo(nn.Module):
         """The ids (B, R) with a placeholder for every action token in a share of the scenes."""
         first = self.vocabulary.first_action
         is_action = (ids >= first) & (ids < first + self.cfg.bins)
-        if not share or not is_action.any():
-            return ids
         drawn = torch.rand(len(ids), 1, generator=generator, device=ids.device)
         return torch.where((drawn < share) & is_action, self.vocabulary["traj_future"], ids)
 
