@@ -67,7 +67,6 @@ from release import TEXT_TOKENS, Vocabulary, chat, resize, split_words
 @dataclass
 class Config:
     """Every number and switch of the model; a checkpoint's config.json holds them (release.py)."""
-
     # Language model: the decoder of Qwen3-VL-8B, which Cosmos-Reason2-8B is.
     n_layer: int = 36
     n_embd: int = 4096
@@ -149,18 +148,15 @@ class Config:
                              f"{self.planes_patch}")
 
     @property
-    def vocab(self):
-        """Tokens in all."""
+    def vocab(self):  # tokens in all
         return release.vocab_size(vars(self))
 
     @property
-    def ego_tokens(self):
-        """Tokens of the ego history."""
+    def ego_tokens(self):  # of the ego history
         return release.EGO_TOKENS[self.ego]
 
     @property
-    def times(self):
-        """Time steps of a camera that become tokens of their own."""
+    def times(self):  # time steps of a camera that become tokens of their own
         return self.frames // self.temporal_patch if self.pair_frames else self.frames
 
 
@@ -213,7 +209,6 @@ def with_words(cfg, texts):
 @dataclass(repr=False)
 class Rollout:
     """n samples of each of B scenes: what the model thought, and where it would drive."""
-
     reasoning: list  # B lists of n str
     tokens: torch.Tensor  # (B, n, T): ids up to <|traj_future_start|> or the last action token,
     #                       then padding
@@ -237,7 +232,6 @@ class Rollout:
 class Alpamayo(nn.Module):
     """Vision tower and language model (`vlm`), action expert (`expert`), and what joins them.
     Read `forward` for the losses of the three stages and `sample` for look, think, drive."""
-
     def __init__(self, cfg, vocabulary=None):
         super().__init__()
         self.cfg = cfg
@@ -317,7 +311,6 @@ class Alpamayo(nn.Module):
         times = len(images) // (B * cameras)
         h, w = H // (cfg.patch * cfg.merge), W // (cfg.patch * cfg.merge)
         view = cameras, times, h, w
-
         x, deep, kept = tower(images, B, cfg.keep if keep is None else keep)
         if cfg.vision == "image":
             tokens = tower.merger(x)
@@ -422,7 +415,6 @@ class Alpamayo(nn.Module):
     ):  # fmt: skip
         """Stages action (Sec. 5.1) and, with `reason`, reason (Sec. 5.2): cross-entropy of what the
         language model should say, and the expert's flow matching.
-
         action_tokens=False leaves the 128 out, for speed. flow_samples: noise levels a scene, which
         all read one cache; flow_t (N,) and flow_noise (N, 64, 2) fix them. hide_actions: share of
         the scenes whose earlier action tokens are not read. Not of the paper: after two or three
@@ -433,7 +425,10 @@ class Alpamayo(nn.Module):
         actions = self.target_actions(scene)  # (B, 64, 2)
         prompt = self.embed_prompt(scene, reason)
         ids, ends = self.response_ids(scene, actions, reason, action_tokens)  # (B, R), (B,)
-        x, cache = self.read(prompt, self.hide(ids.clamp(min=0), hide_actions, generator))
+        read = ids.clamp(min=0)  # padding is -1
+        if action_tokens and hide_actions:
+            read = self.hide(read, hide_actions, generator)
+        x, cache = self.read(prompt, read)
         losses = self.token_losses(x, ids, ends if action_tokens else None)
         noise = self.flow_noise(actions, flow_samples, flow_t, flow_noise, generator)
         losses |= self.flow_losses(scene, actions, prompt, cache, ends, *noise)
@@ -470,8 +465,6 @@ class Alpamayo(nn.Module):
         """The ids (B, R) with a placeholder for every action token in a share of the scenes."""
         first = self.vocabulary.first_action
         is_action = (ids >= first) & (ids < first + self.cfg.bins)
-        if not share or not is_action.any():
-            return ids
         drawn = torch.rand(len(ids), 1, generator=generator, device=ids.device)
         return torch.where((drawn < share) & is_action, self.vocabulary["traj_future"], ids)
 
@@ -515,7 +508,6 @@ class Alpamayo(nn.Module):
     def flow_losses(self, scene, actions, prompt, cache, ends, t, noise):
         """Flow matching (Eq. 6, 7): x_t lies on the straight line from noise to the controls, and
         the expert learns the line's velocity, data - noise.
-
         actions (B, 64, 2), ends (B,): see `response_ids`; t (N,), noise (N, 64, 2), several a
         scene. Returns `flow` and `ade`."""
         B, P = prompt.x.shape[:2]
@@ -560,7 +552,6 @@ class Alpamayo(nn.Module):
         reference=None, old=None,
     ):  # fmt: skip
         """Stage rl (Sec. 5.3): GRPO on a group of rollouts of each scene and their rewards (B, G).
-
         objective, beta: see `grpo`; kl: weight of the KL term to the reference policy, whose
         `replay` of the rollout is `reference`; flow_weight: of the flow's decisions beside the
         tokens'; old: `log_probs` of the first update on this rollout.
@@ -598,7 +589,6 @@ class Alpamayo(nn.Module):
         seed=None, reason=None, decode="flow", eta=0.0,
     ):  # fmt: skip
         """Look, think, drive: n samples of B scenes, each with its own reasoning (Sec. 5.1).
-
         temperature 0 is greedy; top_p keeps the likeliest tokens that together have that
         probability; steps: of Euler from noise (B * n, 64, 2), drawn where not given; seed fixes
         both draws. reason=False drives without thinking; None: as the Config says. decode "flow":
@@ -610,10 +600,8 @@ class Alpamayo(nn.Module):
         reason = cfg.reasoning == "on" if reason is None else reason
         generator = torch.Generator(self.device).manual_seed(seed) if seed is not None else None
         clock = Clock(self.device)
-
         def choose(logits):
             return pick(logits, temperature, top_p, generator)
-
         prompt = self.embed_prompt(scene, reason)
         clock.lap("vision")
         prefix = self.prefill(prompt, cfg.retrieve if reason else 1.0)
@@ -661,7 +649,6 @@ class Alpamayo(nn.Module):
             said.append((token, chosen, log_prob * chosen))
             length = torch.where(thinking, step + 1, length)
             thinking = thinking & (token != vocab["traj_future_start"])
-
             position = torch.full((3, 1, 1), prefix.end + step, device=x.device)
             past = [Past(kv, own) for kv, own in zip(prefix.read, tail)]
             x = lm.embed_tokens(token)[:, None]
@@ -702,7 +689,7 @@ class Alpamayo(nn.Module):
     def drive(self, prefix, thought, steps, noise=None, eta=0.0, generator=None):
         """Euler steps of the flow from noise (N, 64, 2) to controls, Eq. 7 from t = 0 to 1: all of
         them, (steps + 1, N, 64, 2). eta: see euler_step."""
-        N = len(thought.tokens)
+        N, T = thought.tokens.shape
         device = thought.tokens.device
         if noise is None:
             noise = torch.randn(N, HORIZON, 2, generator=generator, device=device)
@@ -714,10 +701,10 @@ class Alpamayo(nn.Module):
         if eta == 0 and by_hand(device, dtype):
             parts = self.expert, self.action_in_proj, self.action_out_proj
             cos, sin = self.rope_of_actions(start, dtype)
-            seen = torch.arange(tail_length(thought.tail), device=device) < thought.length[:, None]
+            seen = torch.arange(T, device=device) < thought.length[:, None]
             tail = [kv or (None, None) for kv in thought.tail]
             return sample_flow(*parts, steps, x, cos, sin, prefix.layers, tail, seen)
-        past = self.expert_past(prefix, thought.tail, thought.length)
+        past = self.expert_past(prefix, thought.tail, T, thought.length)
         flow = [x]
         for i in range(steps):
             t = i / steps
@@ -728,12 +715,11 @@ class Alpamayo(nn.Module):
             flow.append(x)
         return torch.stack(flow)
 
-    def expert_past(self, prefix, tail, length):
-        """The expert's `Past` of every layer: the prompt, and of a sample's own tokens the first
+    def expert_past(self, prefix, tail, T, length):
+        """The expert's `Past` of every layer: the prompt, and of a sample's own T tokens the first
         length (N,). The stop-gradient is here too."""
-        S = tail_length(tail)
-        at = torch.arange(S + HORIZON, device=length.device)
-        mask = (at < length[:, None]) | (at >= S)  # (N, S + 64): its 64 tokens see one another
+        at = torch.arange(T + HORIZON, device=length.device)
+        mask = (at < length[:, None]) | (at >= T)  # (N, T + 64): its 64 tokens see one another
         return [Past(kv, own, None, mask[:, None]).detach() for kv, own in zip(prefix.layers, tail)]
 
     def replay(self, scene, rollout):
@@ -765,8 +751,7 @@ class Alpamayo(nn.Module):
             # Each token was predicted from the one before, the first from the prompt's last.
             y = torch.cat([prefix.x.repeat_interleave(n, 0), y[:, :-1]], 1)
             logits = self.allowed(self.vlm.lm_head(y).float(), at >= length[:, None])
-
-        past = self.expert_past(prefix, tail, length)
+        past = self.expert_past(prefix, tail, T, length)
         steps = len(rollout.flow) - 1
         means, stds = [], []
         for i, x in enumerate(rollout.flow[:-1].flatten(1, 2)):
@@ -791,7 +776,6 @@ def load_model(folder=NANO, **switches):
 
 class Prompt(NamedTuple):
     """The prompt as the decoder reads it."""
-
     x: torch.Tensor  # (B, P, n_embd)
     positions: torch.Tensor  # (3, B, P): M-RoPE
     image_at: torch.Tensor  # (B, V): where the image tokens are
@@ -801,7 +785,6 @@ class Prompt(NamedTuple):
 
 class Prefix(NamedTuple):
     """The prompt once it was read: what all samples of a scene share."""
-
     layers: list  # of each layer keys and values (B, K, P, d)
     read: list  # the same, or the share of it that the reasoning reads back
     x: torch.Tensor  # (B, 1, C): the last hidden state
@@ -810,7 +793,6 @@ class Prefix(NamedTuple):
 
 class Thought(NamedTuple):
     """What N samples said."""
-
     tokens: torch.Tensor  # (N, T)
     chosen: torch.Tensor  # (N, T) bool: drawn, neither padding nor forced
     log_probs: torch.Tensor  # (N, T): of the chosen tokens, else 0
@@ -821,7 +803,6 @@ class Thought(NamedTuple):
 class Past(NamedTuple):
     """What a layer's queries read beside their own tokens: the prompt that a scene's samples share,
     stored once, and each sample's own tail."""
-
     prefix: tuple  # keys and values (B, K, P, d)
     tail: tuple = None  # keys and values (N, K, S, d)
     prefix_mask: torch.Tensor = None  # (B, P) bool; None: all are seen
@@ -835,15 +816,9 @@ class Past(NamedTuple):
 
 class Replay(NamedTuple):
     """A Rollout's passes once more."""
-
     logits: torch.Tensor  # (N, T, vocab), disallowed tokens masked
     means: torch.Tensor  # (steps, N, 64, 2): of the flow's next controls; None without a flow
     stds: list  # of each step, a float
-
-
-def tail_length(tail):
-    """How many tokens the samples have said, of each layer's keys and values or None."""
-    return tail[0][0].shape[2] if tail[0] else 0
 
 
 def check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta):
@@ -858,7 +833,6 @@ def check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta):
 
 class Clock:
     """Seconds of each stage of work that is really finished."""
-
     def __init__(self, device):
         self.cuda = torch.device(device).type == "cuda"
         self.seconds = {}
@@ -1000,7 +974,6 @@ def fit_actions(history_xyz, history_rot, future_xyz, future_rot):
 
 class ActionSpace(nn.Module):
     """Controls in SI units <-> numbers of mean 0 and standard deviation about 1."""
-
     def __init__(self, cfg):
         super().__init__()
         for name in ("accel_mean", "accel_std", "curvature_mean", "curvature_std"):
@@ -1051,7 +1024,6 @@ def history_bins(history_xyz, bins):
 class EgoEmbed(nn.Module):
     """ego = "kinematics": speed, acceleration, steering and turn signal (B, 20, 4) to 4 tokens of
     half a second each. Ours; it is what the paper's labellers were shown."""
-
     def __init__(self, cfg):
         super().__init__()
         self.fc1 = nn.Linear(20, cfg.n_embd)
@@ -1116,7 +1088,6 @@ def take(x, places):
 
 class Layout(NamedTuple):
     """Which patch stands where. The rows of x are images, and once tokens are pruned, scenes."""
-
     cos: torch.Tensor  # rotary angles, (h * w, d / 2), then (scenes, patches, d / 2)
     sin: torch.Tensor
     kept: torch.Tensor  # (scenes, V): the merge groups that are left, ascending
@@ -1127,7 +1098,6 @@ class Layout(NamedTuple):
 
 class PatchEmbed(nn.Module):
     """The release's 3D convolution over patches that do not overlap is one matrix product."""
-
     def __init__(self, cfg):
         super().__init__()
         size = (cfg.temporal_patch, cfg.patch, cfg.patch)
@@ -1140,7 +1110,6 @@ class PatchEmbed(nn.Module):
 
 class VisionAttention(nn.Module):
     """Attention among the patches of an image."""
-
     def __init__(self, cfg):
         super().__init__()
         self.n_head = cfg.v_head
@@ -1197,7 +1166,6 @@ class Merger(nn.Module):
     """merge x merge patches to one token of the language model (single-image tokens, Sec. 3.2.1).
     The paper's default downsamples the features bilinearly by 2 instead; we follow the release.
     DeepStack's mergers normalise after the grouping."""
-
     def __init__(self, cfg, norm_after):
         super().__init__()
         self.norm_after = norm_after
@@ -1219,7 +1187,6 @@ class Merger(nn.Module):
 class VisionTower(nn.Module):
     """Qwen3-VL's vision transformer with token pruning, and the encoder behind it: mergers for
     single-image tokens, or planes, or scene tokens."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -1289,7 +1256,6 @@ class VisionTower(nn.Module):
     def prune(self, block, x, deep, layout, keep):
         """Token pruning by salience (SparseVILA, named in Sec. 3.2.1): drop the merge groups that
         this block looks at least. From here on a scene is one row of patches, image after image.
-
         Salience is the mean attention that a group's patches receive. All images of a scene compete
         in one ranking, all heads alike, in one block: ours, since its authors do not say."""
         group = self.cfg.merge**2  # patches
@@ -1298,7 +1264,6 @@ class VisionTower(nn.Module):
         heads = block.attn.heads(block.norm1(x), layout)
         salience = column_means(*heads[:2]).view(scenes, groups, group).mean(-1)
         kept = salience.topk(max(1, round(keep * groups))).indices.sort().values  # (scenes, V)
-
         def left(a):
             """Patches (M, S, C) to those that are left, (scenes, V * group, C)."""
             a = a.reshape(scenes, groups, group, a.shape[-1])
@@ -1339,11 +1304,9 @@ class Triplane(nn.Module):
     The updated cells are averaged along z, y and x to planes xy, xz, yz. Patches of these are the
     tokens.
 
-    Left open there, and ours. Queries are the sum of one learned vector for each x, y and z: a free
-    one for each cell would be 85 M parameters, where the paper adds 6.3 M. One layer, one sampling
-    point a cell and camera. "The inner 36 cells reach 80 m" is read as 36 of each side's 48. Time
-    steps do not mix; the space is around where the car was then."""
-
+    Left open there, and ours: queries are the sum of one learned vector for each x, y and z (a free
+    one for each cell would be 85 M parameters, the paper adds 6.3 M); one layer; one sampling point
+    a cell and camera; 36 of each side's 48 cells reach 80 m; time steps do not mix."""
     slab = 2**13  # cells at a time: all 442,368 of full size would hold 11 GB of samples a scene
 
     def __init__(self, cfg):
@@ -1451,11 +1414,9 @@ class Flex(nn.Module):
     """Learned scene tokens beside all image tokens of all cameras and times in a few layers of
     joint self-attention; only scene tokens go on (arXiv 2512.10947, Sec. 3.2.1). No calibration.
 
-    Left open there, and ours. The layers are the tower's own kind, without rotation, and four of
-    them: at full size 61.0 M parameters, where the paper adds 61.6 M in all. Another 5.3 M join the
-    patches of a merge group to one image token: their mean, as the paper's default halves its
-    features, was seen to learn more slowly."""
-
+    Left open there, and ours: four layers of the tower's kind without rotation, at full size 61.0 M
+    parameters (the paper adds 61.6 M in all), and 5.3 M more that join the patches of a merge group
+    to one image token. Their mean was seen to learn more slowly."""
     def __init__(self, cfg):
         super().__init__()
         self.tokens = nn.Parameter(torch.zeros(1, cfg.flex_tokens, cfg.v_embd))
@@ -1485,9 +1446,9 @@ class Flex(nn.Module):
 
 def image_positions(ids, image_pad, grids):
     """M-RoPE positions (3, P) of a prompt (P,) whose images fill grids (h, w): time, height, width.
-    Text moves all three together. An image stands still in time and spreads over rows and columns;
-    what follows it continues after the largest of them, so the 180 tokens of a 10 x 18 image take
-    18 positions. Ours: a plane of `Triplane` is an image, a scene token of `Flex` one of 1 x 1."""
+    Text moves all three together. An image stands still in time and spreads over rows and columns.
+    Text goes on after the largest of them, so the 180 tokens of a 10 x 18 image take 18 positions.
+    Ours: a plane of `Triplane` is an image, a scene token of `Flex` one of 1 x 1."""
     ids = ids.tolist()
     grids = iter(grids)
     axes = []
@@ -1523,7 +1484,6 @@ def rope(positions, cfg, dtype):
 
 class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys (Qwen3)."""
-
     def __init__(self, cfg, n_embd, n_head):
         super().__init__()
         self.n_head = n_head
@@ -1575,7 +1535,6 @@ class MLP(nn.Module):
 
 class Layer(nn.Module):
     """A decoder layer; language model and expert are stacks of them."""
-
     def __init__(self, cfg, n_embd, n_head, n_mlp):
         super().__init__()
         self.self_attn = Attention(cfg, n_embd, n_head)
@@ -1591,7 +1550,6 @@ class Layer(nn.Module):
 
 class LanguageModel(nn.Module):
     """The decoder. It reads the prompt causally, and whatever comes later over a `Past`."""
-
     def __init__(self, cfg):
         super().__init__()
         self.embed_tokens = nn.Embedding(cfg.vocab, cfg.n_embd)
@@ -1623,7 +1581,6 @@ class Backbone(nn.Module):
 
 class VLM(nn.Module):
     """Qwen3-VL; the nesting is that of the release's parameter names."""
-
     def __init__(self, cfg):
         super().__init__()
         self.model = Backbone(cfg)
@@ -1676,7 +1633,6 @@ def pick(logits, temperature, top_p, generator=None):
 class Fourier(nn.Module):
     """Sines and cosines of a number, at features / 2 frequencies evenly spaced in log from 1 to
     max_freq."""
-
     def __init__(self, features, max_freq):
         super().__init__()
         freqs = torch.logspace(0, math.log10(max_freq), features // 2)
@@ -1690,7 +1646,6 @@ class Fourier(nn.Module):
 class ActionEmbed(nn.Module):
     """Noisy controls (N, 64, 2) and flow time (N,) to the expert's 64 input tokens (N, 64, e_embd).
     The paper adds the time's embedding; the release, and we, concatenate it before the MLP."""
-
     def __init__(self, cfg):
         super().__init__()
         self.sinus = nn.ModuleList(Fourier(cfg.a_fourier, cfg.a_max_freq) for _ in range(2))
@@ -1716,7 +1671,6 @@ class ActionEmbed(nn.Module):
 class Expert(nn.Module):
     """The action expert: 64 tokens, one a control, that see one another and the language model's
     key-value cache, layer by layer. Same heads as the language model, narrower."""
-
     def __init__(self, cfg):
         super().__init__()
         layers = [Layer(cfg, cfg.e_embd, cfg.e_head, cfg.e_mlp) for _ in range(cfg.n_layer)]
