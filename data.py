@@ -49,6 +49,7 @@ from tqdm import tqdm
 from alpamayo import DT, rot_of
 from clips import load_clips
 from motion import comfort_of
+from release import read_json
 from world import (
     FUTURE,
     HISTORY,
@@ -286,11 +287,13 @@ class View:
         if self.size[0] < 2 or self.size[0] % 2 or self.size[1] < 1:
             raise ValueError(
                 "size: expected an even height, as the horizon lies between two rows, "
-                f"not {self.size}")
+                f"not {self.size}"
+            )
         if self.frames < 1 or self.every < 1 or (self.frames - 1) * self.every > PAST:
             raise ValueError(
                 f"frames, frame_dt: expected steps of {DT} s in {PAST * DT:g} s, "
-                f"not {self.frames} of {self.frame_dt} s")
+                f"not {self.frames} of {self.frame_dt} s"
+            )
 
     def shows(self, age):
         """Whether a Scene shows what was seen `age` ticks before it."""
@@ -435,7 +438,7 @@ class Tally:
 
     def is_over(self):
         """Whether there is nothing more to watch."""
-        return bool((self.time >= self.ended + GRACE).all())
+        return (self.time >= self.ended + GRACE).all()
 
     def result(self):
         """What `drive` returns."""
@@ -477,7 +480,8 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
     if not 1 <= every <= FUTURE or ticks < 1:
         raise ValueError(
             f"seconds, replan: expected steps of {DT} s, replan at most {FUTURE * DT:g} s, "
-            f"not {seconds} and {replan}")
+            f"not {seconds} and {replan}"
+        )
     world = World(seeds, device)
     view = View(**view)
     recorder = Recorder(world, view)
@@ -486,19 +490,23 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
         recorder.note(look=policy and tick % pace == 0)
         world.step(*world.expert())
 
-    expert = world.repeat(1)  # in traffic of its own
+    expert = world.repeat(1)  # the same traffic, driven by the expert
     tally = Tally(world, seconds)
     for tick in range(ticks):
+        # Look
         recorder.note(look=policy and tick % pace == 0)
+        # Plan
         if policy and tick % every == 0:
             scene = recorder.scene()
             plan = plan_of(policy, scene, every).to(device)
             if film:
                 film(world, scene, plan)
         controls = plan[:, tick % every].unbind(-1) if policy else world.expert()
+        # Step
         waits = world.held & (world.bumper() < world.scene.stop)
         world.step(*controls)
         expert.step(*expert.expert())
+        # Judge
         ran = waits & (world.bumper() >= world.scene.stop)
         tally.add(world.judge() | {"ran": ran}, world, expert)
         if tally.is_over():
@@ -512,7 +520,8 @@ def plan_of(policy, scene, least):
     n = len(scene["name"])
     if plan.shape[:1] != (n,) or plan.shape[1] < least:
         raise ValueError(
-            f"policy: expected controls ({n}, {least} or more, 2), not {tuple(plan.shape)}")
+            f"policy: expected controls ({n}, {least} or more, 2), not {tuple(plan.shape)}"
+        )
     return plan
 
 
@@ -528,8 +537,7 @@ class WorldSet:
     """Scenes of the world on disk: len(set), set.batch(indices), set.reasoning, set.names."""
 
     def __init__(self, folder):
-        with open(f"{folder}/set.json") as file:
-            about = json.load(file)
+        about = read_json(f"{folder}/set.json")
         self.folder = folder
         self.texts = about["texts"]
         self.reasoning = self.texts["reasoning"]
@@ -587,7 +595,8 @@ def load_world(split="train", scenes=16000, start=0, folder="data", workers=2, *
     if scenes < 1 or start < 0 or start + scenes > SEEDS["val"]:
         raise ValueError(
             f"scenes, start: expected scenes within 0 .. {SEEDS['val']}, "
-            f"not {scenes} from {start} on")
+            f"not {scenes} from {start} on"
+        )
     view = View(**view)
     cameras = "".join(map(str, view.camera_ids))
     size = "x".join(map(str, view.size))
@@ -677,7 +686,8 @@ def run(main):
 def main():
     parser = argparse.ArgumentParser(
         description="Make scenes of the built-in world, or read those that are there.",
-        argument_default=argparse.SUPPRESS)  # a flag not given keeps the default of load_world
+        argument_default=argparse.SUPPRESS,  # a flag not given keeps load_world's default
+    )
     add = parser.add_argument
     add("--split", choices=SPLITS, help="whose seeds to use (train)")
     add("--scenes", type=int, help="how many scenes to make (16000)")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from alpamayo import DT, HORIZON, LOW_SPEED, unwrap, yaw_of
+from alpamayo import DT, HORIZON, LOW_SPEED, ade, unwrap, yaw_of
 
 # --------------------------------------------------------------------------------------------------
 # Meta-actions (Table 5): one longitudinal and one lateral for each tenth of a second. Poses do not
@@ -57,14 +57,14 @@ def longitudinal_meta(speed, acceleration):
     """The longitudinal meta-actions (..., T) long, from speed m/s and acceleration m/s^2.
 
     "Stop" is standing still. Braking towards it is to decelerate."""
-    name = LONGITUDINAL_META.index
-    longitudinal = torch.full_like(speed, name("maintain speed"), dtype=torch.long)
+    index = LONGITUDINAL_META.index
+    longitudinal = torch.full_like(speed, index("maintain speed"), dtype=torch.long)
     for word, sign in (("accelerate", 1), ("decelerate", -1)):
-        longitudinal[stretches(sign * acceleration, *GENTLE)] = name("gentle " + word)
-        longitudinal[stretches(sign * acceleration, *STRONG)] = name("strong " + word)
+        longitudinal[stretches(sign * acceleration, *GENTLE)] = index("gentle " + word)
+        longitudinal[stretches(sign * acceleration, *STRONG)] = index("strong " + word)
     slow, standing = STANDING
-    longitudinal[stretches(-speed.abs(), -slow, -standing)] = name("stop")
-    longitudinal[stretches(-speed, *REVERSING)] = name("reverse")
+    longitudinal[stretches(-speed.abs(), -slow, -standing)] = index("stop")
+    longitudinal[stretches(-speed, *REVERSING)] = index("reverse")
     return without_short(longitudinal)
 
 
@@ -72,8 +72,8 @@ def lateral_meta(speed, turn_rate, longitudinal):
     """The lateral meta-actions (..., T) long; turn_rate in rad/s.
 
     "Reverse left" is the wheel turned left: the tail swings left, the nose right."""
-    name = LATERAL_META.index
-    lateral = torch.full_like(longitudinal, name("go straight"))
+    index = LATERAL_META.index
+    lateral = torch.full_like(longitudinal, index("go straight"))
     moving = longitudinal != LONGITUDINAL_META.index("stop")
     reverse = longitudinal == LONGITUDINAL_META.index("reverse")
     wheel = torch.where(reverse, -turn_rate, turn_rate) * moving  # positive: turned to the left
@@ -82,9 +82,9 @@ def lateral_meta(speed, turn_rate, longitudinal):
     for side, sign in (("left", 1), ("right", -1)):
         steer = stretches(sign * turning, *STEER)
         sharp = stretches(sign * curvature, *SHARP)
-        lateral[steer] = name("steer " + side)
-        lateral[steer & sharp] = name("sharp steer " + side)
-        lateral[steer & reverse] = name("reverse " + side)
+        lateral[steer] = index("steer " + side)
+        lateral[steer & sharp] = index("sharp steer " + side)
+        lateral[steer & reverse] = index("reverse " + side)
     return without_short(lateral)
 
 
@@ -96,7 +96,8 @@ def smooth_motion(xyz, rot):
     if xyz.shape[-1:] != (3,) or rot.shape != (*xyz.shape, 3) or xyz.shape[-2] < 3:
         raise ValueError(
             "poses: expected xyz (..., T, 3) and rot (..., T, 3, 3), T at least 3, "
-            f"not {tuple(xyz.shape)} and {tuple(rot.shape)}")
+            f"not {tuple(xyz.shape)} and {tuple(rot.shape)}"
+        )
     rot = rot.double()
     _, velocity = line_fit(xyz.double().mT, SMOOTHING / 2)  # (..., 3, T), smoothed again below
     forward = (velocity.mT * rot[..., 0]).sum(-1)  # along the x axis of the car
@@ -108,8 +109,8 @@ def smooth_motion(xyz, rot):
 def line_fit(y, sigma=SMOOTHING):
     """Values and slopes (per s) of lines fitted to y (..., T) at 10 Hz around each step.
 
-    The window is Gaussian. One that reaches beyond an end has only what there is in it, and the
-    line keeps that from bending the ends."""
+    The window is Gaussian. At an end it holds fewer values; a line, unlike a mean, is not bent by
+    that."""
     reach = math.ceil(3 * sigma / DT)
     k = torch.arange(-reach, reach + 1, dtype=y.dtype, device=y.device)
     weight = torch.exp(-0.5 * (k * DT / sigma) ** 2)
@@ -149,8 +150,8 @@ def without_short(labels):
     """Labels (..., T) without runs that are shorter than SHORTEST.
 
     A long run takes over the short ones before it, and the last one also those after it."""
-    labels = labels.clone()
-    for row in labels.view(-1, labels.shape[-1]):
+    rows = labels.reshape(-1, labels.shape[-1]).clone()
+    for row in rows:
         runs = segments(row)
         long = [run for run in runs if run.end - run.first >= round(SHORTEST / DT)]
         begin = 0
@@ -158,7 +159,7 @@ def without_short(labels):
             row[begin : run.end] = run.label
             begin = run.end
         row[begin:] = row[begin - 1]
-    return labels
+    return rows.view(labels.shape)
 
 
 class Run(NamedTuple):
@@ -188,15 +189,14 @@ LEAD = 0.5  # s, the paper's: a key frame is half a second before the change. Th
 PAUSE = 1.5  # s, a change that goes on after less than this is one change
 SPEED_CHANGE = 1.0  # m/s, a smaller one is no event
 TURN_ANGLE = math.radians(45)  # a bigger change of heading is a turn
-BEND_ANGLE = math.radians(15)  # a smaller one a bend of the road, one smaller than this nothing
-OFFSET = 0.6  # m beside the old line: who is so far aside has left the lane,
-RETURN = 4.0  # s, if the heading is back within this time
+BEND_ANGLE = math.radians(15)  # a smaller one a bend of the road, below this it is nothing
+OFFSET = 0.6  # m beside the old line: the car has left its lane
+RETURN = 4.0  # s, in which its heading must be back
 SAME = 1.0  # s, key frames closer than this are one
-# What counts as one change: of LONGITUDINAL_META faster, slower, steady, standing, backing; of
-# LATERAL_META left or right, and no reversing.
-FASTER, SLOWER, STOPPED, BACKING = 1, -1, 5, 6
-SPEEDS = torch.tensor([FASTER, FASTER, SLOWER, SLOWER, 0, STOPPED, BACKING])
-SIDES = torch.tensor([1, -1, 1, -1, 0, 0, 0])
+# Events make no difference between gentle and strong, or steer and sharp steer.
+SPEEDING_UP, SLOWING, STEADY, STOPPED, BACKING = range(5)
+SPEEDS = torch.tensor([SPEEDING_UP, SPEEDING_UP, SLOWING, SLOWING, STEADY, STOPPED, BACKING])
+SIDES = torch.tensor([1, -1, 1, -1, 0, 0, 0])  # of LATERAL_META: 1 left, -1 right
 
 
 def key_frames(xyz, rot):
@@ -242,10 +242,10 @@ def speed_events(speed, longitudinal):
     stops = [run for run in runs if run.label == STOPPED]
     events = [(run.first, "reverse") for run in runs if run.label == BACKING]
     braked = set()  # the stops that braking led to
-    changes = [run for run in runs if run.label in (FASTER, SLOWER)]
+    changes = [run for run in runs if run.label in (SPEEDING_UP, SLOWING)]
     for run in joined(changes):
         change = float(speed[run.end - 1] - speed[run.first])
-        if run.label == SLOWER:
+        if run.label == SLOWING:
             into = [stop for stop in stops if soon(run, stop)]
             braked.update(into)
             if into:
@@ -286,7 +286,7 @@ def lateral_events(xyz, yaw, lateral):
                 events.append((run.first, "bend " + word))
             continue
         busy = back
-        # Who swings aside to take a turn in a wider arc has not left the lane.
+        # A swing aside before a turn, to take it in a wider arc, does not leave the lane.
         meanwhile = [other for other in runs[i + 1 :] if other.first < back]
         swings = any(-run.label * turn_of(yaw, other) >= TURN_ANGLE for other in meanwhile)
         aside = run.label * offset(xyz, yaw, run.first, back)
@@ -389,12 +389,6 @@ def _rate(x):
 
 # --------------------------------------------------------------------------------------------------
 # Errors, and drivers who look at nothing
-
-
-def ade(path, truth):
-    """Average displacement error in m, (...): paths (..., T, 3) against truth, in the plane."""
-    error = (path - truth)[..., :2]
-    return error.norm(dim=-1).mean(-1)
 
 
 def min_ade(paths, truth):

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import data
 import world
-from alpamayo import Config, rot_of
-from motion import COMFORT_BOUNDS, ade, baselines, comfort, comfort_of, min_ade
+from alpamayo import Config, ade, rot_of
+from motion import COMFORT_BOUNDS, baselines, comfort, comfort_of, min_ade
 from tools import markdown
 
 
@@ -134,7 +134,8 @@ def test_what_loops_do_to_a_scene():
 
 def test_a_table():
     assert markdown([["a", 1, 2.5], ("b", "-", None)], ["x", "y", "z"]) == (
-        "| x | y | z |\n| --- | ---: | ---: |\n| a | 1 | 2.5 |\n| b | - | None |")
+        "| x | y | z |\n| --- | ---: | ---: |\n| a | 1 | 2.5 |\n| b | - | None |"
+    )
     assert markdown([], ["x", "y", "z"], left=2).splitlines()[1] == "| --- | --- | ---: |"
 
 

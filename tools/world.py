@@ -112,7 +112,9 @@ def look(path, seeds, size):
 
     scene = make_scenes(seeds, size=size, frames=1)
     rows = len(seeds)
-    figure, axes = plt.subplots(rows, 5, figsize=(17, 2.1 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, 5, figsize=(17, 2.1 * rows), squeeze=False, layout="constrained"
+    )
     for i, (*cameras, above) in enumerate(axes):
         for k, ax in enumerate(cameras):  # cross left, front wide, cross right, front tele
             ax.imshow(scene["images"][i, k, -1].permute(1, 2, 0), interpolation="nearest")
