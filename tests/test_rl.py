@@ -512,13 +512,3 @@ def test_flags_that_cannot_be_meant_are_one_line(cache, tmp_path, capsys):  # no
         (("--judge", "http://127.0.0.1:9/v1", "--steps", "1"), "train.py: --judge http://127.0.0.1:9/v1/chat/completions: no grade"),
     ):
         assert line in complaint(rl_command(cache, tmp_path, *more), capsys)
-
-
-def test_the_table_is_made_of_checkpoints(cache, tmp_path):  # noqa: F811
-    nano = os.path.join(ROOT, "checkpoints", "nano")
-    done = run([sys.executable, os.path.join(ROOT, "rl.py"), f"SFT={nano}", f"twice={nano},{nano}", "--eval", "4", "--drive", "2",
-                "--seconds", "0.5", "--cache", cache])  # fmt: skip
-    lines = done.stdout.splitlines()
-    cells = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith(("| SFT", "| twice"))]
-    assert cells[0][1] == "SFT" and cells[1][1] == "twice" and "± 0.00" in cells[1][2] and cells[1][2].startswith(cells[0][2])
-    assert json.loads(lines[-1])["SFT"][0]["tail reason"] <= 5
