@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 import data
 import train
-from alpamayo import Alpamayo, Layer, VisionBlock, Vocabulary, add_adapters, checkpoint_activations, without_adapters
+from alpamayo import Alpamayo, Layer, VisionBlock, Vocabulary
+from memory import add_adapters, checkpoint_activations, without_adapters
 from test_train import assert_same_run, cache, command, killed_and_resumed, log  # noqa: F401
 from test_vision import TINY
 
@@ -88,14 +89,16 @@ def test_only_adapters_learn_and_the_base_may_be_half(scene, dtype, monkeypatch)
     model = make()
     monkeypatch.setattr(sys, "argv", f"train.py --init a --lora 4 --train vlm --lr 5e-3 --warmup 0 --dtype {dtype}".split())
     flags = train.parse_flags()
-    params, optimisers = train.prepare(model, flags)
+    run = train.Run(flags, arithmetic=dtype, model=model)
+    train.prepare(run)
+    params = run.params
     base = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     assert {p.dtype for p in params} == {torch.float32} and {p.dtype for p in base.values()} == {getattr(torch, dtype)}
     assert len(params) == 2 * 7 * model.cfg.n_layer
-    autocast, seen = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"), []
+    seen = []
     for step in range(8):
-        losses = train.backward(model, scene, "reason", True, flags, torch.Generator().manual_seed(0), autocast)
-        train.update(params, optimisers, step, flags)
+        losses = train.backward(run, scene, "reason", True, torch.Generator().manual_seed(0))
+        train.update(run, step)
         seen.append(train.total_loss(losses, flags).item())
     assert seen[-1] < seen[0] - 0.5, seen
     assert all(torch.equal(base[n], p) for n, p in model.named_parameters() if n in base)

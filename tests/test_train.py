@@ -110,11 +110,17 @@ def test_two_processes_share_the_batch(cache, tmp_path):
     run(launch + args[1:])
     lines = log(tmp_path)
     assert sorted(lines) == [1, 2, 3, 4] and lines[4]["val"]["text"] < 8
-    flags = train.argparse.Namespace(batch=8, seed=3)
+
+
+def test_processes_take_parts_of_one_order():
+    flags = train.argparse.Namespace(batch=8, seed=3, accumulate=1)
+    whole = train.Run(flags, scenes=range(30))
+    halves = [train.Run(flags, rank=rank, world_size=2, scenes=range(30)) for rank in (0, 1)]
     for step in (0, 5, 9):  # the second epoch begins inside step 3
-        whole = train.scene_numbers(step, 0, 1, 30, flags)
-        assert train.scene_numbers(step, 0, 2, 30, flags) + train.scene_numbers(step, 1, 2, 30, flags) == whole
-    epoch = sum((train.scene_numbers(step, 0, 1, 32, flags) for step in range(4)), [])
+        parts = [train.scene_numbers(half, step) for half in halves]
+        assert parts[0] + parts[1] == train.scene_numbers(whole, step)
+    run = train.Run(flags, scenes=range(32))
+    epoch = sum((train.scene_numbers(run, step) for step in range(4)), [])
     assert sorted(epoch) == list(range(32))
 
 
@@ -198,7 +204,8 @@ def test_without_a_route_only_turns_that_a_signal_tells_are_shown():
     silent = [world.draw(seed).situation == "turn" and not world.draw(seed).signal for seed in seeds]
     assert 0 < sum(silent) < len(turns)
     whole = data.make_scenes(seeds, size=(2, 4), frames=1)
-    shown, keep = train.without_route(whole), [i for i, quiet in enumerate(silent) if not quiet]
+    shown = train.hide_route(whole)
+    keep = [i for i, quiet in enumerate(silent) if not quiet]
     assert shown.keys() == whole.keys() - {"route"}
     for key, value in shown.items():
         if torch.is_tensor(value):
@@ -206,20 +213,42 @@ def test_without_a_route_only_turns_that_a_signal_tells_are_shown():
         else:
             assert value == [whole[key][i] for i in keep], key
     alone = data.make_scenes([seed for seed, quiet in zip(seeds, silent) if quiet], size=(2, 4), frames=1)
-    assert train.without_route(alone)["name"] == alone["name"]  # a batch of these alone is left whole
-    assert train.without_route(shown) is shown  # there is no route to leave out
+    assert train.hide_route(alone)["name"] == alone["name"]  # a batch of these alone stays whole
+    again = train.hide_route(shown)  # there is no route to hide
+    assert again.keys() == shown.keys() and all(again[key] is shown[key] for key in shown)
 
 
-def test_orthogonalise_makes_singular_values_one():
-    for shape in ((3, 8, 20), (2, 20, 8)):
-        values = torch.linalg.svdvals(train.orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0)), steps=8))
-        assert values.min() > 0.6 and values.max() < 1.3  # the quintic hovers around 1, as its author intended
+def test_muon_moves_a_matrix_equally_far_in_all_directions(monkeypatch):
+    """The matrices inside layers are Muon's, and its first step has singular values of about the rate."""
+    monkeypatch.setattr(sys, "argv", "train.py --weight-decay 0 --muon-lr 0.01".split())
+    model = build(torch.float32).requires_grad_(True)
+    (adam, lr), (muon, muon_lr) = train.make_optimisers(model, train.parse_flags())
+    assert (lr, muon_lr) == (2e-3, 0.01)
+    names = {p: name for name, p in model.named_parameters()}
+    hidden = {names[p]: p for group in muon.param_groups for p in group["params"]}
+    rest = {names[p]: p for group in adam.param_groups for p in group["params"]}
+    assert not hidden.keys() & rest.keys() and len(hidden) + len(rest) == len(names)
+    assert all(p.ndim == 2 for p in hidden.values())
+    inside = ("layers.0.self_attn.q_proj.weight", "layers.1.mlp.down_proj.weight", "blocks.0.attn.qkv.weight")
+    assert all(any(name.endswith(end) for name in hidden) for end in inside)
+    assert {"vlm.lm_head.weight", "action_out_proj.weight", "expert.norm.weight"} < rest.keys()
+    before = {name: p.detach().clone() for name, p in hidden.items()}
+    for i, p in enumerate(hidden.values()):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    muon.step()
+    for name, p in hidden.items():
+        rows, columns = p.shape
+        values = torch.linalg.svdvals(before[name] - p.detach()) / (0.01 * max(1, rows / columns) ** 0.5)
+        assert 0.5 < values.median() < 1.3 and values.max() < 1.3, name  # the quintic hovers around 1
 
 
 def test_bad_input_is_one_line(cache, unbroken, tmp_path, capsys):
     script, broken = command(cache, tmp_path)[:2], tmp_path / "broken"
     os.makedirs(broken)
     (broken / "training.safetensors").write_bytes((unbroken / "training.safetensors").read_bytes()[:100_000])
+    old = tmp_path / "old"
+    os.makedirs(old)
+    save_file({"momentum.x": torch.zeros(2)}, old / "training.safetensors", {"flags": "{}", "step": "4"})
     for args, words in (
         (command(cache, tmp_path / "a", "--stage", "reason"), "--init"),
         (command(cache, tmp_path / "b", "--init", "nowhere"), "nowhere"),
@@ -228,6 +257,7 @@ def test_bad_input_is_one_line(cache, unbroken, tmp_path, capsys):
         ([*script, "--resume", str(tmp_path)], "no run to resume"),
         ([*script, "--resume", str(unbroken), "--lr", "1"], "no other flag"),
         ([*script, "--resume", str(broken)], "training.safetensors"),
+        ([*script, "--resume", str(old)], "of an earlier train.py"),
     ):
         line = complaint(args, capsys)
         assert words in line and ("error:" in line or line.startswith("train.py:")), line
