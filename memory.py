@@ -34,19 +34,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from alpamayo import (
-    HORIZON,
-    ActionSpace,
-    Alpamayo,
-    Layer,
-    Rollout,
-    Triplane,
-    VisionBlock,
-    Vocabulary,
-    pick,
-    rope,
-    split_words,
-)
+import data
+from alpamayo import HORIZON, ActionSpace, Alpamayo, Layer, Past, Rollout, Triplane, VisionBlock, pick, rope
+from release import Vocabulary, split_words
 
 # --------------------------------------------------------------------------------------------------
 # Adapters
@@ -240,20 +230,12 @@ def model_without_weights(cfg, fake, dtype=torch.float32):
 
 
 def made_up_scene(cfg, batch, size, text):
-    """A Scene (data.py): a straight drive at 10 m/s, black images of `size` (H, W), reasoning `text`."""
-    cameras = len(cfg.cameras)
-    x = torch.arange(-15, 65) * 1.0  # m, at 10 Hz
-    xyz = F.pad(x[:, None], (0, 2))
-    rot = torch.eye(3).expand(80, 3, 3)
-    one = {"camera_ids": torch.tensor(cfg.cameras)}
-    one["ego_history_xyz"], one["ego_future_xyz"] = xyz.split([16, HORIZON])
-    one["ego_history_rot"], one["ego_future_rot"] = rot.split([16, HORIZON])
-    one["ego_kinematics"] = torch.tensor([10.0, 0, 0, 0]).expand(20, 4)
-    one["camera_to_ego"] = torch.eye(4).expand(cameras, 4, 4)
-    one["intrinsics"] = torch.ones(cameras, 10)
-    scene = {key: value.expand(batch, *value.shape).contiguous() for key, value in one.items()}
-    # Zeros that nobody has written to take no memory.
-    scene["images"] = torch.zeros(batch, cameras, cfg.frames, 3, *size, dtype=torch.uint8)
+    """A Scene of the world, `batch` times, with black images of `size` (H, W) and reasoning `text`."""
+    scene = data.make_scenes([0], **data.view_of(cfg, (2, 4)))
+    for key, value in scene.items():
+        scene[key] = torch.cat([value] * batch) if torch.is_tensor(value) else value * batch
+    # Zeros that nobody writes to take no memory.
+    scene["images"] = torch.zeros(batch, len(cfg.cameras), cfg.frames, 3, *size, dtype=torch.uint8)
     return scene | {"reasoning": [text] * batch, "route": ["turn left"] * batch}
 
 
@@ -267,17 +249,14 @@ def last_token(model, scene, group, count):
 
     `sample` itself cannot run without contents: they decide when its loop ends."""
     lm = model.vlm.model.language_model
-    n = len(scene["route"]) * group
-    x, positions, seen, _ = model.embed_prompt(scene)
-    x, prompt = lm(x, *rope(positions, model.cfg, x.dtype), seen=seen)
-    logits = model.vlm.lm_head(x[:, -1]).float()
-    token, _ = pick(logits.repeat_interleave(group, 0), 0.6, 0.98)
+    prefix = model.prefill(model.embed_prompt(scene))
+    token = torch.zeros(len(prefix.x) * group, 1, dtype=torch.long)
     past = []
-    for kv in prompt:
-        tail = [a.new_zeros(n, a.shape[1], count - 1, a.shape[3]) for a in kv]
-        past.append((*kv, None, *tail, None))
-    at = torch.full((3, 1, 1), int(positions.max()) + count)
-    x, tails = lm(lm.embed_tokens(token)[:, None], *rope(at, model.cfg, x.dtype), past)
+    for k, v in prefix.layers:
+        tail = k.new_zeros(len(token), k.shape[1], count - 1, k.shape[3])
+        past.append(Past((k, v), (tail, tail.clone())))
+    position = torch.full((3, 1, 1), prefix.end + count - 1)
+    x, tails = lm(lm.embed_tokens(token), *rope(position, model.cfg, prefix.x.dtype), past)
     pick(model.vlm.lm_head(x[:, -1]).float(), 0.6, 0.98)
 
 
@@ -288,8 +267,9 @@ def made_up_rollout(model, scenes, group, thought, steps):
     tokens[..., :thought] = 0
     tokens[..., thought - 1] = model.vocabulary["traj_future_start"]
     flow = torch.zeros(steps + 1, scenes, group, HORIZON, 2)
+    chosen = torch.ones_like(tokens, dtype=torch.bool)
     log_probs = torch.full(tokens.shape, -1.0)
-    return Rollout([], tokens, log_probs, flow[0], None, None, flow, {})
+    return Rollout([], tokens, chosen, log_probs, flow[0], None, None, flow, {}, eta=0.5)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -37,7 +37,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
@@ -45,8 +44,8 @@ import data
 import memory
 import rl
 import world
-from alpamayo import NANO, OF_EXPERT, PRESETS, Alpamayo, Vocabulary, ade, read_config, with_words
-from release import write_atomically
+from alpamayo import NANO, OF_EXPERT, PRESETS, Alpamayo, ade, read_config, with_words
+from release import Vocabulary, save_tensors
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -615,8 +614,8 @@ def backward(run, scene, lesson, with_actions, generator):
     """The losses of a piece of the batch. Their gradients add to those of the pieces before."""
     flags = run.flags
     with run.autocast:
-        losses = run.model(scene, lesson, with_actions, flags.flow_samples, generator=generator,
-                           hide_actions=flags.hide_actions)
+        losses = run.model(scene, lesson, action_tokens=with_actions, generator=generator,
+                           flow_samples=flags.flow_samples, hide_actions=flags.hide_actions)
         loss = total_loss(losses, flags) / flags.accumulate
     loss.backward()
     return losses
@@ -691,7 +690,7 @@ def validate(run, stage):
     for i, scene in enumerate(pieces(run, run.val, numbers)):
         values = measure(run, scene, stage, seed=i * run.piece)
         row = [float(values[name]) for name in names] + [1.0]
-        sums += len(scene["images"]) * torch.tensor(row).to(sums)
+        sums += len(scene["images"]) * sums.new_tensor(row)
     if run.world_size > 1:
         dist.all_reduce(sums)
     return dict(zip(names, (sums[:-1] / sums[-1]).tolist()))
@@ -704,10 +703,9 @@ def measure(run, scene, stage, seed):
         out = run.model.sample(scene, n=1, temperature=0, steps=5, max_new_tokens=64, seed=seed,
                                reason=stage == "reason")
     values["ade"] = ade(out.xyz[:, 0], scene["ego_future_xyz"]).mean()
-    said = [texts[0] for texts in out.reasoning]
-    true = scene["reasoning"]
-    values["right"] = sum(map(data.is_right, said, true)) / len(said)
-    values["exact"] = sum(map(str.__eq__, said, true)) / len(said)
+    pairs = zip(out.reasoning, scene["reasoning"])
+    rights = torch.tensor([data.is_right(said, true) for (said,), true in pairs])
+    values["right"], values["exact"] = rights[:, 2:].double().mean(0)
     return values
 
 
@@ -731,8 +729,7 @@ def save(run, step, stage):
         tensors["known"] = run.known
     settings = {"format": "2", "flags": json.dumps(vars(flags)), "step": str(step),
                 "world": str(world.WORLD_VERSION)}
-    path = os.path.join(flags.out, "training.safetensors")
-    write_atomically(path, lambda part: save_file(tensors, part, settings))
+    save_tensors(os.path.join(flags.out, "training.safetensors"), tensors, settings)
 
 
 @torch.no_grad()
@@ -808,8 +805,8 @@ def phases_of_step(run, scene):
     def learn_from_rollouts():
         rewards = torch.zeros(run.piece, flags.group)
         with run.autocast:
-            loss, *_ = rl.loss_of(run.model, run.reference, scene, out, rewards, flags)
-        loss.backward()
+            losses = rl.losses_of(run.model, run.reference, scene, out, rewards, flags)
+        losses["policy"].backward()
 
     return {"rollouts": try_out, "losses": learn_from_rollouts, "update": change}
 
