@@ -29,13 +29,24 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401, for train.py
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401, train.py's
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import data
-from alpamayo import HORIZON, ActionSpace, Alpamayo, Layer, Past, Rollout, Triplane, VisionBlock, pick, rope
+from alpamayo import (
+    HORIZON,
+    ActionSpace,
+    Alpamayo,
+    Layer,
+    Past,
+    Rollout,
+    Triplane,
+    VisionBlock,
+    pick,
+    rope,
+)
 from release import Vocabulary, split_words
 
 # --------------------------------------------------------------------------------------------------
@@ -43,11 +54,11 @@ from release import Vocabulary, split_words
 
 
 class Adapted(nn.Module):
-    """y = W x + B (A x): a frozen matrix W and a change of rank r that learns (LoRA, arXiv 2106.09685).
+    """y = W x + B (A x): a frozen matrix W, and a change of rank r that learns.
 
-    A (r, in) and B (out, r) are float32. B starts at zero, so the model starts unchanged. LoRA's
-    factor alpha / r is 1 here: Adam normalises gradients, so another factor would act like another
-    learning rate. Adapters are in neither the paper nor the release: try rank and learning rate.
+    LoRA, arXiv 2106.09685. A (r, in) and B (out, r) are float32. B starts at zero, so the model
+    starts unchanged. LoRA's factor alpha / r is 1 here: Adam normalises gradients, so another one
+    would act like another learning rate. Adapters are in neither the paper nor the release.
 
     In a state_dict this is one matrix, W + B A. A saved checkpoint therefore has no adapters."""
 
@@ -92,7 +103,7 @@ def add_adapters(model, rank, generator=None):
 def without_adapters(model):
     """The reference policy without a second copy of the weights: the model, adapters switched off.
 
-    Gradients are off, too: a checkpointed layer recomputed in backward would run with adapters on."""
+    Gradients are off: a checkpointed layer recomputed in backward would run with adapters on."""
     adapters = [m for m in model.modules() if isinstance(m, Adapted)]
     for adapter in adapters:
         adapter.on = False
@@ -191,7 +202,7 @@ def peaks(run, phases):
 
 
 def name_kinds(tracker, run):
-    """Tells the tracker what is what: now, and by the hooks returned, as gradients and caches come."""
+    """Tells the tracker what is what, now and, by the hooks returned, as gradients come."""
     frozen = [p for p in run.model.parameters() if not p.requires_grad]
     tracker.count([frozen, list(run.model.buffers())], "weights that stay")
     tracker.count(run.params, "weights that learn")
@@ -230,7 +241,7 @@ def model_without_weights(cfg, fake, dtype=torch.float32):
 
 
 def made_up_scene(cfg, batch, size, text):
-    """A Scene of the world, `batch` times, with black images of `size` (H, W) and reasoning `text`."""
+    """A Scene of the world, `batch` times, with black images of `size` (H, W), reasoning `text`."""
     scene = data.make_scenes([0], **data.view_of(cfg, (2, 4)))
     for key, value in scene.items():
         scene[key] = torch.cat([value] * batch) if torch.is_tensor(value) else value * batch
@@ -245,7 +256,7 @@ def made_up_scene(cfg, batch, size, text):
 
 @torch.no_grad()
 def last_token(model, scene, group, count):
-    """The last of `count` tokens of every rollout, when the caches are largest, as `sample` does it.
+    """The last of `count` tokens of every rollout, when the caches are largest, as in `sample`.
 
     `sample` itself cannot run without contents: they decide when its loop ends."""
     lm = model.vlm.model.language_model
@@ -261,7 +272,7 @@ def last_token(model, scene, group, count):
 
 
 def made_up_rollout(model, scenes, group, thought, steps):
-    """A Rollout of `thought` reasoning tokens and flow steps; steps 0: 128 action tokens instead."""
+    """A Rollout of `thought` reasoning tokens and flow steps; steps 0: of 128 action tokens."""
     actions = 0 if steps else 2 * HORIZON
     tokens = torch.full((scenes, group, thought + actions), model.vocabulary.first_action)
     tokens[..., :thought] = 0

@@ -53,8 +53,8 @@ from release import Vocabulary, save_tensors
 
 def parse_flags():
     """The run's flags, checked. With --resume they are those of the stopped run."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description="Train Alpamayo-R1.", formatter_class=style)
+    parser = argparse.ArgumentParser(description="Train Alpamayo-R1.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_run_flags(group(parser, "run"))
     add_model_flags(group(parser, "model"))
     add_data_flags(group(parser, "data"))
@@ -69,11 +69,8 @@ def parse_flags():
         return flags_of_stopped_run(flags, parser.error)
     if flags.stage == "rl" and flags.preset == "nano" and not flags.plan:
         flags.init = flags.init or NANO
-    if not flags.out:
-        name = flags.preset
-        if flags.init:
-            name = f"{Path(flags.init).resolve().name}-{flags.stage}"
-        flags.out = os.path.join("out", name)
+    name = f"{Path(flags.init).resolve().name}-{flags.stage}" if flags.init else flags.preset
+    flags.out = flags.out or os.path.join("out", name)
     check_flags(flags, parser.error)
     return flags
 
@@ -182,8 +179,8 @@ def flags_of_stopped_run(flags, error):
         error(f"{path}: no run to resume ({e})")
     if "format" not in settings:
         error(f"{path}: its optimisers' state is of an earlier train.py; go on from it with --init")
-    folders = dict(resume=flags.resume, out=flags.resume)
-    return argparse.Namespace(**vars(flags) | stopped | folders)
+    stopped |= dict(resume=flags.resume, out=flags.resume)
+    return argparse.Namespace(**vars(flags) | stopped)
 
 
 def check_flags(flags, error):
@@ -247,8 +244,7 @@ class Run:
 
     @property
     def autocast(self):
-        halved = self.arithmetic == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=halved)
+        return torch.autocast(self.device.type, torch.bfloat16, self.arithmetic == "bfloat16")
 
     def say(self, text):
         """Prints, above the progress bar; the first process alone."""
@@ -261,9 +257,9 @@ def main():
     if flags.plan:
         return print_plan(flags)
     run = start(flags)
-    run.model = load_model(run)  # it decides how scenes are shown
+    run.model = load_model(run)  # before the scenes: it decides how they are shown
     run.scenes, run.val = load_scenes(run)
-    run.model = run.model or model_from_scratch(run)  # whose words are those of the scenes
+    run.model = run.model or model_from_scratch(run)  # after the scenes: its words are theirs
     if flags.stage == "rl":
         prepare_rl(run)
     prepare(run)
@@ -291,23 +287,25 @@ def start(flags):
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     # One detected precision: bfloat16 arithmetic with float32 weights on a GPU, and float32 on a
     # CPU, where it is faster.
-    arithmetic = "bfloat16" if cuda else flags.dtype
-    return Run(flags, device, arithmetic, rank, world_size)
+    return Run(flags, device, "bfloat16" if cuda else flags.dtype, rank, world_size)
 
 
 def loop(run, first):
     """The steps from `first` on: learn, validate, log, save."""
     flags = run.flags
-    log = start_log(run, first)
-    bar = tqdm(total=flags.steps, initial=first, disable=run.rank > 0, smoothing=0.05)
+    run.say(f"{flags.resume or flags.init or flags.preset}: {counts(run)}; {len(run.scenes)} "
+            f"scenes; {run.world_size} x {run.device.type}, {run.arithmetic}; steps {first} to "
+            f"{flags.steps}; writes {flags.out}")
+    log = open_log(flags, first) if run.rank == 0 else None
+    bar = tqdm(total=flags.steps, initial=first, disable=run.rank > 0)
     begin = time.time()
     tokens = 0
     for step in range(first, flags.steps):
         line = rl_step(run, step) if flags.stage == "rl" else supervised_step(run, step)
         tokens += line.pop("tokens") * run.world_size
-        speed = tokens / (time.time() - begin)
+        speed = round(tokens / (time.time() - begin))
         losses = {name: line[name] for name in ("text", "action", "flow", "ade") if name in line}
-        bar.set_postfix({"stage": line["stage"], **losses, "tok/s": round(speed)}, refresh=False)
+        bar.set_postfix({"stage": line["stage"], **losses, "tok/s": speed}, refresh=False)
         bar.update()
         last = step + 1 == flags.steps
         if last or (step + 1) % flags.val_every == 0:
@@ -315,29 +313,24 @@ def loop(run, first):
             report(run, f"step {step + 1:6} {line['stage']:6}", line["val"])
         if run.rank > 0:
             continue
-        with open(log, "a") as f:
-            f.write(json.dumps(line) + "\n")
+        print(json.dumps(line), file=log, flush=True)
         if last or (step + 1) % flags.save_every == 0:
             save(run, step + 1, line["stage"])
         if flags.stage == "rl" and "val" in line:
-            rl.draw_curves(log, os.path.join(flags.out, "curves.png"))
+            rl.draw_curves(log.name, os.path.join(flags.out, "curves.png"))
     bar.close()
-    minutes = (time.time() - begin) / 60
-    run.say(f"done in {minutes:.1f} minutes; look: python sample.py --checkpoint {flags.out}")
+    run.say(f"done in {(time.time() - begin) / 60:.1f} minutes; look at it: "
+            f"python sample.py --checkpoint {flags.out}")
 
 
-def start_log(run, first):
-    """The path of the log, a line a step. A resumed run forgets the steps that it will repeat."""
-    flags = run.flags
-    run.say(f"{flags.resume or flags.init or flags.preset}: {counts(run)}; {len(run.scenes)} "
-            f"scenes; {run.world_size} x {run.device.type}, {run.arithmetic}; steps {first} to "
-            f"{flags.steps}; writes {flags.out}")
-    log = os.path.join(flags.out, "log.jsonl")
-    if run.rank == 0:
-        os.makedirs(flags.out, exist_ok=True)
-        done = open(log).readlines()[:first] if first else []
-        with open(log, "w") as f:
-            f.writelines(done)
+def open_log(flags, first):
+    """The log, a line a step. A resumed run drops those of the steps that it will take again."""
+    os.makedirs(flags.out, exist_ok=True)
+    path = os.path.join(flags.out, "log.jsonl")
+    done = open(path).readlines()[:first] if first else []
+    log = open(path, "w")
+    log.writelines(done)
+    log.flush()
     return log
 
 
@@ -353,16 +346,14 @@ def report(run, when, values):
 # --------------------------------------------------------------------------------------------------
 # Model and optimisers
 
+SEEING = ("vision", "planes_patch", "flex_tokens", "keep")
 OF_MUON = (".layers.", ".blocks.", "merger", ".triplane.", ".flex.")  # in a parameter's name
 
 
 def seeing(flags):
     """The Config's fields that the flags set, {name: value}."""
-    names = ("vision", "planes_patch", "flex_tokens", "keep")
-    found = {name: value for name, value in vars(flags).items() if name in names}
-    if "planes_patch" in found:
-        found["planes_patch"] = tuple(found["planes_patch"])
-    return found
+    found = {k: v for k, v in vars(flags).items() if k in SEEING}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
 
 
 def load_model(run):
@@ -431,9 +422,9 @@ def prepare(run):
 
 
 def make_optimisers(model, flags):
-    """[(optimiser, full learning rate)]: Muon for the matrices inside layers, AdamW for the rest.
+    """[(optimiser, full learning rate)]: Muon for matrices inside the layers, AdamW for the rest.
 
-    Adapters are AdamW's: Muon's steps are equally long in all directions, also those of a zero B."""
+    Adapters are AdamW's: Muon's steps are as long in the directions of a zero B as in others."""
     hidden = []
     matrices = []
     vectors = []
@@ -475,24 +466,24 @@ def load_scenes(run):
     cfg = run.model.cfg if run.model else PRESETS[flags.preset]
     unit = cfg.patch * cfg.merge
     if not cfg.max_pixels and any(side % unit for side in flags.size):
-        raise ValueError("--size {} {}: height and width must be multiples of {}".format(
-            *flags.size, unit))
+        raise ValueError(f"--size {flags.size}: height, width must be multiples of {unit}")
     if run.rank > 0:
         dist.barrier()  # the first process renders what is not on disk
-    found = (world_scenes if flags.data == "world" else clip_scenes)(flags, cfg)
+    scenes = world_scenes(flags, cfg) if flags.data == "world" else clip_scenes(flags, cfg)
     if run.rank == 0 and run.world_size > 1:
         dist.barrier()
-    return found
+    return scenes
 
 
 def world_scenes(flags, cfg):
     view = data.view_of(cfg, flags.size)
     load = partial(data.load, "world", folder=flags.cache, workers=os.cpu_count(), **view)
-    if flags.stage != "rl":
-        train = load(split="train", scenes=flags.scenes)
-        return train, load(split="val", scenes=flags.val_scenes)
-    sets = [load(split=split, scenes=flags.scenes, start=rl.START) for split in flags.split]
-    return data.Together(sets), load(split=flags.split[0], scenes=flags.val_scenes)
+    if flags.stage == "rl":
+        load_split = partial(load, scenes=flags.scenes, start=rl.START)
+        train = data.Together([load_split(split=split) for split in flags.split])
+        return train, load(split=flags.split[0], scenes=flags.val_scenes)
+    train = load(split="train", scenes=flags.scenes)
+    return train, load(split="val", scenes=flags.val_scenes)
 
 
 def clip_scenes(flags, cfg):
@@ -547,10 +538,11 @@ def hide_route(scene):
     """The Scene without its route.
 
     Drops unsignalled turns, which cannot be predicted without the route, unless all are such."""
+    if "route" not in scene:
+        return scene
     shown = data.without_route(scene)
-    signals = scene["ego_kinematics"][:, -1, 3].tolist()
-    told = zip(scene.get("route", ()), signals)
-    keep = [i for i, (route, signal) in enumerate(told) if route == data.ROUTES[0] or signal]
+    signal = scene["ego_kinematics"][:, -1, 3]
+    keep = [i for i, way in enumerate(scene["route"]) if way == data.ROUTES[0] or signal[i]]
     if not keep:
         return shown
     return {k: v[keep] if torch.is_tensor(v) else [v[i] for i in keep] for k, v in shown.items()}
@@ -567,7 +559,7 @@ def stage_at(step, flags):
 
 
 def lesson_at(step, flags):
-    """(stage whose losses the step has, whether the action tokens join), which are costly."""
+    """(stage whose losses a step has, whether the costly action tokens are among them)."""
     every = flags.drive_every
     if every and step % every == 1 % every:
         return "action", True  # drive at once: the vlm learns from the action tokens alone
@@ -589,10 +581,8 @@ def supervised_step(run, step):
             scene = hide_route(scene)
         losses = backward(run, scene, lesson, with_actions, generator)
         for name, value in losses.items():
+            rl.expect_finite(step, f"loss `{name}`", value)
             means[name] += value.item() / flags.accumulate
-            if not value.isfinite():
-                raise FloatingPointError(f"step {step}: loss `{name}` is {value.item()}; the last "
-                                         "checkpoint is intact")
     if run.world_size > 1:
         average_gradients(run)
     means["grad_norm"] = update(run, step).item()
@@ -638,7 +628,7 @@ def update(run, step):
         for group in optimiser.param_groups:
             group["lr"] = full * rate(step, run.flags)
         optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimiser.zero_grad()
     return norm
 
 
@@ -662,13 +652,14 @@ def prepare_rl(run):
 
 def rl_step(run, step):
     """Returns the step's line of the log; that of the first has a validation `before`."""
-    before = {} if step else {"before": validate(run, "rl")}
-    if before:
-        report(run, "before     ", before["before"])
-    line = rl.step(run.model, run.reference, run.optimisers, run.scenes, step, run.known,
-                   run.flags, run.device, run.autocast, run.judge)
+    line = {}
+    if step == 0:
+        line["before"] = validate(run, "rl")
+        report(run, "before     ", line["before"])
+    line |= rl.step(run.model, run.reference, run.optimisers, run.scenes, step, run.known,
+                    run.flags, run.device, run.autocast, run.judge)
     run.say(rl.line_of(line))
-    return line | before
+    return line
 
 
 # --------------------------------------------------------------------------------------------------
@@ -684,29 +675,25 @@ def validate(run, stage):
     if stage == "rl":
         with run.autocast:
             return rl.validate(run.model, run.val, flags, run.judge)
-    names = ["action", "flow", "ade"] + ["text", "right", "exact"] * (stage == "reason")
+    reason = stage == "reason"
+    names = ["action", "flow", "ade"] + ["text", "right", "exact"] * reason
     sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.device)  # last: scenes
     numbers = range(run.rank, min(flags.val_scenes, len(run.val)), run.world_size)
     for i, scene in enumerate(pieces(run, run.val, numbers)):
-        values = measure(run, scene, stage, seed=i * run.piece)
+        seed = i * run.piece
+        with run.autocast:
+            values = run.model(scene, stage, generator=seeded(seed, run.device))
+            out = run.model.sample(scene, n=1, temperature=0, steps=5, max_new_tokens=64,
+                                   seed=seed, reason=reason)
+        values["ade"] = ade(out.xyz[:, 0], scene["ego_future_xyz"]).mean()
+        pairs = zip(out.reasoning, scene["reasoning"])
+        rights = torch.tensor([data.is_right(said, true) for (said,), true in pairs])
+        values["right"], values["exact"] = rights[:, 2:].double().mean(0)
         row = [float(values[name]) for name in names] + [1.0]
         sums += len(scene["images"]) * sums.new_tensor(row)
     if run.world_size > 1:
         dist.all_reduce(sums)
     return dict(zip(names, (sums[:-1] / sums[-1]).tolist()))
-
-
-def measure(run, scene, stage, seed):
-    """Means over a Scene, {name: value}."""
-    with run.autocast:
-        values = run.model(scene, stage, generator=seeded(seed, run.device))
-        out = run.model.sample(scene, n=1, temperature=0, steps=5, max_new_tokens=64, seed=seed,
-                               reason=stage == "reason")
-    values["ade"] = ade(out.xyz[:, 0], scene["ego_future_xyz"]).mean()
-    pairs = zip(out.reasoning, scene["reasoning"])
-    rights = torch.tensor([data.is_right(said, true) for (said,), true in pairs])
-    values["right"], values["exact"] = rights[:, 2:].double().mean(0)
-    return values
 
 
 # --------------------------------------------------------------------------------------------------
@@ -757,8 +744,16 @@ def restore(run):
 
 def print_plan(flags):
     """Prints the memory that a step with these flags takes, without taking it (memory.py)."""
+    cfg = read_config(flags.init) if flags.init else PRESETS[flags.preset]
+    cfg = replace(cfg, **seeing(flags))
+    size = (1080, 1920)  # NVIDIA's cameras
+    text = " word" * 38
+    if not cfg.max_pixels:  # a model of the world
+        texts = [data.sentence(cause, world.LEFT) for cause in data.CAUSES]
+        cfg = with_words(cfg, texts)
+        size = flags.size
+        text = max(texts, key=len)
     run = Run(flags, arithmetic="bfloat16" if flags.plan == "gpu" else flags.dtype)
-    cfg, size, text = largest_scene(flags)
     fake = memory.FakeTensorMode(allow_non_fake_inputs=True)
     make = partial(memory.model_without_weights, cfg, fake, getattr(torch, flags.dtype))
     run.model = make()
@@ -766,25 +761,14 @@ def print_plan(flags):
     for optimiser, _ in run.optimisers:
         for group in optimiser.param_groups:
             group["foreach"] = flags.plan == "gpu"  # PyTorch's choice there
-    scene = memory.made_up_scene(cfg, run.piece, size, text)
-    scene["images"] = fake.from_tensor(scene["images"])
     if flags.stage == "rl" and flags.kl:
         run.reference = run.model if flags.lora else make()
+    scene = memory.made_up_scene(cfg, run.piece, size, text)
+    scene["images"] = fake.from_tensor(scene["images"])
     rollouts = f" of {flags.group} rollouts" if flags.stage == "rl" else ""
     print(f"{flags.init or flags.preset}, stage {flags.stage}: {counts(run)}; {run.piece} scenes"
           f"{rollouts} at a time, {run.arithmetic} arithmetic")
     print(memory.table(memory.peaks(run, phases_of_step(run, scene))))
-
-
-def largest_scene(flags):
-    """What a step may have to read: (Config, size (H, W) of its images, reasoning)."""
-    cfg = read_config(flags.init) if flags.init else PRESETS[flags.preset]
-    cfg = replace(cfg, **seeing(flags))
-    if cfg.max_pixels:  # NVIDIA's cameras
-        return cfg, (1080, 1920), " word" * 38
-    texts = [data.sentence(cause, world.LEFT) for cause in data.CAUSES]
-    cfg = cfg if flags.init else with_words(cfg, texts + list(data.ROUTES.values()))
-    return cfg, flags.size, max(texts, key=len)
 
 
 def phases_of_step(run, scene):

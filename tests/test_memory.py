@@ -1,6 +1,9 @@
 """
-The plan of memory: what it says before a run is what the run takes.    python -m pytest tests/test_memory.py
+The plan of memory: what it says before a run is what the run takes.
+
+    python -m pytest tests/test_memory.py
 """
+
 import re
 import sys
 
@@ -14,7 +17,9 @@ import train
 import world
 from alpamayo import PRESETS, Alpamayo, Vocabulary, with_words
 
-pytestmark = pytest.mark.in_pytorch("what is planned, and counted, is what PyTorch's lines allocate")
+pytestmark = pytest.mark.in_pytorch(
+    "what is planned, and counted, is what PyTorch's lines allocate"
+)
 TEXTS = [data.sentence(cause, world.LEFT) for cause in data.CAUSES]
 
 
@@ -24,7 +29,9 @@ def planned(monkeypatch, capsys, flags):
     train.main()
     lines = capsys.readouterr().out.splitlines()
     rows = [re.split(r" {2,}", line) for line in lines[1:]]
-    return {name: [float(cell) for cell in cells] for name, *cells in rows[1:]} | {"phases": rows[0][1:]}
+    return {name: [float(cell) for cell in cells] for name, *cells in rows[1:]} | {
+        "phases": rows[0][1:]
+    }
 
 
 def nano():
@@ -55,7 +62,14 @@ def test_a_planned_step_takes_what_pytorch_allocates(monkeypatch, capsys):
     assert total == pytest.approx(most / 2**30, rel=0.1)
 
 
-@pytest.mark.parametrize("more", ("--kl 0.1", "--policy tokens --train vlm --lora 4 --kl 0.1", "--policy tokens --checkpointing"))
+@pytest.mark.parametrize(
+    "more",
+    (
+        "--kl 0.1",
+        "--policy tokens --train vlm --lora 4 --kl 0.1",
+        "--policy tokens --checkpointing",
+    ),
+)
 def test_a_planned_step_of_rl_is_that_of_real_tensors(monkeypatch, capsys, more):
     """The same phases on tensors that have contents."""
     more = f"--stage rl --batch 2 --group 3 --max-new-tokens 12 {more}"
@@ -81,7 +95,11 @@ def test_what_saves_memory_saves_it(monkeypatch, capsys):
 
 
 def test_the_largest_preset_is_planned_and_nothing_is_allocated():
-    resident = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 2**20
+    def resident():
+        """GiB of this process."""
+        lines = open("/proc/self/status").readlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 2**20
+
     before = resident()
     fake = memory.FakeTensorMode(allow_non_fake_inputs=True)
     model = memory.model_without_weights(PRESETS["alpamayo-r1-10b"], fake)
