@@ -789,7 +789,7 @@ def phases_of_step(run, scene):
     def learn_from_rollouts():
         rewards = torch.zeros(run.piece, flags.group)
         with run.autocast:
-            losses = rl.losses_of(run.model, run.reference, scene, out, rewards, flags)
+            losses = rl.losses_of(run.model, run.reference, (scene, out), rewards, flags)
         losses["policy"].backward()
 
     return {"rollouts": try_out, "losses": learn_from_rollouts, "update": change}
