@@ -58,10 +58,10 @@ def reasons_of(text):
 def grade(said, true):
     """Reasoning quality of a trace against the true one, by the paper's rubric (0 to 5), by rule.
 
-    5 decisions and reasons as in truth; 4 the decisions, and a reason of the right kind (its side is
-    wrong, one is missing or one too many); 3 the decisions for another reason; 2 one decision, and
-    not the opposite of the other; 1 one decision and the other opposite (goes on where it should
-    slow down), or a true reason for wrong decisions; 0 neither, or no decision of the closed set."""
+    5 decisions and reasons as in truth; 4 the decisions, and a reason of the right kind (its side
+    is wrong, one is missing or one too many); 3 the decisions for another reason; 2 one decision,
+    and not the opposite of the other; 1 one decision and the other opposite (goes on where it
+    should slow down), or a true reason for wrong decisions; 0 neither, or no decision."""
     ours, theirs = decisions(said), decisions(true)
     if ours is None or theirs is None:
         return 0
@@ -115,7 +115,7 @@ def with_history(history, future):
 
 
 def agrees_along(decision, actions, speed):
-    """Whether a path does a longitudinal decision, by meta-actions (64,) and speeds (65,) in m/s."""
+    """Whether a path does a longitudinal decision: meta-actions (64,), speeds (65,) in m/s."""
     names = [LONGITUDINAL_META[i] for i in actions.tolist()]
     slows = not {"gentle decelerate", "strong decelerate", "stop"}.isdisjoint(names)
     speeds_up = not {"gentle accelerate", "strong accelerate"}.isdisjoint(names)
@@ -335,7 +335,7 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
         for i, group in enumerate(groups):
             rewards = group.rewards["total"].to(device)
             with autocast:
-                losses = losses_of(model, reference, group, rewards, flags, old[i])
+                losses = losses_of(model, reference, *group[:2], rewards, flags, old[i])
             loss = losses.pop("policy")
             expect_finite(number, f"loss `{flags.objective}`", loss)
             (loss / len(groups)).backward()
@@ -357,9 +357,8 @@ def try_out(model, scene, flags, seed):
     )  # fmt: skip
 
 
-def losses_of(model, reference, group, rewards, flags, old=None):
-    """`rl_losses` of a Group; rewards (B, G); reference: the frozen model of the KL term, or None."""
-    scene, rollout = group[:2]
+def losses_of(model, reference, scene, rollout, rewards, flags, old=None):
+    """`rl_losses` of a Rollout; rewards (B, G); reference: the KL term's frozen model, or None."""
     replay = None
     if reference:
         with without_adapters(reference):
