@@ -6,7 +6,6 @@
 A link such as [`Expert`](alpamayo.py#L900) names a definition; where several have the name, it says
 which: [`Alpamayo.forward`](alpamayo.py#L500). A flag, [`--train`](train.py#L80), is where it is
 added."""
-import ast
 import contextlib
 import io
 import os
@@ -50,28 +49,20 @@ def beside(page, path):
 
 @cache
 def definitions(file):
-    """{name: line} of a Python file: functions, classes, methods and what is assigned outside of
-    functions, by their dotted names; flags as `--name`."""
+    """{name: line} of a Python file: what stands at its margin, methods and fields as `Class.name`,
+    flags as `--name`."""
     found = {}
-
-    def visit(body, prefix):
-        for node in body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                found.setdefault(prefix + node.name, node.lineno)
-            if isinstance(node, ast.ClassDef):
-                visit(node.body, f"{prefix}{node.name}.")
-            if isinstance(node, ast.Assign):
-                targets = node.targets
-            else:
-                targets = [node.target] if isinstance(node, ast.AnnAssign) else []
-            for name in (n for target in targets for n in ast.walk(target)):
-                if isinstance(name, ast.Name):
-                    found.setdefault(prefix + name.id, node.lineno)
-
-    visit(ast.parse(text_of(file)).body, "")
+    owner = ""
     for number, line in enumerate(text_of(file).splitlines(), 1):
         for flag in re.findall(r'"(--[a-z][\w-]*)"', line):
             found.setdefault(flag, number)
+        match = re.match(r"(?:def |class )?(\w+)(?: = |: |\(|:)", line)
+        if match:
+            owner = match[1] if line.startswith("class ") else ""
+            found.setdefault(match[1], number)
+        match = re.match(r"    (?:def (\w+)\(|(\w+): \w+ = )", line)
+        if match and owner:
+            found.setdefault(f"{owner}.{match[1] or match[2]}", number)
     return found
 
 
