@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import data
 import world
-from alpamayo import PRESETS, Config, VisionTower, rope
+from alpamayo import PRESETS, Config, VisionTower
 from sample import CAMERAS, PAST, STYLE, TRUTH, load_model, measure, world_scene, world_view
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,12 +124,12 @@ def train_missing(args):
 @torch.no_grad()
 def flops(model, scene):
     """FLOPs of a scene's matrix products: {vision, prefill}."""
-    lm, vision, prefill = model.vlm.model.language_model, FlopCounterMode(display=False), FlopCounterMode(display=False)
+    vision, prefill = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH):  # a CPU's fused attention is not counted
         with vision:
-            x, positions, seen, _ = model.embed_prompt(scene, reason=False)
+            prompt = model.embed_prompt(scene, reason=False)
         with prefill:
-            lm(x, *rope(positions, model.cfg, x.dtype), seen=seen)
+            model.prefill(prompt)
     return {"vision": vision.get_total_flops(), "prefill": prefill.get_total_flops()}
 
 
@@ -156,7 +156,7 @@ def compare(args):
         row["relative"] = [a / b - 1 for a, b in zip(row["minade"], rows[WAYS[0].name]["minade"])]
     pictures = model.cfg.frames // model.cfg.temporal_patch * len(model.cfg.cameras)
     for name, model in firsts.items():
-        places = model.embed_prompt(one, reason=False)[2][0]  # (1, V)
+        places = model.embed_prompt(one, reason=False).image_at  # (1, V)
         parameters = [p.numel() for part in encoder_of(model.vlm.model.visual) for p in part.parameters()]
         rows[name] |= {"tokens": places.shape[1] / pictures, "parameters": sum(parameters), "flops": flops(model, one)}
         rows[name] |= {"ms": [], "ms_among": []}
@@ -225,17 +225,16 @@ def looked_at(model, scene):
         planes = [plane.unflatten(0, (B, -1))[:, -1] for plane in caught]  # (B, rows, columns, C), of the newest time
         return [(plane - plane.mean(0)).norm(dim=-1).cpu() for plane in planes]
     if cfg.vision == "flex":
-        remember = lambda attn, inputs: caught.append(attn.heads(*inputs[:3]))
+        remember = lambda attn, inputs: caught.append(attn.heads(*inputs[:2]))
         hook = tower.flex.blocks[-1].attn.register_forward_pre_hook(remember)
         model.look(scene)
         hook.remove()
         (q, k, _), K = caught[0], cfg.flex_tokens
         return by_group((q[:, :, :K] @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean((1, 2))[:, K:].cpu())
-    was, share = cfg.keep, 1.0
-    for cfg.keep in (1.0, *SHARES_KEPT):  # descending
-        kept = model.look(scene)[-1].cpu()
-        share = torch.ones(kept.shape) if cfg.keep == 1 else share.scatter(1, kept, cfg.keep)
-    cfg.keep = was
+    share = 1.0
+    for keep in (1.0, *SHARES_KEPT):  # descending
+        kept = model.look(scene, keep).kept.cpu()
+        share = torch.ones(kept.shape) if keep == 1 else share.scatter(1, kept, keep)
     return by_group(share)
 
 

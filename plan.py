@@ -22,11 +22,12 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401, train.py takes it from here
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from alpamayo import HORIZON, ActionSpace, Alpamayo, Rollout, Vocabulary, pick, rope, split_words
+from alpamayo import HORIZON, ActionSpace, Alpamayo, Past, Rollout, Vocabulary, pick, rope
+from release import split_words
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Counting
@@ -133,12 +134,12 @@ def last_token(model, scene, group, said):
     """What `sample` does at the last of `said` tokens of a group's rollouts of each scene: its loop cannot be run without
     contents, since it ends where they say so."""
     lm, n = model.vlm.model.language_model, len(scene["route"]) * group
-    x, positions, seen, _ = model.embed_prompt(scene)
-    x, prompt = lm(x, *rope(positions, model.cfg, x.dtype), seen=seen)
+    prefix = model.prefill(model.embed_prompt(scene))
+    x = prefix.x
     token, _ = pick(model.vlm.lm_head(x[:, -1]).float().repeat_interleave(group, 0), 0.6, 0.98)
-    tails = [[a.new_zeros(n, a.shape[1], said - 1, a.shape[3]) for a in kv] for kv in prompt]
-    past = [(*kv, None, *tail, None) for kv, tail in zip(prompt, tails)]
-    at = torch.full((3, 1, 1), int(positions.max()) + said)
+    tails = [[a.new_zeros(n, a.shape[1], said - 1, a.shape[3]) for a in kv] for kv in prefix.layers]
+    past = [Past(kv, tail) for kv, tail in zip(prefix.layers, tails)]
+    at = torch.full((3, 1, 1), prefix.end + said - 1)
     x, tails = lm(lm.embed_tokens(token)[:, None], *rope(at, model.cfg, x.dtype), past)
     pick(model.vlm.lm_head(x[:, -1]).float(), 0.6, 0.98)
 
@@ -148,7 +149,8 @@ def made_up_rollout(model, scenes, group, thought, steps):
     tokens = torch.full((scenes, group, thought + (0 if steps else 2 * HORIZON)), model.vocabulary.first_action)
     tokens[..., :thought], tokens[..., thought - 1] = 0, model.vocabulary["traj_future_start"]
     flow = torch.zeros(steps + 1, scenes, group, HORIZON, 2)
-    return Rollout([], tokens, torch.full(tokens.shape, -1.0), flow[0], None, None, flow, {})
+    chosen = torch.ones_like(tokens, dtype=torch.bool)
+    return Rollout([], tokens, chosen, torch.full(tokens.shape, -1.0), flow[0], None, None, flow, {}, eta=0.5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

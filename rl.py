@@ -48,9 +48,8 @@ from tqdm import tqdm
 import data
 import motion
 import world
-from alpamayo import (
-    DT, HORIZON, OF_EXPERT, Alpamayo, Rollout, gaussian_log_prob, token_log_probs, without_adapters, yaw_of,
-)  # fmt: skip
+from alpamayo import DT, HORIZON, OF_EXPERT, Alpamayo, Rollout, yaw_of
+from memory import without_adapters
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rewards (Sec. 5.3.2). The paper gives no weights; these and the thresholds below are ours, chosen in our world.
@@ -267,50 +266,6 @@ class Judge:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Objectives
-
-
-def paper_objective(log_probs, kl, rewards, beta, kl_weight):
-    """The paper's loss (Eq. 10) of groups: log pi, KL to the SFT model and rewards, (B, G) each. The weights of a group
-    add up to 1 whatever its rewards are, so it also makes likelier what all of a group said: the KL term holds that."""
-    weights = (beta * (rewards - rewards.mean(1, keepdim=True))).softmax(1)
-    return -(weights * (log_probs - kl_weight * kl)).sum(1).mean()
-
-
-def clipped_objective(log_probs, old, kl, rewards, kl_weight, low=0.2, high=0.28):
-    """The clipped surrogate of groups, of each decision by itself: log pi and that of the rollout (B, G, K), 0 in both
-    where there is none; KL and rewards (B, G)."""
-    advantage = (rewards - rewards.mean(1, keepdim=True))[..., None]
-    ratio = (log_probs - old).exp()
-    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
-    return -(torch.where(old == 0, 0, surrogate).sum(2) - kl_weight * kl).mean()
-
-
-def decisions_of(replayed, out, flags):
-    """What the policy decided in a Rollout, from its `replay`: log-probabilities (B, G, T) of its tokens, and (B, G, S) of
-    those steps of its flow that are random, or None."""
-    logits, means, stds = replayed
-    B, G = out.tokens.shape[:2]
-    said = out.log_probs != 0  # neither padding nor what had no alternative
-    tokens = token_log_probs(logits, out.tokens.flatten(0, 1), flags.temperature, flags.top_p).view(B, G, -1) * said
-    flow = [gaussian_log_prob(out.flow[i + 1].flatten(0, 1), means[i], std) for i, std in enumerate(stds) if std]
-    return tokens, torch.stack(flow, -1).view(B, G, -1) if flow else None
-
-
-def kl_of(replayed, reference, out):
-    """KL[pi || pi_SFT] in nats, (B, G) each: of the tokens, exact at each that was said, and of the flow's random steps,
-    Gaussians of one variance. From the two models' `replay`."""
-    (logits, means, stds), (its_logits, its_means, _) = replayed, reference
-    said = (out.log_probs != 0).flatten(0, 1)
-    ours, theirs = logits.log_softmax(-1), its_logits.log_softmax(-1)
-    tokens = ((ours.exp() * (ours - theirs)).sum(-1) * said).sum(1)  # (N,)
-    flow = torch.zeros_like(tokens)
-    for i, std in enumerate(stds):
-        flow = flow + ((means[i] - its_means[i]) / std).square().sum((1, 2)) / 2 if std else flow
-    return tokens.view(out.tokens.shape[:2]), flow.view(out.tokens.shape[:2])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Curation (Sec. 5.3.3): scenes on which the model's ranking of its rollouts is not the rewards'
 
 
@@ -354,29 +309,13 @@ def try_out(model, scene, flags, seed):
 
 
 def loss_of(model, reference, scene, out, rewards, flags, old=None):
-    """The loss of a batch of groups; the log-probabilities of its decisions, tokens (B, G, T) and flow steps (B, G, S) or
-    None; and what to look at, {name: scalar}. old: those log-probabilities before the first update."""
-    replayed = model.replay(scene, out, flags.eta)
-    ours, kl = decisions_of(replayed, out, flags), [torch.zeros_like(rewards)] * 2
+    """The losses of a batch of groups, see `Alpamayo.rl_losses`. old: log-probabilities before the first update."""
+    its = None
     if reference:
         with without_adapters(reference):
-            its = reference.replay(scene, out, flags.eta)
-        kl = kl_of(replayed, its, out)
-    loss = 0.0
-    for k, weight in enumerate((1.0, flags.flow_weight)):
-        if ours[k] is None:
-            continue
-        if flags.objective == "paper":
-            one = paper_objective(ours[k].sum(2), kl[k], rewards, flags.beta, flags.kl)
-        else:
-            one = clipped_objective(ours[k], (old or ours)[k].detach(), kl[k], rewards, flags.kl)
-        loss = loss + weight * one
-    said = (out.log_probs != 0).flatten(0, 1)
-    p = (replayed[0].detach() / flags.temperature).log_softmax(-1)
-    entropy = (-(p.exp() * p).sum(-1) * said).sum() / said.sum().clamp(min=1)
-    look = {"length": said.sum() / said.shape[0], "entropy": entropy, "kl": kl[0].mean(), "kl_flow": kl[1].mean(),
-            "mismatch": (ours[0].detach() - out.log_probs).abs().max()}  # fmt: skip
-    return loss, [a if a is None else a.detach() for a in ours], {k: v.detach() for k, v in look.items()}
+            its = reference.replay(scene, out)
+    return model(scene, "rl", rollout=out, rewards=rewards, objective=flags.objective, beta=flags.beta, kl=flags.kl,
+                 flow_weight=flags.flow_weight, reference=its, old=old)
 
 
 class Groups(NamedTuple):
@@ -391,7 +330,6 @@ class Groups(NamedTuple):
 def step(model, reference, optimisers, scenes, number, known, flags, device, autocast, judge=None):
     """Try out, reward, learn: step `number` of a run. `known` (scenes,), the divergences, is brought up to date. Returns
     what the log says of it."""
-    model.cfg.reasoning = "on"
     numbers, drawn = choose(known, number, len(scenes), flags)
     piece, pieces = max(1, len(numbers) // flags.accumulate), []
     for i in range(0, len(numbers), piece):
@@ -410,7 +348,8 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
         for i, groups in enumerate(pieces):
             rewards = groups.parts["total"].to(device)
             with autocast:
-                loss, decided, look = loss_of(model, reference, groups.scene, groups.out, rewards, flags, old[i])
+                look = loss_of(model, reference, groups.scene, groups.out, rewards, flags, old[i])
+            loss, decided = look.pop("policy"), look.pop("log_probs")
             expect_finite(number, f"loss `{flags.objective}`", loss)
             old[i] = old[i] or decided
             (loss / len(pieces)).backward()

@@ -38,10 +38,9 @@ import data
 import plan
 import rl
 import world
-from alpamayo import (
-    OF_EXPERT, PRESETS, Alpamayo, Vocabulary, add_adapters, checkpoint_activations, read_config, with_words,
-    write_atomically,
-)  # fmt: skip
+from alpamayo import OF_EXPERT, PRESETS, Alpamayo, Vocabulary, read_config, with_words
+from memory import add_adapters, checkpoint_activations
+from release import write_atomically
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -286,7 +285,6 @@ def prepare(model, flags):
 def supervised_step(model, params, optimisers, scenes, step, flags, rank, world_size, device, autocast):
     """A step of the stages `action` and `reason`. Returns what the log says of it, `tokens` and all."""
     stage = stage_at(step, flags)
-    model.cfg.reasoning = "on" if stage == "reason" else "off"
     at_once = flags.drive_every and step % flags.drive_every == 1 % flags.drive_every
     lesson = "action" if at_once else stage
     # The action tokens are costly; without reasoning they are all that the language model learns from.
@@ -314,7 +312,8 @@ def supervised_step(model, params, optimisers, scenes, step, flags, rank, world_
 def backward(model, scene, lesson, tail, flags, generator, autocast):
     """The losses of a piece of the batch; their gradients are added to those of the pieces before."""
     with autocast:
-        losses = model(scene, lesson, tail, flags.flow_samples, generator=generator, hide_actions=flags.hide_actions)
+        losses = model(scene, lesson, action_tokens=tail, flow_samples=flags.flow_samples, generator=generator,
+                       hide_actions=flags.hide_actions)
         loss = total_loss(losses, flags) / flags.accumulate
     loss.backward()
     return losses
@@ -372,7 +371,7 @@ def validate(model, scenes, stage, flags, rank, world_size, device, autocast):
 def save(model, optimisers, step, flags, known=None):
     """The checkpoint to use, and then one file with what has been learned and is needed to go on. Each is written whole
     or not at all. known: what stage `rl` knows of its scenes."""
-    model.save_pretrained(flags.out)
+    model.save_pretrained(flags.out, reasoning="off" if stage_at(step - 1, flags) == "action" else "on")
     names = {p: n for n, p in model.named_parameters()}
     tensors = {f"model.{n}": p.detach().contiguous() for p, n in names.items() if p.requires_grad}
     for optimiser, _ in optimisers:
@@ -560,7 +559,7 @@ def print_plan(flags):
         out = plan.made_up_rollout(model, piece, flags.group, flags.max_new_tokens, 0 if tokens else flags.flow_steps)
         try_out, learn, rewards = autocast(plan.last_token), autocast(rl.loss_of), torch.zeros(piece, flags.group)
         phases = {"rollouts": lambda: try_out(model, scene, flags.group, out.tokens.shape[2]),
-                  "losses": lambda: learn(model, reference, scene, out, rewards, flags)[0].backward()} | phases  # fmt: skip
+                  "losses": lambda: learn(model, reference, scene, out, rewards, flags)["policy"].backward()} | phases  # fmt: skip
     else:
         lesson, generator = "action" if flags.stage == "action" else "reason", torch.Generator().manual_seed(flags.seed)
         phases = {"losses": lambda: backward(model, scene, lesson, True, flags, generator, autocast)} | phases

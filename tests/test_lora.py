@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 import data
 import train
-from alpamayo import Alpamayo, Layer, VisionBlock, Vocabulary, add_adapters, checkpoint_activations, without_adapters
+from alpamayo import Alpamayo, Layer, VisionBlock, Vocabulary
+from memory import add_adapters, checkpoint_activations, without_adapters
 from test_train import assert_same_run, cache, command, killed_and_resumed, log  # noqa: F401
 from test_vision import TINY
 

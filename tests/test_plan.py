@@ -70,7 +70,7 @@ def test_a_planned_step_of_rl_is_that_of_real_tensors(monkeypatch, capsys, more)
     out = plan.made_up_rollout(model, 2, 3, 12, 0 if flags.policy == "tokens" else flags.flow_steps)
     found = plan.peaks(model, [optimiser for optimiser, _ in optimisers], {
         "rollouts": lambda: plan.last_token(model, scene, 3, out.tokens.shape[2]),
-        "losses": lambda: rl.loss_of(model, reference, scene, out, torch.zeros(2, 3), flags)[0].backward(),
+        "losses": lambda: rl.loss_of(model, reference, scene, out, torch.zeros(2, 3), flags)["policy"].backward(),
         "update": lambda: train.update(params, optimisers, 0, flags),
     }, None if flags.lora else reference)  # fmt: skip
     for i, phase in enumerate(("rollouts", "losses")):

@@ -181,10 +181,10 @@ def test_the_route_is_read(checkpoint):
     model = Alpamayo.from_pretrained(checkpoint)
     scene = data.make_scenes(range(world.SEEDS["val"], world.SEEDS["val"] + 2), size=(64, 128))
     scene["route"] = ["turn left", "go straight"]
-    ids = model.embed_prompt(scene)[3]
+    ids = model.embed_prompt(scene).ids
     words = [model.vocabulary.decode([i for i in row.tolist() if i < model.cfg.text_vocab]) for row in ids]
     assert "turn left" in words[0] and "go straight" in words[1]
     scene.pop("route")
-    assert model.embed_prompt(scene)[3].shape[1] == ids.shape[1] - 4  # two words between two marks
+    assert model.embed_prompt(scene).ids.shape[1] == ids.shape[1] - 4  # two words between two marks
     with pytest.raises(ValueError, match="route"):
         model.embed_prompt(scene | {"route": ["turn left", ""]})

@@ -183,7 +183,7 @@ def test_the_expert_learns_a_batch_by_heart(scene):  # noqa: F811
     model.init_weights(torch.Generator().manual_seed(3))
     optimiser, losses = torch.optim.AdamW(model.parameters(), lr=0.02), []
     for _ in range(26):
-        loss = model(scene, "action", False, 2, generator=torch.Generator().manual_seed(4))["flow"]
+        loss = model(scene, "action", action_tokens=False, flow_samples=2, generator=torch.Generator().manual_seed(4))["flow"]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alpamayo import DT, write_json
+from alpamayo import DT
+from release import write_json
 from clips import CAMERAS, ClipScenes, read_clips, read_json, read_reasoning
 from data import COMPONENTS, LATERAL, LONGITUDINAL, decisions
 from motion import LATERAL_META, LEAD, LONGITUDINAL_META, key_frames, meta_actions, segments, smooth_motion
