@@ -22,29 +22,26 @@ the expert learns from the cache and never changes it (knowledge insulation, Sec
 
 Training has three stages, all of them in `Alpamayo.forward`:
 
-    stage   what learns               what is frozen     loss                          paper
-    action  language model + tower    nothing            cross-entropy of the action   Sec. 5.1
-                                                         tokens
-            action expert             the cache it reads flow matching                 Eq. 6, 7
-    reason  the same                  the same           + cross-entropy of the Chain  Sec. 5.2, Eq. 9
-                                                         of Causation
-    rl      the same                  reference policy   GRPO: advantage times log-    Sec. 5.3, Eq. 10
-                                                         probability, less a KL term
+    stage   what learns             what is frozen      loss                           paper
+    action  tower, language model   nothing             cross-entropy, action tokens   Sec. 5.1
+            action expert           the cache it reads  flow matching                  Eq. 6, 7
+    reason  the same                the same            + Chain of Causation           Eq. 9
+    rl      the same                reference policy    GRPO: advantage times          Eq. 10
+                                                        log-probability, less KL
 
 The paper does not say whether its expert learns in stages reason and rl; ours does. The release
 freezes the language model while its expert learns (`train.py --train expert`).
 
-Conventions. x forward, y left, z up; metres, seconds; yaw left-positive. Ego frame: rear axle at t0.
-Flow time runs from noise (t = 0) to data (t = 1). Letters in shapes: B scenes, n samples of each (in
-stage rl a group of G), N = B * n, T tokens, P prompt tokens, V image tokens, H heads, K key-value
-heads, d head dimension, C channels.
+Conventions. x forward, y left, z up; metres, seconds; yaw left-positive. Ego frame: rear axle at
+t0. Flow time runs from noise (t = 0) to data (t = 1). Letters in shapes: B scenes, n samples of
+each (in stage rl a group of G), N = B * n, T tokens, P prompt tokens, V image tokens, H heads, K
+key-value heads, d head dimension, C channels.
 
 The page reads: configuration; the model with its losses and its sampler; then what it is made of,
 in the data's order: actions, tokens, seeing, reading, driving, reinforcement learning.
 """
 import math
 import os
-import re
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -61,7 +58,7 @@ from kernels.prefix_attention import prefix_attention
 from kernels.pruned_attention import pruned_attention
 from kernels.salience import column_means
 from kernels.sampler import sample_flow
-from release import NEW_TOKENS, TEXT_TOKENS, FileTokenizer, WordTokenizer, split_words
+from release import TEXT_TOKENS, Vocabulary, chat, resize, split_words
 
 # --------------------------------------------------------------------------------------------------
 # Configuration: the defaults are Alpamayo-R1-10B. A preset names what differs.
@@ -70,7 +67,6 @@ from release import NEW_TOKENS, TEXT_TOKENS, FileTokenizer, WordTokenizer, split
 @dataclass
 class Config:
     """Every number and switch of the model; a checkpoint's config.json holds them (release.py)."""
-
     # Language model: the decoder of Qwen3-VL-8B, which Cosmos-Reason2-8B is.
     n_layer: int = 36
     n_embd: int = 4096
@@ -148,21 +144,19 @@ class Config:
             raise ValueError(f"keep_at: expected a share in [0, 1), not {self.keep_at}")
         cut = any(cells % patch for cells, patch in zip(self.planes, self.planes_patch))
         if self.vision == "triplane" and cut:
-            raise ValueError(f"planes: {self.planes} are not whole patches of {self.planes_patch}")
+            raise ValueError(f"planes: {self.planes} cells are not whole patches of "
+                             f"{self.planes_patch}")
 
     @property
-    def vocab(self):
-        """Tokens in all."""
+    def vocab(self):  # tokens in all
         return release.vocab_size(vars(self))
 
     @property
-    def ego_tokens(self):
-        """Tokens of the ego history."""
+    def ego_tokens(self):  # of the ego history
         return release.EGO_TOKENS[self.ego]
 
     @property
-    def times(self):
-        """Time steps of a camera that become tokens of their own."""
+    def times(self):  # time steps of a camera that become tokens of their own
         return self.frames // self.temporal_patch if self.pair_frames else self.frames
 
 
@@ -193,7 +187,7 @@ NANO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "checkpoints", "
 
 
 def read_config(folder):
-    """Config of a checkpoint folder, ours or the release's. ValueError, FileNotFoundError: a line."""
+    """Config of a checkpoint folder, ours or the release's."""
     fields = release.read_config(folder, vars(Config()))
     try:
         return Config(**fields)
@@ -214,11 +208,10 @@ def with_words(cfg, texts):
 
 @dataclass(repr=False)
 class Rollout:
-    """n samples of each of B scenes: what the model thought, where it would drive, how it was drawn."""
-
+    """n samples of each of B scenes: what the model thought, and where it would drive."""
     reasoning: list  # B lists of n str
-    tokens: torch.Tensor  # (B, n, T): generated ids up to <|traj_future_start|> or the last action
-    #                       token, then padding
+    tokens: torch.Tensor  # (B, n, T): ids up to <|traj_future_start|> or the last action token,
+    #                       then padding
     chosen: torch.Tensor  # (B, n, T) bool: drawn by the policy; neither padding nor forced
     log_probs: torch.Tensor  # (B, n, T): of the chosen tokens as they were drawn, else 0
     actions: torch.Tensor  # (B, n, 64, 2): m/s^2, 1/m
@@ -226,9 +219,9 @@ class Rollout:
     rot: torch.Tensor  # (B, n, 64, 3, 3)
     flow: torch.Tensor  # (steps + 1, B, n, 64, 2): normalised controls from noise to data
     seconds: dict  # vision, prefill, reasoning, flow
-    temperature: float = 0.6  # how the tokens were drawn
+    temperature: float = 0.6  # how it was drawn, see `sample`
     top_p: float = 0.98
-    eta: float = 0.0  # how stochastic the flow was, see euler_step
+    eta: float = 0.0
 
     def __repr__(self):
         B, n, T = self.tokens.shape
@@ -238,9 +231,7 @@ class Rollout:
 
 class Alpamayo(nn.Module):
     """Vision tower and language model (`vlm`), action expert (`expert`), and what joins them.
-
     Read `forward` for the losses of the three stages and `sample` for look, think, drive."""
-
     def __init__(self, cfg, vocabulary=None):
         super().__init__()
         self.cfg = cfg
@@ -261,7 +252,6 @@ class Alpamayo(nn.Module):
 
     def init_weights(self, generator=None):
         """From scratch: matrices are normal with standard deviation 1 / sqrt(fan in).
-
         What a layer adds to the residual stream is zero, so training starts from the identity."""
         for name, p in self.named_parameters():
             if name.endswith(ADD_TO_RESIDUAL):
@@ -279,7 +269,6 @@ class Alpamayo(nn.Module):
     @staticmethod
     def from_pretrained(folder=NANO, dtype=torch.float32, device="cpu", **switches):
         """A checkpoint of ours, or Alpamayo-R1-10B / Alpamayo-1.5-10B as released, in eval mode.
-
         The release lacks the backbone's tokenizer.json: put it beside. switches: fields of Config
         to change, such as keep=0.5. FileNotFoundError, ValueError: one line with file and field."""
         cfg = replace(read_config(folder), **switches)
@@ -290,7 +279,6 @@ class Alpamayo(nn.Module):
 
     def save_pretrained(self, folder, dtype=None, shard_bytes=5 * 2**30, reasoning=None):
         """Write a checkpoint in the release's format.
-
         dtype: of the weights on disk, as they are where not given; reasoning: whether the saved
         model thinks before it drives, "on" or "off", as its Config says where not given."""
         release.save_weights(self, folder, dtype, shard_bytes)
@@ -304,16 +292,18 @@ class Alpamayo(nn.Module):
     # ---------------------------------------------------------------------------------- the prompt
 
     def look(self, scene, keep=None):
-        """A Scene's images (B, cameras, frames, 3, H, W) through tower and encoder: a `Seen`.
-
-        keep: share of the image tokens kept by pruning, the Config's where not given."""
+        """A Scene's images (B, cameras, frames, 3, H, W) through tower and encoder.
+        keep: share of the image tokens kept by pruning, the Config's where not given. Returns
+        tokens (B, V, n_embd), DeepStack's features (a list of the same), the grids (h, w) of tokens
+        of each image of the prompt, and which image tokens were kept, (B, V), ascending."""
         cfg = self.cfg
         tower = self.vlm.model.visual
         images = resize(scene["images"].to(self.device), cfg)
         camera_ids = scene["camera_ids"].to(self.device)
         B, cameras, frames, _, H, W = images.shape
         if (cfg.view_embed or cfg.vision != "image") and frames != cfg.frames:
-            raise ValueError(f"images: {frames} frames a camera; this model reads {cfg.frames}")
+            raise ValueError(f"images: {frames} frames of each camera; this model reads "
+                             f"{cfg.frames}")
         if cfg.pair_frames:
             images = images.view(-1, cfg.temporal_patch, 3, H, W)
         else:
@@ -321,7 +311,6 @@ class Alpamayo(nn.Module):
         times = len(images) // (B * cameras)
         h, w = H // (cfg.patch * cfg.merge), W // (cfg.patch * cfg.merge)
         view = cameras, times, h, w
-
         x, deep, kept = tower(images, B, cfg.keep if keep is None else keep)
         if cfg.vision == "image":
             tokens = tower.merger(x)
@@ -329,77 +318,57 @@ class Alpamayo(nn.Module):
                 views = self.view_embed[camera_ids].flatten(1, 2)  # (B, cameras * times, n_embd)
                 tokens = tokens + take(views, kept // (h * w)).to(tokens.dtype)
             deep = [merger(d) for merger, d in zip(tower.deepstack_merger_list, deep)]
-            return Seen(tokens, deep, [[(h, w)]] * (cameras * times), kept)
+            return tokens, deep, [[(h, w)]] * (cameras * times), kept
         if cfg.vision == "flex":
             tokens = tower.flex(x, kept, view, camera_ids)
             grids = [[(1, 1)] * cfg.flex_tokens]
         else:
-            tokens = tower.triplane(x, kept, view, *self.calibration(scene))
+            if "intrinsics" not in scene or "camera_to_ego" not in scene:
+                raise ValueError("vision = triplane: the scene's cameras are not calibrated "
+                                 "(intrinsics, camera_to_ego)")
+            lenses = [scene[k].to(self.device) for k in ("intrinsics", "camera_to_ego")]
+            tokens = tower.triplane(x, kept, view, *lenses)
             grids = [tower.triplane.grids()] * times
         every = torch.arange(tokens.shape[1], device=self.device).expand(B, -1)
-        return Seen(tokens, [], grids, every)
-
-    def calibration(self, scene):
-        """The Scene's intrinsics and camera_to_ego."""
-        if "intrinsics" not in scene or "camera_to_ego" not in scene:
-            raise ValueError(
-                "vision = triplane: the scene's cameras are not calibrated "
-                "(intrinsics, camera_to_ego)"
-            )
-        return scene["intrinsics"].to(self.device), scene["camera_to_ego"].to(self.device)
+        return tokens, [], grids, every
 
     def prompt_ids(self, camera_ids, images, reason, route=""):
         """The prompt's ids (P,): placeholders of images, ego history, route, instruction.
-
         images: for each one the grids (h, w) of its tokens. The paper leaves the form of the route
         open; here it is text between the release's route tokens."""
         cfg = self.cfg
         pads = ["<|image_pad|>" * sum(h * w for h, w in grids) for grids in images]
         history = "<|traj_history|>" * cfg.ego_tokens
         route = f"<|route_start|>{route}<|route_end|>" if route else ""
-        text = "".join(pads) + history + route
         if cfg.chat:
-            pads = [f"<|vision_start|>{pad}<|vision_end|>" for pad in pads]
-            if cfg.name_cameras and cfg.vision == "image":  # planes and scene tokens have no camera
-                pads = named_frames(pads, camera_ids)
-            task = "output the future trajectory."  # Alpamayo-1.5's words without reasoning
-            if reason:
-                thinks = "output the chain-of-thought reasoning of the driving process"
-                task = f"{thinks}, then {task}"
-            text = (
-                "<|im_start|>system\n"
-                "You are a driving assistant that generates safe and accurate actions.<|im_end|>\n"
-                f"<|im_start|>user\n{''.join(pads)}"
-                f"<|traj_history_start|>{history}<|traj_history_end|>{route}{task}<|im_end|>\n"
-                "<|im_start|>assistant\n"
-            )
+            named = cfg.name_cameras and cfg.vision == "image"  # planes and scene tokens: no camera
+            text = chat(pads, camera_ids if named else None, history, route, reason)
+        else:
+            text = "".join(pads) + history + route
         text += "<|cot_start|>" if reason else "<|traj_future_start|>"
         return torch.tensor(self.vocabulary.encode(text))
 
     def embed_prompt(self, scene, reason=True):
         """The sequence of Eq. 1 up to where the model speaks: a `Prompt`.
-
         Pruned image tokens are not in it. Kept ones have the position they would have among all."""
         cfg, vocab, device = self.cfg, self.vocabulary, self.device
-        seen = self.look(scene)
+        tokens, deep, images, kept = self.look(scene)
         cameras = scene["camera_ids"]
         if (cameras != cameras[0]).any():
-            raise ValueError(
-                "camera_ids: the scenes of a batch must have the same cameras in the same order"
-            )
+            raise ValueError("camera_ids: the scenes of a batch must have the same cameras in the "
+                             "same order")
         routes = scene["route"] if cfg.route and "route" in scene else [""] * len(cameras)
-        every = [self.prompt_ids(cameras[0].tolist(), seen.grids, reason, r) for r in routes]
+        every = [self.prompt_ids(cameras[0].tolist(), images, reason, r) for r in routes]
         if len({len(ids) for ids in every}) > 1:
-            raise ValueError(
-                "route: the routes of a batch must have the same number of tokens, or none any"
-            )
-        grids = sum(seen.grids, [])
-        positions = image_positions(every[0], vocab["image_pad"], grids).to(device)  # (3, P of all)
+            raise ValueError("route: the routes of a batch must have the same number of tokens, or "
+                             "none of them any")
+        grids = sum(images, [])
+        positions = image_positions(every[0], vocab["image_pad"], grids).to(device)
         ids = torch.stack(every).to(device)
 
         # Leave out the image tokens that were pruned.
         is_image = ids[0] == vocab["image_pad"]
-        image_at = is_image.nonzero()[:, 0][seen.kept]  # (B, V)
+        image_at = is_image.nonzero()[:, 0][kept]  # (B, V)
         text_at = (~is_image).nonzero()[:, 0].expand(len(ids), -1)
         stay = torch.cat([text_at, image_at], 1).sort().values  # (B, P)
         ids = ids.gather(1, stay)
@@ -415,12 +384,11 @@ class Alpamayo(nn.Module):
         if cfg.ego == "kinematics":
             ego = self.ego_embed(scene["ego_kinematics"].to(device))
             x = x.index_copy(1, ego_at, ego.to(x.dtype))
-        x = x.scatter(1, image_at[..., None].expand_as(seen.tokens), seen.tokens.to(x.dtype))
-        return Prompt(x, positions, image_at, seen.deep, ids)
+        x = x.scatter(1, image_at[..., None].expand_as(tokens), tokens.to(x.dtype))
+        return Prompt(x, positions, image_at, deep, ids)
 
     def prefill(self, prompt, retrieve=1.0):
         """Read the prompt: its `Prefix`, the key-value cache that all samples of a scene share.
-
         retrieve: share of the image tokens that the reasoning will read back."""
         P = prompt.x.shape[1]
         n_ask = P - 1 - int(prompt.image_at.max()) if retrieve < 1 else 0  # words behind all images
@@ -436,7 +404,6 @@ class Alpamayo(nn.Module):
 
     def forward(self, scene, stage="reason", **options):
         """The losses of a batch of Scenes (data.py), a dictionary of scalars.
-
         stage "action", "reason": `supervised_losses`; "rl": `rl_losses`. Options are theirs."""
         if stage == "rl":
             return self.rl_losses(scene, **options)
@@ -448,16 +415,13 @@ class Alpamayo(nn.Module):
     ):  # fmt: skip
         """Stages action (Sec. 5.1) and, with `reason`, reason (Sec. 5.2): cross-entropy of what the
         language model should say, and the expert's flow matching.
-
         action_tokens=False leaves the 128 out, for speed. flow_samples: noise levels a scene, which
         all read one cache; flow_t (N,) and flow_noise (N, 64, 2) fix them. hide_actions: share of
-        the scenes in which the model does not read its earlier action tokens. Not of the paper:
-        after two or three action tokens the rest can be guessed, and the expert sends the tower no
-        gradient, so the tower never learns the lane offset.
-
-        Returns `text` and `action`, mean nats a token of each kind (the release adds them), `flow`,
-        a mean square, `ade`, metres between the driven path and where the velocity points; and
-        `tokens`, how many the language model read."""
+        the scenes whose earlier action tokens are not read. Not of the paper: after two or three
+        action tokens the rest can be guessed, and the expert sends the tower no gradient, so the
+        tower never learns the lane offset.
+        Returns `text` and `action`, mean nats a token of each kind (the release adds them); `flow`,
+        a mean square; `ade`, m, of where the velocity points; `tokens`, how many were read."""
         actions = self.target_actions(scene)  # (B, 64, 2)
         prompt = self.embed_prompt(scene, reason)
         ids, ends = self.response_ids(scene, actions, reason, action_tokens)  # (B, R), (B,)
@@ -466,15 +430,13 @@ class Alpamayo(nn.Module):
             read = self.hide(read, hide_actions, generator)
         x, cache = self.read(prompt, read)
         losses = self.token_losses(x, ids, ends if action_tokens else None)
-        losses |= self.flow_losses(
-            scene, actions, prompt, cache, ends, flow_samples, flow_t, flow_noise, generator
-        )
+        noise = self.flow_noise(actions, flow_samples, flow_t, flow_noise, generator)
+        losses |= self.flow_losses(scene, actions, prompt, cache, ends, *noise)
         losses["tokens"] = torch.tensor(float(x.shape[0] * x.shape[1]))
         return losses
 
     def target_actions(self, scene):
         """Normalised controls (B, 64, 2) of the driven future, fitted to its path.
-
         A scene may bring `actions` in SI units."""
         if "actions" in scene:
             return self.action_space.normalise(scene["actions"].to(self.device))
@@ -522,10 +484,7 @@ class Alpamayo(nn.Module):
         if not R:
             return {}
         logits = self.vlm.lm_head(x[:, -R - 1 : -1]).float()
-        nats = F.cross_entropy(
-            logits.flatten(0, 1), ids.flatten(), ignore_index=-1, reduction="none"
-        )
-        nats = nats.view(B, R)
+        nats = F.cross_entropy(logits.mT, ids, ignore_index=-1, reduction="none")  # (B, R)
         losses = {}
         is_text = ids >= 0
         if ends is not None:  # action tokens: from <|traj_future_start|> to <|traj_future_end|>
@@ -537,18 +496,23 @@ class Alpamayo(nn.Module):
             losses["text"] = nats[is_text].mean()
         return losses
 
-    def flow_losses(self, scene, actions, prompt, cache, ends, n, t, noise, generator):
+    def flow_noise(self, actions, n, t=None, noise=None, generator=None):
+        """Flow times (N,) and noise (N, 64, 2) of n noise levels a scene, drawn where None."""
+        N = len(actions) * n
+        if t is None:
+            t = flow_time(N, generator, actions.device)
+        if noise is None:
+            noise = torch.randn(N, HORIZON, 2, generator=generator, device=actions.device)
+        return t, noise
+
+    def flow_losses(self, scene, actions, prompt, cache, ends, t, noise):
         """Flow matching (Eq. 6, 7): x_t lies on the straight line from noise to the controls, and
         the expert learns the line's velocity, data - noise.
-
-        actions (B, 64, 2), ends (B,): see `response_ids`; n noise levels a scene at times t (N,)
-        with noise (N, 64, 2), drawn where None. Returns `flow` and `ade`."""
+        actions (B, 64, 2), ends (B,): see `response_ids`; t (N,), noise (N, 64, 2), several a
+        scene. Returns `flow` and `ade`."""
         B, P = prompt.x.shape[:2]
+        n = len(t) // B
         device = actions.device
-        if t is None:
-            t = flow_time(B * n, generator, device)
-        if noise is None:
-            noise = torch.randn(B * n, HORIZON, 2, generator=generator, device=device)
         data = actions.repeat_interleave(n, 0)
         share = t[:, None, None]
         x_t = share * data + (1 - share) * noise
@@ -568,7 +532,6 @@ class Alpamayo(nn.Module):
 
     def velocity(self, x_t, t, past, start):
         """The expert's velocity (N, 64, 2) of noisy controls x_t (N, 64, 2) at times t (N,).
-
         past: a `Past` for every layer; its 64 tokens take the positions from start (N,) on."""
         x = self.action_in_proj(x_t, t)
         x = self.expert(x, *self.rope_of_actions(start, x.dtype), past)
@@ -589,15 +552,12 @@ class Alpamayo(nn.Module):
         reference=None, old=None,
     ):  # fmt: skip
         """Stage rl (Sec. 5.3): GRPO on a group of rollouts of each scene and their rewards (B, G).
-
         objective, beta: see `grpo`; kl: weight of the KL term to the reference policy, whose
         `replay` of the rollout is `reference`; flow_weight: of the flow's decisions beside the
-        tokens'; old: `log_probs` as they were before the first update on this rollout.
-
-        Returns `policy`, the loss; to look at: length (tokens a rollout), entropy (nats a token),
-        kl and kl_flow (nats a rollout), mismatch (largest difference between the log-probabilities
-        of rollout and replay); and `log_probs`, detached, of tokens (B, G, T) and of flow steps
-        (B, G, S) or None."""
+        tokens'; old: `log_probs` of the first update on this rollout.
+        Returns `policy`, the loss; `log_probs`, detached, of tokens (B, G, T) and flow steps
+        (B, G, S) or None; to look at: length, tokens a rollout; entropy, nats a token; kl, kl_flow,
+        nats a rollout; mismatch, how far the log-probabilities of rollout and replay differ."""
         replayed = self.replay(scene, rollout)
         tokens, flow = log_probs_of(replayed, rollout)
         kl_tokens = kl_flow = torch.zeros_like(rewards)
@@ -628,8 +588,7 @@ class Alpamayo(nn.Module):
         self, scene, n=6, temperature=0.6, top_p=0.98, steps=10, max_new_tokens=256, noise=None,
         seed=None, reason=None, decode="flow", eta=0.0,
     ):  # fmt: skip
-        """Look, think, drive: n samples of each of B scenes, each with its own reasoning (Sec. 5.1).
-
+        """Look, think, drive: n samples of B scenes, each with its own reasoning (Sec. 5.1).
         temperature 0 is greedy; top_p keeps the likeliest tokens that together have that
         probability; steps: of Euler from noise (B * n, 64, 2), drawn where not given; seed fixes
         both draws. reason=False drives without thinking; None: as the Config says. decode "flow":
@@ -641,10 +600,8 @@ class Alpamayo(nn.Module):
         reason = cfg.reasoning == "on" if reason is None else reason
         generator = torch.Generator(self.device).manual_seed(seed) if seed is not None else None
         clock = Clock(self.device)
-
         def choose(logits):
             return pick(logits, temperature, top_p, generator)
-
         prompt = self.embed_prompt(scene, reason)
         clock.lap("vision")
         prefix = self.prefill(prompt, cfg.retrieve if reason else 1.0)
@@ -661,28 +618,14 @@ class Alpamayo(nn.Module):
         clock.lap("flow")
 
         texts = self.texts_of(thought)
-
-        def by_scene(a):
-            return a.unflatten(0, (-1, n))
-
-        return Rollout(
-            reasoning=[texts[i : i + n] for i in range(0, len(texts), n)],
-            tokens=by_scene(thought.tokens),
-            chosen=by_scene(thought.chosen),
-            log_probs=by_scene(thought.log_probs),
-            actions=by_scene(actions),
-            xyz=by_scene(xyz),
-            rot=by_scene(rot),
-            flow=flow.unflatten(1, (-1, n)),
-            seconds=clock.seconds,
-            temperature=temperature,
-            top_p=top_p,
-            eta=eta,
-        )
+        reasoning = [texts[i : i + n] for i in range(0, len(texts), n)]
+        by_sample = (*thought[:3], actions, xyz, rot)  # tokens, chosen, log_probs: (N, T)
+        by_scene = [a.unflatten(0, (-1, n)) for a in by_sample]
+        flow = flow.unflatten(1, (-1, n))
+        return Rollout(reasoning, *by_scene, flow, clock.seconds, temperature, top_p, eta)
 
     def think(self, prefix, n, reason, due, max_new_tokens, choose):
         """Say the reasoning token by token, and then `due` action tokens: a `Thought` of N samples.
-
         choose: logits (N, vocab) to tokens and log-probabilities (N,). Ends when every sample has
         said <|traj_future_start|>, whose keys and values belong to what the expert reads."""
         lm, vocab = self.vlm.model.language_model, self.vocabulary
@@ -706,7 +649,6 @@ class Alpamayo(nn.Module):
             said.append((token, chosen, log_prob * chosen))
             length = torch.where(thinking, step + 1, length)
             thinking = thinking & (token != vocab["traj_future_start"])
-
             position = torch.full((3, 1, 1), prefix.end + step, device=x.device)
             past = [Past(kv, own) for kv, own in zip(prefix.read, tail)]
             x = lm.embed_tokens(token)[:, None]
@@ -747,7 +689,7 @@ class Alpamayo(nn.Module):
     def drive(self, prefix, thought, steps, noise=None, eta=0.0, generator=None):
         """Euler steps of the flow from noise (N, 64, 2) to controls, Eq. 7 from t = 0 to 1: all of
         them, (steps + 1, N, 64, 2). eta: see euler_step."""
-        N = len(thought.tokens)
+        N, T = thought.tokens.shape
         device = thought.tokens.device
         if noise is None:
             noise = torch.randn(N, HORIZON, 2, generator=generator, device=device)
@@ -759,10 +701,10 @@ class Alpamayo(nn.Module):
         if eta == 0 and by_hand(device, dtype):
             parts = self.expert, self.action_in_proj, self.action_out_proj
             cos, sin = self.rope_of_actions(start, dtype)
-            seen = torch.arange(tail_length(thought.tail), device=device) < thought.length[:, None]
+            seen = torch.arange(T, device=device) < thought.length[:, None]
             tail = [kv or (None, None) for kv in thought.tail]
             return sample_flow(*parts, steps, x, cos, sin, prefix.layers, tail, seen)
-        past = self.expert_past(prefix, thought.tail, thought.length)
+        past = self.expert_past(prefix, thought.tail, T, thought.length)
         flow = [x]
         for i in range(steps):
             t = i / steps
@@ -773,17 +715,15 @@ class Alpamayo(nn.Module):
             flow.append(x)
         return torch.stack(flow)
 
-    def expert_past(self, prefix, tail, length):
-        """The expert's `Past` of every layer: the prompt, and of a sample's own tokens the first
+    def expert_past(self, prefix, tail, T, length):
+        """The expert's `Past` of every layer: the prompt, and of a sample's own T tokens the first
         length (N,). The stop-gradient is here too."""
-        S = tail_length(tail)
-        at = torch.arange(S + HORIZON, device=length.device)
-        mask = (at < length[:, None]) | (at >= S)  # (N, S + 64): its 64 tokens see one another
+        at = torch.arange(T + HORIZON, device=length.device)
+        mask = (at < length[:, None]) | (at >= T)  # (N, T + 64): its 64 tokens see one another
         return [Past(kv, own, None, mask[:, None]).detach() for kv, own in zip(prefix.layers, tail)]
 
     def replay(self, scene, rollout):
         """The passes of a Rollout once more, all at once and with gradients: a `Replay`.
-
         The prompt is read once, the n samples' tokens stand behind it side by side. ValueError
         where the reasoning reads only a share of the cache (retrieve < 1)."""
         cfg, lm = self.cfg, self.vlm.model.language_model
@@ -811,8 +751,7 @@ class Alpamayo(nn.Module):
             # Each token was predicted from the one before, the first from the prompt's last.
             y = torch.cat([prefix.x.repeat_interleave(n, 0), y[:, :-1]], 1)
             logits = self.allowed(self.vlm.lm_head(y).float(), at >= length[:, None])
-
-        past = self.expert_past(prefix, tail, length)
+        past = self.expert_past(prefix, tail, T, length)
         steps = len(rollout.flow) - 1
         means, stds = [], []
         for i, x in enumerate(rollout.flow[:-1].flatten(1, 2)):
@@ -825,7 +764,7 @@ class Alpamayo(nn.Module):
 
 
 def load_model(folder=NANO, **switches):
-    """A checkpoint where it runs best: a GPU if there is one, there the release's size in bfloat16."""
+    """A checkpoint where it runs best: on a GPU if there is one, a large one in bfloat16."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     large = read_config(folder).max_pixels > 0
     dtype = torch.bfloat16 if large and device == "cuda" else torch.float32
@@ -835,18 +774,8 @@ def load_model(folder=NANO, **switches):
 # What joins the parts. Each travels from one method to the next.
 
 
-class Seen(NamedTuple):
-    """What the vision encoder made of a Scene."""
-
-    tokens: torch.Tensor  # (B, V, n_embd)
-    deep: list  # DeepStack features, each like tokens
-    grids: list  # of each image of the prompt a list of grids (h, w) of tokens
-    kept: torch.Tensor  # (B, V): which of all image tokens were kept, ascending
-
-
 class Prompt(NamedTuple):
     """The prompt as the decoder reads it."""
-
     x: torch.Tensor  # (B, P, n_embd)
     positions: torch.Tensor  # (3, B, P): M-RoPE
     image_at: torch.Tensor  # (B, V): where the image tokens are
@@ -856,7 +785,6 @@ class Prompt(NamedTuple):
 
 class Prefix(NamedTuple):
     """The prompt once it was read: what all samples of a scene share."""
-
     layers: list  # of each layer keys and values (B, K, P, d)
     read: list  # the same, or the share of it that the reasoning reads back
     x: torch.Tensor  # (B, 1, C): the last hidden state
@@ -865,7 +793,6 @@ class Prefix(NamedTuple):
 
 class Thought(NamedTuple):
     """What N samples said."""
-
     tokens: torch.Tensor  # (N, T)
     chosen: torch.Tensor  # (N, T) bool: drawn, neither padding nor forced
     log_probs: torch.Tensor  # (N, T): of the chosen tokens, else 0
@@ -876,7 +803,6 @@ class Thought(NamedTuple):
 class Past(NamedTuple):
     """What a layer's queries read beside their own tokens: the prompt that a scene's samples share,
     stored once, and each sample's own tail."""
-
     prefix: tuple  # keys and values (B, K, P, d)
     tail: tuple = None  # keys and values (N, K, S, d)
     prefix_mask: torch.Tensor = None  # (B, P) bool; None: all are seen
@@ -890,33 +816,23 @@ class Past(NamedTuple):
 
 class Replay(NamedTuple):
     """A Rollout's passes once more."""
-
     logits: torch.Tensor  # (N, T, vocab), disallowed tokens masked
     means: torch.Tensor  # (steps, N, 64, 2): of the flow's next controls; None without a flow
     stds: list  # of each step, a float
 
 
-def tail_length(tail):
-    """How many tokens the samples have said, of each layer's keys and values or None."""
-    return tail[0][0].shape[2] if tail[0] else 0
-
-
 def check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta):
     """ValueError where `sample` is asked for what cannot be."""
     if not (min(n, steps, max_new_tokens) >= 1 and temperature >= 0 and 0 < top_p <= 1):
-        raise ValueError(
-            "sample: n, steps and max_new_tokens must be 1 or more, temperature 0 or more, "
-            "top_p in (0, 1]"
-        )
+        raise ValueError("sample: n, steps and max_new_tokens must be 1 or more, temperature 0 or "
+                         "more, top_p in (0, 1]")
     if decode not in ("flow", "tokens") or not 0 <= eta <= 1:
-        raise ValueError(
-            f"sample: decode must be flow or tokens, eta in [0, 1], not {decode!r} and {eta}"
-        )
+        raise ValueError(f"sample: decode must be flow or tokens, eta in [0, 1], not {decode!r} "
+                         f"and {eta}")
 
 
 class Clock:
     """Seconds of each stage of work that is really finished."""
-
     def __init__(self, device):
         self.cuda = torch.device(device).type == "cuda"
         self.seconds = {}
@@ -931,25 +847,12 @@ class Clock:
         self.last = now
 
 
-# How the names of the expert's parameters begin.
+# How the names begin of the expert's parameters, and end of those that `init_weights` treats apart.
 OF_EXPERT = ("expert.", "action_in_proj.", "action_out_proj.")
-# How the names of those end that `init_weights` treats apart.
-ADD_TO_RESIDUAL = (
-    "o_proj.weight",
-    "down_proj.weight",
-    "attn.proj.weight",
-    "mlp.linear_fc2.weight",
-    "action_out_proj.weight",
-)
-LEARNED_TABLES = (
-    "embed_tokens.weight",
-    "pos_embed.weight",
-    "view_embed",
-    ".queries",
-    ".times",
-    ".tokens",
-    ".views",
-)
+ADD_TO_RESIDUAL = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight",
+                   "action_out_proj.weight")  # fmt: skip
+LEARNED_TABLES = ("embed_tokens.weight", "pos_embed.weight", "view_embed", ".queries", ".times",
+                  ".tokens", ".views")  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
 # Actions: a path of 64 poses at 10 Hz <-> 64 pairs of acceleration and curvature of a unicycle
@@ -976,7 +879,6 @@ def rot_of(yaw):
 
 def roll_out(actions, v0):
     """Drive a unicycle from the origin of the ego frame, in Euler steps of 0.1 s (Eq. 5).
-
     actions (..., 64, 2): acceleration m/s^2, curvature 1/m (left-positive); v0 (...): m/s at t0.
     Returns xyz (..., 64, 3) in metres, with z = 0, and rot (..., 64, 3, 3)."""
     if by_hand(actions.device, actions.dtype, even_32_bit=True):
@@ -999,24 +901,15 @@ def ade(path, truth):
     return (path - truth)[..., :2].norm(dim=-1).mean(-1)
 
 
-def differences(n, order):
-    """The matrix (n - order, n) of finite differences of that order, divided by DT^order."""
-    D = torch.eye(n, dtype=torch.float64)
-    for _ in range(order):
-        D = (D[1:] - D[:-1]) / DT
-    return D
-
-
 def smooth_solve(A, b, order, smooth, ridge, first=None):
     """Least squares with Tikhonov regularisation:
-
         argmin_x |A x - b|^2 + smooth |D x|^2 + ridge |x|^2,  D the differences of that order
 
     A (..., m, n), b (..., m); first (...): a known x[0]. Normal equations by Cholesky in float64:
     third differences of 64 values at 10 Hz reach 1e6, too much for float32."""
     n = A.shape[-1]
-    D = differences(n, order).to(A.device)
     eye = torch.eye(n, dtype=torch.float64, device=A.device)
+    D = eye.diff(n=order, dim=0) / DT**order
     M = A.mT @ A + smooth * D.mT @ D + ridge * eye
     rhs = A.mT @ b[..., None]  # (..., n, 1)
     if first is None:
@@ -1050,7 +943,7 @@ def fit_speed(xy, yaw, v0=None):
 
 
 def initial_speed(history_xyz, history_rot):
-    """Speed in m/s at t0, (...), of ego_history_xyz (..., T, 3) and ego_history_rot (..., T, 3, 3)."""
+    """Speed (...) in m/s at t0 of history_xyz (..., T, 3) and history_rot (..., T, 3, 3)."""
     yaw = unwrap(yaw_of(history_rot.double()))
     speed = fit_speed(history_xyz[..., :2].double(), yaw)
     return speed[..., -1].to(history_xyz.dtype)
@@ -1060,8 +953,8 @@ def fit_actions(history_xyz, history_rot, future_xyz, future_rot):
     """Acceleration and curvature (..., 64, 2) in m/s^2 and 1/m of a driven path, smoothed against
     sensor noise (Sec. 3.2.2), as the release fits them.
 
-    history (..., 16, 3[, 3]) and future (..., 64, 3[, 3]) in the ego frame at t0. Four least-squares
-    problems in turn: heading, speed, acceleration, curvature. Where the car hardly moves, curvature
+    history (..., 16, 3[, 3]) and future (..., 64, 3[, 3]) in the ego frame at t0. Four least
+    squares in turn: heading, speed, acceleration, curvature. Where the car hardly moves, curvature
     is 0 / 0 and the fit invents wild values. So it is clamped to +-0.33 1/m, and is 0 where either
     end of the step is slower than 0.6 m/s. No other step changes."""
     eye = torch.eye(HORIZON + 1, dtype=torch.float64, device=future_xyz.device)
@@ -1081,7 +974,6 @@ def fit_actions(history_xyz, history_rot, future_xyz, future_rot):
 
 class ActionSpace(nn.Module):
     """Controls in SI units <-> numbers of mean 0 and standard deviation about 1."""
-
     def __init__(self, cfg):
         super().__init__()
         for name in ("accel_mean", "accel_std", "curvature_mean", "curvature_std"):
@@ -1105,75 +997,8 @@ class ActionSpace(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Tokens. One vocabulary: text, then <i0> <i1> ... (action bins, then history bins), then the
-# release's special tokens.
-
-CAMERA_NAMES = {  # by camera id, as Alpamayo-1.5 calls them
-    0: "Front left camera",
-    1: "Front camera",
-    2: "Front right camera",
-    3: "Rear left camera",
-    4: "Rear camera",
-    5: "Rear right camera",
-    6: "Front telephoto camera",
-}
-
-
-def named_frames(pads, camera_ids):
-    """The images' placeholders with Alpamayo-1.5's words: "Front camera: frame 0 " and so on."""
-    times = len(pads) // len(camera_ids)
-    named = []
-    for i, pad in enumerate(pads):
-        camera, frame = divmod(i, times)
-        name = f"{CAMERA_NAMES[camera_ids[camera]]}: " if frame == 0 else ""
-        named.append(f"{name}frame {frame} {pad}")
-    return named
-
-
-class Vocabulary:
-    """Text <-> ids of the whole model. `ids` maps every special token to its number."""
-
-    def __init__(self, cfg, folder=None):
-        path = os.path.join(folder or "", "tokenizer.json")
-        if folder and os.path.exists(path):
-            self.text = FileTokenizer(path)
-            self.path = path
-            self.ids = {token: self.text.tokenizer.token_to_id(token) for token in TEXT_TOKENS}
-            if len(self.text) != cfg.text_vocab:
-                raise ValueError(
-                    f"{path}: {len(self.text)} tokens, "
-                    f"traj_token_start_idx in config.json is {cfg.text_vocab}"
-                )
-        elif not cfg.chat:  # a model from scratch needs no words but its own
-            self.text = WordTokenizer(cfg.words)
-            self.path = None
-            self.ids = {token: len(self.text) + i for i, token in enumerate(TEXT_TOKENS)}
-        else:
-            raise FileNotFoundError(
-                f"{path}: missing; copy the backbone's there (Qwen3-VL-8B's for the release)"
-            )
-        self.first_action = cfg.text_vocab
-        self.first_history = self.first_action + cfg.bins
-        first_new = self.first_history + cfg.history_bins
-        self.ids |= {token: first_new + i for i, token in enumerate(NEW_TOKENS)}
-
-    def __getitem__(self, name):
-        return self.ids[f"<|{name}|>"]
-
-    def encode(self, text):
-        """Text, possibly with <|special|> tokens in it, to a list of ids."""
-        ids = []
-        for piece in re.split(r"(<\|[a-z_]+\|>)", text):
-            if piece in self.ids:
-                ids.append(self.ids[piece])
-            elif piece:
-                ids += self.text.encode(piece)
-        return ids
-
-    def decode(self, ids):
-        """The text of a list of ids; trajectory and special tokens are left out."""
-        special = set(self.ids.values())
-        return self.text.decode([i for i in ids if i < self.first_action and i not in special])
+# Tokens. One vocabulary (release.Vocabulary): text, then <i0> <i1> ... (action bins, then history
+# bins), then the release's special tokens.
 
 
 def to_bins(x, low, high, bins):
@@ -1189,18 +1014,16 @@ def from_bins(i, low, high, bins):
 
 def history_bins(history_xyz, bins):
     """Ego history (B, 16, 3) to 48 bin numbers (B, 48): steps in x, y, z within +-4, +-4, +-10 m.
-
-    The release takes the first step from the ego frame's origin, some 20 m ahead at speed, so its x
-    is nearly always the lowest bin."""
+    The release takes the first step from the ego frame's origin, some 20 m ahead at speed, so its
+    x is nearly always the lowest bin."""
     step = F.pad(history_xyz, (0, 0, 1, 0)).diff(dim=1)
     high = torch.tensor([4.0, 4.0, 10.0], device=step.device)
     return to_bins(step, -high, high, bins).flatten(1)
 
 
 class EgoEmbed(nn.Module):
-    """ego = "kinematics": speed, acceleration, steering angle and turn signal (B, 20, 4) to 4 tokens
-    of half a second each. Ours; it is what the paper's labellers were shown."""
-
+    """ego = "kinematics": speed, acceleration, steering and turn signal (B, 20, 4) to 4 tokens of
+    half a second each. Ours; it is what the paper's labellers were shown."""
     def __init__(self, cfg):
         super().__init__()
         self.fc1 = nn.Linear(20, cfg.n_embd)
@@ -1218,11 +1041,10 @@ class EgoEmbed(nn.Module):
 
 def project(points, intrinsics):
     """Pixels of points (..., 3) in camera axes, and whether the camera sees them.
-
     intrinsics (10,), or any (..., 10) that broadcasts to points: kind, width, height, cx, cy, a0,
     a1, a2, a3, a4. Kind 0 is f-theta: pixel radius = a0 + a1 th + ... + a4 th^4, with th the angle
     off the optical axis in rad. Kind 1 is a pinhole: a0 = fx, a1 = fy.
-    Returns pixels (..., 2), u right and v down, pixel centres at integer + 0.5; visible (...) bool."""
+    Returns pixels (..., 2), u right, v down, pixel centres at integer + 0.5; visible (...) bool."""
     kind, width, height, cx, cy, a0, a1, a2, a3, a4 = intrinsics.unbind(-1)
     x, y, z = points.unbind(-1)
     rho = torch.hypot(x, y)
@@ -1235,44 +1057,14 @@ def project(points, intrinsics):
     u = cx + torch.where(pinhole, a0 * x / depth, scale * x)
     v = cy + torch.where(pinhole, a1 * y / depth, scale * y)
 
-    # A polynomial means nothing where it turns back, and no lens here sees 115 degrees off its axis.
+    # A polynomial means nothing where it turns back. No lens here sees 115 degrees off its axis.
     ahead = torch.where(pinhole, z > 1e-6, (slope > 0) & (th < 2.0))
     visible = ahead & (u >= 0) & (u < width) & (v >= 0) & (v < height)
     return torch.stack([u, v], -1), visible
 
 
-def resize(images, cfg):
-    """The release's resizing of (..., 3, H, W) uint8: both sides to multiples of 32 pixels, the area
-    within min_pixels and max_pixels, bicubic with antialiasing. 1080 x 1920 becomes 320 x 576."""
-    H, W = images.shape[-2:]
-    unit = cfg.patch * cfg.merge
-    if not cfg.max_pixels:
-        if H % unit or W % unit:
-            raise ValueError(
-                f"images: {H} x {W} pixels; height and width must be multiples of {unit}, "
-                "patch x merge"
-            )
-        return images
-    h = max(1, round(H / unit)) * unit
-    w = max(1, round(W / unit)) * unit
-    if h * w > cfg.max_pixels:
-        shrink = math.sqrt(H * W / cfg.max_pixels)
-        h = max(unit, math.floor(H / shrink / unit) * unit)
-        w = max(unit, math.floor(W / shrink / unit) * unit)
-    elif h * w < cfg.min_pixels:
-        grow = math.sqrt(cfg.min_pixels / (H * W))
-        h = math.ceil(H * grow / unit) * unit
-        w = math.ceil(W * grow / unit) * unit
-    if (h, w) == (H, W):
-        return images
-    flat = images.flatten(0, -4).float()
-    flat = F.interpolate(flat, (h, w), mode="bicubic", antialias=True, align_corners=False)
-    return flat.round().clamp(0, 255).to(torch.uint8).view(*images.shape[:-2], h, w)
-
-
 def patchify(images, cfg):
     """Images (M, frames, 3, H, W) uint8 to patches (M, h * w, 3 * frames * patch^2) in -1 .. 1.
-
     Patches are ordered so that each merge x merge group, one token later, is contiguous."""
     p, m = cfg.patch, cfg.merge
     M, T, _, H, W = images.shape
@@ -1284,7 +1076,6 @@ def patchify(images, cfg):
 
 def rotate(x, cos, sin):
     """Rotary position embedding of x (..., T, d) by angles whose cos and sin are (..., T, d / 2).
-
     Dimension i turns with i + d / 2."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -1297,7 +1088,6 @@ def take(x, places):
 
 class Layout(NamedTuple):
     """Which patch stands where. The rows of x are images, and once tokens are pruned, scenes."""
-
     cos: torch.Tensor  # rotary angles, (h * w, d / 2), then (scenes, patches, d / 2)
     sin: torch.Tensor
     kept: torch.Tensor  # (scenes, V): the merge groups that are left, ascending
@@ -1308,7 +1098,6 @@ class Layout(NamedTuple):
 
 class PatchEmbed(nn.Module):
     """The release's 3D convolution over patches that do not overlap is one matrix product."""
-
     def __init__(self, cfg):
         super().__init__()
         size = (cfg.temporal_patch, cfg.patch, cfg.patch)
@@ -1321,7 +1110,6 @@ class PatchEmbed(nn.Module):
 
 class VisionAttention(nn.Module):
     """Attention among the patches of an image."""
-
     def __init__(self, cfg):
         super().__init__()
         self.n_head = cfg.v_head
@@ -1376,10 +1164,8 @@ class VisionBlock(nn.Module):
 
 class Merger(nn.Module):
     """merge x merge patches to one token of the language model (single-image tokens, Sec. 3.2.1).
-
     The paper's default downsamples the features bilinearly by 2 instead; we follow the release.
     DeepStack's mergers normalise after the grouping."""
-
     def __init__(self, cfg, norm_after):
         super().__init__()
         self.norm_after = norm_after
@@ -1401,7 +1187,6 @@ class Merger(nn.Module):
 class VisionTower(nn.Module):
     """Qwen3-VL's vision transformer with token pruning, and the encoder behind it: mergers for
     single-image tokens, or planes, or scene tokens."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -1415,15 +1200,13 @@ class VisionTower(nn.Module):
             self.flex = Flex(cfg)
         else:  # DeepStack needs tokens with a place in an image
             self.merger = Merger(cfg, norm_after=False)
-            self.deepstack_merger_list = nn.ModuleList(
-                Merger(cfg, norm_after=True) for _ in cfg.deepstack
-            )
+            mergers = [Merger(cfg, norm_after=True) for _ in cfg.deepstack]
+            self.deepstack_merger_list = nn.ModuleList(mergers)
 
     def forward(self, images, scenes=1, keep=1.0):
         """Images (M, temporal_patch, 3, H, W) uint8, M / scenes of each scene.
-
-        Returns patches (scenes, V * merge^2, C), the same after each DeepStack block, and the V merge
-        groups of each scene that were kept, (scenes, V), ascending."""
+        Returns patches (scenes, V * merge^2, C), the same after each DeepStack block, and the V
+        merge groups of each scene that were kept, (scenes, V), ascending."""
         x, layout = self.embed(images, scenes)
         deep = []
         for i, block in enumerate(self.blocks):
@@ -1473,7 +1256,6 @@ class VisionTower(nn.Module):
     def prune(self, block, x, deep, layout, keep):
         """Token pruning by salience (SparseVILA, named in Sec. 3.2.1): drop the merge groups that
         this block looks at least. From here on a scene is one row of patches, image after image.
-
         Salience is the mean attention that a group's patches receive. All images of a scene compete
         in one ranking, all heads alike, in one block: ours, since its authors do not say."""
         group = self.cfg.merge**2  # patches
@@ -1482,13 +1264,12 @@ class VisionTower(nn.Module):
         heads = block.attn.heads(block.norm1(x), layout)
         salience = column_means(*heads[:2]).view(scenes, groups, group).mean(-1)
         kept = salience.topk(max(1, round(keep * groups))).indices.sort().values  # (scenes, V)
-
         def left(a):
             """Patches (M, S, C) to those that are left, (scenes, V * group, C)."""
             a = a.reshape(scenes, groups, group, a.shape[-1])
             return take(a, kept).flatten(1, 2)
 
-        # Where the kept groups stand among those of all scenes, and where each image begins in them.
+        # Where the kept groups stand among all scenes', and where each image begins in them.
         numbers = (kept + groups * torch.arange(scenes, device=x.device)[:, None]).flatten()
         first = S // group * torch.arange(M + 1, device=x.device)
         offsets = group * torch.searchsorted(numbers, first)
@@ -1501,7 +1282,6 @@ class VisionTower(nn.Module):
 
 def look_up(maps, points, intrinsics, camera_to_ego):
     """What each camera shows at points (n, 3) in m of the ego frame.
-
     Returns of maps (B, cameras, C, h, w) the bilinear value where a point is projected to, (B,
     cameras, n, C), and whether the camera sees it, (B, cameras, n)."""
     place = camera_to_ego[..., None, :3, 3]
@@ -1524,11 +1304,9 @@ class Triplane(nn.Module):
     The updated cells are averaged along z, y and x to planes xy, xz, yz. Patches of these are the
     tokens.
 
-    Left open there, and ours. Queries are the sum of one learned vector for each x, y and z: a free
-    one for each cell would be 85 M parameters, where the paper adds 6.3 M. One layer, one sampling
-    point a cell and camera. "The inner 36 cells reach 80 m" is read as 36 of each side's 48. Time
-    steps do not mix; the space is around where the car was then."""
-
+    Left open there, and ours: queries are the sum of one learned vector for each x, y and z (a free
+    one for each cell would be 85 M parameters, the paper adds 6.3 M); one layer; one sampling point
+    a cell and camera; 36 of each side's 48 cells reach 80 m; time steps do not mix."""
     slab = 2**13  # cells at a time: all 442,368 of full size would hold 11 GB of samples a scene
 
     def __init__(self, cfg):
@@ -1554,8 +1332,7 @@ class Triplane(nn.Module):
     def forward(self, x, kept, view, intrinsics, camera_to_ego):
         """Patches x (B, V * merge^2, v_embd) of the groups `kept` (B, V) of view = (cameras, times,
         h, w) to tokens (B, times * tokens of the three planes, n_embd)."""
-        cells = self.lift(self.feature_maps(x, kept, view), view[1], intrinsics, camera_to_ego)
-        planes = cells.mean(3), cells.mean(2), cells.mean(1)
+        planes = self.lift(x, kept, view, intrinsics, camera_to_ego)
         tokens = []
         for plane, (rows, columns), to_token in zip(planes, self.grids(), self.patchify):
             N, R, S, C = plane.shape
@@ -1584,8 +1361,9 @@ class Triplane(nn.Module):
         x = x.permute(0, 1, 2, 7, 3, 5, 4, 6)  # B, cameras, times, 2 C + 1, h, m, w, m
         return x.reshape(B, cameras, -1, h * m, w * m)
 
-    def lift(self, maps, times, intrinsics, camera_to_ego):
-        """The cells after their look at the cameras, (B * times, X, Y, Z, C)."""
+    def lift(self, x, kept, view, intrinsics, camera_to_ego):
+        """As `forward`, to planes (B * times, X, Y, C), (B * times, X, Z, C), (.., Y, Z, C)."""
+        maps = self.feature_maps(x, kept, view)
         qx, qy, qz = self.queries[0].split(self.cells)
         n = max(1, self.slab // (len(qy) * len(qz)))  # slices along x at a time
         slabs = []
@@ -1593,13 +1371,13 @@ class Triplane(nn.Module):
             cells = q[:, None, None] + qy[:, None] + qz  # (n, Y, Z, C)
             centres = centres.flatten(0, 2)
             cells = cells.flatten(0, 2)
-            cells = self.update(cells, centres, maps, times, intrinsics, camera_to_ego)
+            cells = self.update(cells, centres, maps, view[1], intrinsics, camera_to_ego)
             slabs.append(cells.unflatten(1, (-1, len(qy), len(qz))))
-        return torch.cat(slabs, 1)
+        cells = torch.cat(slabs, 1)  # (B * times, X, Y, Z, C)
+        return cells.mean(3), cells.mean(2), cells.mean(1)
 
     def centres(self, device=None):
         """Where the cells are, (X, Y, Z, 3) in m in the ego frame.
-
         Along x and y three quarters of the cells share the inner 80 / 180 of the reach, evenly."""
         axes = []
         for cells, low, high in zip(self.cells, self.reach[::2], self.reach[1::2]):
@@ -1633,14 +1411,12 @@ class Triplane(nn.Module):
 
 
 class Flex(nn.Module):
-    """Learned scene tokens beside all image tokens of all cameras and times in a few layers of joint
-    self-attention; only the scene tokens go on (arXiv 2512.10947, Sec. 3.2.1). No calibration.
+    """Learned scene tokens beside all image tokens of all cameras and times in a few layers of
+    joint self-attention; only scene tokens go on (arXiv 2512.10947, Sec. 3.2.1). No calibration.
 
-    Left open there, and ours. The layers are the tower's own kind, without rotation, and four of
-    them: at full size 61.0 M parameters, where the paper adds 61.6 M in all. Another 5.3 M join the
-    patches of a merge group to one image token: their mean, as the paper's default halves its
-    features, was seen to learn more slowly."""
-
+    Left open there, and ours: four layers of the tower's kind without rotation, at full size 61.0 M
+    parameters (the paper adds 61.6 M in all), and 5.3 M more that join the patches of a merge group
+    to one image token. Their mean was seen to learn more slowly."""
     def __init__(self, cfg):
         super().__init__()
         self.tokens = nn.Parameter(torch.zeros(1, cfg.flex_tokens, cfg.v_embd))
@@ -1670,10 +1446,9 @@ class Flex(nn.Module):
 
 def image_positions(ids, image_pad, grids):
     """M-RoPE positions (3, P) of a prompt (P,) whose images fill grids (h, w): time, height, width.
-
-    Text moves all three together. An image stands still in time and spreads over rows and columns;
-    what follows it continues after the largest of them, so the 180 tokens of a 10 x 18 image take
-    18 positions. Ours: a plane of `Triplane` is an image, a scene token of `Flex` one of 1 x 1."""
+    Text moves all three together. An image stands still in time and spreads over rows and columns.
+    Text goes on after the largest of them, so the 180 tokens of a 10 x 18 image take 18 positions.
+    Ours: a plane of `Triplane` is an image, a scene token of `Flex` one of 1 x 1."""
     ids = ids.tolist()
     grids = iter(grids)
     axes = []
@@ -1695,7 +1470,6 @@ def image_positions(ids, image_pad, grids):
 
 def rope(positions, cfg, dtype):
     """cos and sin (B, 1, T, head_dim / 2) of M-RoPE positions (3, B, T).
-
     Interleaved: frequencies 1, 4, 7, ... turn with height and 2, 5, 8, ... with width, as far as
     their sections reach; all others with time."""
     half = cfg.head_dim // 2
@@ -1710,7 +1484,6 @@ def rope(positions, cfg, dtype):
 
 class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys (Qwen3)."""
-
     def __init__(self, cfg, n_embd, n_head):
         super().__init__()
         self.n_head = n_head
@@ -1725,7 +1498,6 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, past=None, n_ask=0):
         """x (N, T, C) to (N, T, C), and this layer's keys and values.
-
         Without a past: causal. With a `Past`: over the shared prefix, the own tail and these T
         tokens, by its masks. n_ask: also return the attention received from the last n_ask queries,
         (N, T)."""
@@ -1763,7 +1535,6 @@ class MLP(nn.Module):
 
 class Layer(nn.Module):
     """A decoder layer; language model and expert are stacks of them."""
-
     def __init__(self, cfg, n_embd, n_head, n_mlp):
         super().__init__()
         self.self_attn = Attention(cfg, n_embd, n_head)
@@ -1779,18 +1550,15 @@ class Layer(nn.Module):
 
 class LanguageModel(nn.Module):
     """The decoder. It reads the prompt causally, and whatever comes later over a `Past`."""
-
     def __init__(self, cfg):
         super().__init__()
         self.embed_tokens = nn.Embedding(cfg.vocab, cfg.n_embd)
-        self.layers = nn.ModuleList(
-            Layer(cfg, cfg.n_embd, cfg.n_head, cfg.n_mlp) for _ in range(cfg.n_layer)
-        )
+        layers = [Layer(cfg, cfg.n_embd, cfg.n_head, cfg.n_mlp) for _ in range(cfg.n_layer)]
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.RMSNorm(cfg.n_embd, eps=1e-6)
 
     def forward(self, x, cos, sin, past=None, prompt=None, n_ask=0):
         """x (N, T, C) to (N, T, C), and the cache: of each layer keys and values (N, K, T, d).
-
         past: a `Past` for every layer; prompt: a `Prompt` whose DeepStack features are added to the
         image tokens after the first layers; n_ask: see Attention."""
         cache = []
@@ -1813,7 +1581,6 @@ class Backbone(nn.Module):
 
 class VLM(nn.Module):
     """Qwen3-VL; the nesting is that of the release's parameter names."""
-
     def __init__(self, cfg):
         super().__init__()
         self.model = Backbone(cfg)
@@ -1848,7 +1615,6 @@ def nucleus(logits, temperature, top_p):
 
 def pick(logits, temperature, top_p, generator=None):
     """A token for each row of logits (N, vocab), and its log-probability: (N,) each.
-
     The likeliest at temperature 0, with its log-probability at temperature 1; else drawn from the
     nucleus, with its log-probability there."""
     if temperature == 0:
@@ -1867,7 +1633,6 @@ def pick(logits, temperature, top_p, generator=None):
 class Fourier(nn.Module):
     """Sines and cosines of a number, at features / 2 frequencies evenly spaced in log from 1 to
     max_freq."""
-
     def __init__(self, features, max_freq):
         super().__init__()
         freqs = torch.logspace(0, math.log10(max_freq), features // 2)
@@ -1880,9 +1645,7 @@ class Fourier(nn.Module):
 
 class ActionEmbed(nn.Module):
     """Noisy controls (N, 64, 2) and flow time (N,) to the expert's 64 input tokens (N, 64, e_embd).
-
     The paper adds the time's embedding; the release, and we, concatenate it before the MLP."""
-
     def __init__(self, cfg):
         super().__init__()
         self.sinus = nn.ModuleList(Fourier(cfg.a_fourier, cfg.a_max_freq) for _ in range(2))
@@ -1908,12 +1671,10 @@ class ActionEmbed(nn.Module):
 class Expert(nn.Module):
     """The action expert: 64 tokens, one a control, that see one another and the language model's
     key-value cache, layer by layer. Same heads as the language model, narrower."""
-
     def __init__(self, cfg):
         super().__init__()
-        self.layers = nn.ModuleList(
-            Layer(cfg, cfg.e_embd, cfg.e_head, cfg.e_mlp) for _ in range(cfg.n_layer)
-        )
+        layers = [Layer(cfg, cfg.e_embd, cfg.e_head, cfg.e_mlp) for _ in range(cfg.n_layer)]
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.RMSNorm(cfg.e_embd, eps=1e-6)
 
     def forward(self, x, cos, sin, past):
@@ -1925,17 +1686,16 @@ class Expert(nn.Module):
 
 def flow_time(n, generator=None, device=None):
     """Training times (n,): t = 0.999 (1 - b) with b ~ Beta(1.5, 1), so more often near the noise.
-
     The Beta's quantile is u^(2/3)."""
     u = torch.rand(n, generator=generator, device=device)
     return 0.999 * (1 - u ** (1 / 1.5))
 
 
 def euler_step(x, velocity, t, dt, eta=0.0):
-    """An Euler step of the flow from x_t (..., 64, 2) at time t by dt: the mean of the next controls
-    and their standard deviation, which is 0 for eta = 0.
+    """An Euler step of the flow from x_t (..., 64, 2) at time t by dt: the next controls' mean and
+    standard deviation, which is 0 for eta = 0.
 
-    The straight line through x_t has its data end at x_t + (1 - t) v and its noise end at x_t - t v.
+    The straight line through x_t ends in data x_t + (1 - t) v and in noise x_t - t v.
     Reinforcement learning needs a step that has a probability. So a share of the noise is drawn
     anew, and both coefficients of the line stay what training showed (Coefficients-Preserving
     Sampling, arXiv 2509.05952): with s = t + dt and a = eta pi / 2 the next controls are

@@ -22,11 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 # --------------------------------------------------------------------------------------------------
-# Tokens: one vocabulary of text, action bins, history bins and special tokens, in this order.
+# Words: one vocabulary of text, action bins, history bins and special tokens, in this order.
 
 TEXT_TOKENS = [  # special tokens that the text tokenizer has
     "<|im_end|>",
@@ -127,6 +128,116 @@ class FileTokenizer:
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)
+
+
+class Vocabulary:
+    """Text <-> ids of the whole model, of a Config and, where it has one, its folder's
+    tokenizer.json. `ids` maps every special token to its number."""
+
+    def __init__(self, cfg, folder=None):
+        path = os.path.join(folder or "", "tokenizer.json")
+        if folder and os.path.exists(path):
+            self.text = FileTokenizer(path)
+            self.path = path
+            self.ids = {token: self.text.tokenizer.token_to_id(token) for token in TEXT_TOKENS}
+            if len(self.text) != cfg.text_vocab:
+                raise ValueError(f"{path}: {len(self.text)} tokens, "
+                                 f"traj_token_start_idx in config.json is {cfg.text_vocab}")
+        elif not cfg.chat:  # a model from scratch needs no words but its own
+            self.text = WordTokenizer(cfg.words)
+            self.path = None
+            self.ids = {token: len(self.text) + i for i, token in enumerate(TEXT_TOKENS)}
+        else:
+            raise FileNotFoundError(f"{path}: missing; copy the backbone's there "
+                                    "(Qwen3-VL-8B's for the release)")
+        self.first_action = cfg.text_vocab
+        self.first_history = self.first_action + cfg.bins
+        first_new = self.first_history + cfg.history_bins
+        self.ids |= {token: first_new + i for i, token in enumerate(NEW_TOKENS)}
+
+    def __getitem__(self, name):
+        return self.ids[f"<|{name}|>"]
+
+    def encode(self, text):
+        """Text, possibly with <|special|> tokens in it, to a list of ids."""
+        ids = []
+        for piece in re.split(r"(<\|[a-z_]+\|>)", text):
+            if piece in self.ids:
+                ids.append(self.ids[piece])
+            elif piece:
+                ids += self.text.encode(piece)
+        return ids
+
+    def decode(self, ids):
+        """The text of a list of ids; trajectory and special tokens are left out."""
+        special = set(self.ids.values())
+        return self.text.decode([i for i in ids if i < self.first_action and i not in special])
+
+
+CAMERA_NAMES = (  # by camera id, as Alpamayo-1.5 calls them
+    "Front left camera", "Front camera", "Front right camera", "Rear left camera", "Rear camera",
+    "Rear right camera", "Front telephoto camera",
+)  # fmt: skip
+
+
+def named_frames(pads, camera_ids):
+    """The images' placeholders with Alpamayo-1.5's words: "Front camera: frame 0 " and so on."""
+    times = len(pads) // len(camera_ids)
+    named = []
+    for i, pad in enumerate(pads):
+        camera, frame = divmod(i, times)
+        name = f"{CAMERA_NAMES[camera_ids[camera]]}: " if frame == 0 else ""
+        named.append(f"{name}frame {frame} {pad}")
+    return named
+
+
+def chat(pads, camera_ids, history, route, reason):
+    """The words that the release puts around the placeholders of images, ego history and route.
+
+    camera_ids: names the images, as Alpamayo-1.5 does, where given; reason: ask for reasoning."""
+    pads = [f"<|vision_start|>{pad}<|vision_end|>" for pad in pads]
+    if camera_ids:
+        pads = named_frames(pads, camera_ids)
+    task = "output the future trajectory."  # Alpamayo-1.5's words without reasoning
+    if reason:
+        task = f"output the chain-of-thought reasoning of the driving process, then {task}"
+    return (
+        "<|im_start|>system\n"
+        "You are a driving assistant that generates safe and accurate actions.<|im_end|>\n"
+        f"<|im_start|>user\n{''.join(pads)}<|traj_history_start|>{history}<|traj_history_end|>"
+        f"{route}{task}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+
+
+def resize(images, cfg):
+    """The release's resizing of (..., 3, H, W) uint8: both sides to multiples of 32 pixels, the
+    area within min_pixels and max_pixels, bicubic, antialiased. 1080 x 1920 becomes 320 x 576."""
+    H, W = images.shape[-2:]
+    unit = cfg.patch * cfg.merge
+    if not cfg.max_pixels:
+        if H % unit or W % unit:
+            raise ValueError(f"images: {H} x {W} pixels; height and width must be multiples of "
+                             f"{unit}, patch x merge")
+        return images
+    h = max(1, round(H / unit)) * unit
+    w = max(1, round(W / unit)) * unit
+    if h * w > cfg.max_pixels:
+        shrink = math.sqrt(H * W / cfg.max_pixels)
+        h = max(unit, math.floor(H / shrink / unit) * unit)
+        w = max(unit, math.floor(W / shrink / unit) * unit)
+    elif h * w < cfg.min_pixels:
+        grow = math.sqrt(cfg.min_pixels / (H * W))
+        h = math.ceil(H * grow / unit) * unit
+        w = math.ceil(W * grow / unit) * unit
+    if (h, w) == (H, W):
+        return images
+    flat = images.flatten(0, -4).float()
+    flat = F.interpolate(flat, (h, w), mode="bicubic", antialias=True, align_corners=False)
+    return flat.round().clamp(0, 255).to(torch.uint8).view(*images.shape[:-2], h, w)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -311,7 +422,7 @@ def read_table(table, data, c, defaults):
                 value = data[key]
             value = data.as_field(key, leaf, value, defaults[leaf.name])
             if c.setdefault(leaf.name, value) != value:
-                raise ValueError(f"{data.path}: field {key} differs from another one of {leaf.name}")
+                raise ValueError(f"{data.path}: field {key} contradicts another of {leaf.name}")
 
 
 def check_table(table, data, ours):
@@ -329,7 +440,7 @@ def backbone_json(c):
 
 
 def release_json(c, defaults):
-    """config.json of a dictionary of Config's fields, whose defaults need not stand under "extra"."""
+    """config.json of a dictionary of Config's fields; under "extra" only what is no default."""
     out = write_table(RELEASE, c)
     extra = {name: c[name] for name in EXTRA if c[name] != defaults[name]}
     if not c["max_pixels"]:  # images come as they should be
@@ -510,7 +621,7 @@ def shards_of(folder):
 
 
 def load_weights(model, folder, dtype, device):
-    """Fill a model that was built on the meta device, one tensor at a time, straight onto the device.
+    """Fill a model that was built on the meta device, one tensor at a time, onto the device.
 
     The names are the release's, so nothing is renamed. The weights are in memory once. Any tensor
     missing, unexpected, of another shape or not finite ends it with one line."""

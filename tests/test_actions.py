@@ -11,10 +11,10 @@ import torch
 
 import alpamayo
 from alpamayo import (
-    CURVATURE_BOUND, LOW_SPEED, PRESETS, ActionSpace, Config, Vocabulary, WordTokenizer, fit_actions,
+    CURVATURE_BOUND, LOW_SPEED, PRESETS, ActionSpace, Config, Vocabulary, fit_actions,
     from_bins, initial_speed, pick, roll_out, rot_of, to_bins, unwrap, with_words, yaw_of,
 )  # fmt: skip
-from release import TEXT_TOKENS, release_json
+from release import TEXT_TOKENS, WordTokenizer, release_json
 
 STEPS = 15 + 64  # of a drive: history, future
 TIME = 0.1 * torch.arange(STEPS)  # s
