@@ -249,7 +249,7 @@ def test_grades_fall_with_the_quality_of_the_reasoning():
 
 def test_the_expert_does_what_it_says_and_not_what_another_says():
     seeds = range(world.SEEDS["tail"] + 900, world.SEEDS["tail"] + 980)
-    scene = data.make_scenes(seeds, (1,), (2, 4), 1)
+    scene = data.make_scenes(seeds, camera_ids=(1,), size=(2, 4), frames=1)
     xyz, rot = scene["ego_future_xyz"][:, None], scene["ego_future_rot"][:, None]
     beside = experts_offsets(seeds)
     said = [[text] for text in scene["reasoning"]]
