@@ -60,7 +60,7 @@ def definitions(file):
         if match:
             owner = match[1] if line.startswith("class ") else ""
             found.setdefault(match[1], number)
-        match = re.match(r"    (?:def (\w+)\(|(\w+): \w+ = )", line)
+        match = re.match(r"    (?:def (\w+)\(|(\w+): [\w.]+(?: =|  #|$))", line)
         if match and owner:
             found.setdefault(f"{owner}.{match[1] or match[2]}", number)
     return found
