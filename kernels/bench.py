@@ -21,14 +21,21 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import flex_attention
 from torch.nn.attention.bias import causal_lower_right
 
 import alpamayo
 import kernels
 from kernels import flow_step, prefix_attention, pruned_attention, salience, sampler
+
+try:
+    import flash_attn
+except ImportError:
+    flash_attn = None
 
 # What a copy and a large bf16 product reach on an H200, bytes/s and operations/s: for floors where
 # there is no GPU.
@@ -69,19 +76,19 @@ class Problem:
     ours: Callable
     plain: Callable  # the PyTorch that defines it
     rivals: Callable = None  # of the inputs: {name: (prepare, f)}, see `run`; None: `plain` alone
-    grads: list = None  # of the outputs, where the gradients of the inputs are part of the problem
+    grads: list = None  # of the outputs, where gradients are part of the problem
 
     def run(self, f, prepare=None):
-        """f(*inputs), or f(*prepare(*inputs)), as a function of nothing. It prepares once, before.
-        With gradients it prepares each time, as they go through that, and returns them behind the
-        outputs."""
+        """f(*inputs), or f(*prepare()), as a function of nothing. It prepares once, beforehand.
+        With gradients it prepares each time, as they go through that, and returns those of the
+        inputs behind the outputs."""
+        prepare = prepare or (lambda: self.inputs)
         if self.grads is None:
-            inputs = prepare(*self.inputs) if prepare else self.inputs
-            return lambda: f(*inputs)
+            return partial(torch.no_grad()(f), *prepare())
         leaves = [x for x in self.inputs if torch.is_tensor(x) and x.requires_grad]
 
         def both():
-            y = f(*(prepare(*self.inputs) if prepare else self.inputs))
+            y = f(*prepare())
             y = y if isinstance(y, tuple) else (y,)
             return *y, *torch.autograd.grad(y, leaves, self.grads)
 
@@ -93,15 +100,13 @@ class Problem:
         return exact.run(self.plain)()
 
     def others(self):
-        """{name: function of nothing}: the rivals, which may fail when they run."""
-        if self.rivals is None:
-            return {"PyTorch": self.run(self.plain)}
-        found = self.rivals(*self.inputs).items()
-        return {name: self.run(f, prepare) for name, (prepare, f) in found}
+        """{name: function of nothing}, not run yet."""
+        found = self.rivals(*self.inputs) if self.rivals else {"PyTorch": (None, self.plain)}
+        return {name: self.run(f, prepare) for name, (prepare, f) in found.items()}
 
 
 def in_float64(x):
-    """A copy of tensors, modules, or lists of them, with all floating point numbers in float64."""
+    """Copies of tensors and modules, or lists of them, with floating point numbers in float64."""
     if isinstance(x, (list, tuple)):
         return [in_float64(y) for y in x]
     if isinstance(x, torch.nn.Module):
@@ -119,54 +124,44 @@ class Case:
     shape: str
     operations: float  # of the products in the formula, two for a multiplication and an addition
     traffic: float  # bytes: inputs read once, outputs written once
-    make: Callable  # (device, dtype): a Problem
+    make: Callable  # a Problem of this dtype, on the default device
+
+    def problem(self, device, dtype):
+        """With gradients if the kernel's name says so."""
+        with torch.device(device):
+            made = self.make(dtype)
+        return made if self.kernel.endswith("gradients") else replace(made, grads=None)
 
     def counts(self):
-        return {k: v for k, v in self.__dict__.items() if k != "make"}
+        return {name: value for name, value in vars(self).items() if name != "make"}
 
-    def floor(self, ceiling):
-        """Seconds, and what sets them: ceiling is bytes a second and operations a second."""
-        memory, compute = self.traffic / ceiling[0], self.operations / ceiling[1]
+    def floor(self, copied, product):
+        """Seconds, and what sets them, where a chip copies so many bytes and multiplies so many
+        operations a second."""
+        memory, compute = self.traffic / copied, self.operations / product
         return max(memory, compute), "memory" if memory > compute else "compute"
 
 
-def samples(n):
-    return f"{n} sample" if n == 1 else f"{n} samples"
-
-
-def flex_attention(sees, queries, keys, device, **options):
+def flex(sees, queries, keys):
     """FlexAttention, compiled anew, under a mask: which query and key numbers see one another."""
-    from torch.nn.attention import flex_attention as flex
-
     torch.compiler.reset()  # it gives up on a function that was compiled for too many shapes
-
-    def mask(batch, head, i, j):
-        return sees(i, j)
-
-    block_mask = flex.create_block_mask(mask, None, None, queries, keys, device)
-    compiled = torch.compile(flex.flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask, **options)
-
-
-def flash_attention():
-    """The package flash-attn, or None."""
-    try:
-        import flash_attn
-    except ImportError:
-        return None
-    return flash_attn
+    mask = flex_attention.create_block_mask(
+        lambda batch, head, i, j: sees(i, j), None, None, queries, keys, "cuda"
+    )
+    compiled = torch.compile(flex_attention.flex_attention, dynamic=False)
+    return partial(compiled, block_mask=mask, enable_gqa=True)
 
 
 # --------------------------------------------------------------------------------------------------
-# Salience
+# In the tower
 
 
 def salience_cases(shape):
     images, patches, H = shape.images, shape.patches, shape.cfg.v_head
     d = shape.cfg.v_embd // H
 
-    def make(device, dtype):
-        q, k = torch.randn(2, images, patches, H, d, dtype=dtype, device=device).transpose(2, 3)
+    def make(dtype):
+        q, k = torch.randn(2, images, patches, H, d, dtype=dtype).transpose(2, 3)
         return Problem([q, k], salience.column_means, salience.plain_column_means)
 
     operations = 2 * 2 * d * images * patches**2 * H
@@ -174,52 +169,49 @@ def salience_cases(shape):
     yield Case("salience", f"{shape.name}, {images} x {patches}", operations, traffic, make)
 
 
-# --------------------------------------------------------------------------------------------------
-# Attention among kept patches
-
-
-def kept_at_random(images, patches, keep, device):
+def kept_at_random(images, patches, keep):
     """offsets and rows of patches that are kept in groups of 4, as in the tower, other numbers in
-    each image; and these numbers."""
-    groups = torch.randperm(images * patches // 4, generator=torch.Generator().manual_seed(0))
-    groups = groups[: round(keep * len(groups))].sort().values
-    rows = (groups[:, None] * 4 + torch.arange(4)).flatten()
-    counts = (rows // patches).bincount(minlength=images)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-    return offsets.to(device), rows.to(device), counts
+    each image. On the CPU, where the seed gives the same everywhere."""
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        groups = torch.randperm(images * patches // 4, generator=generator)
+        groups = groups[: round(keep * len(groups))].sort().values
+        rows = (groups[:, None] * 4 + torch.arange(4)).flatten()
+        starts = patches * torch.arange(images + 1)
+        return torch.searchsorted(rows, starts), rows
 
 
 def pruned_rivals(q, k, v, offsets, patches, rows):
     """They are given a copy of the kept patches, which ours gathers itself."""
 
-    def gather(q, k, v, *_):
+    def gathered():
         return q[rows], k[rows], v[rows]
 
-    def by_image(q, k, v, *_):
+    def dense():  # (images, H, patches, d)
         return [x.unflatten(0, (-1, patches)).transpose(1, 2) for x in (q, k, v)]
 
     def unpruned(q, k, v):
-        y = F.scaled_dot_product_attention(q, k, v)  # (images, H, patches, d)
-        return y.transpose(1, 2).flatten(0, 1)[rows]
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)[rows]
 
-    def image_by_image(q, k, v):
-        return pruned_attention.plain_pruned_attention(q, k, v, offsets, patches)
+    def image_by_image(*qkv):
+        return pruned_attention.plain_pruned_attention(*qkv, offsets, patches)
 
-    found = {UNPRUNED: (by_image, unpruned), "SDPA, image by image": (gather, image_by_image)}
-    if not q.is_cuda:
-        return found
-    image = rows // patches
-    flex = flex_attention(lambda i, j: image[i] == image[j], len(rows), len(rows), q.device)
+    found = {UNPRUNED: (dense, unpruned), "SDPA, image by image": (gathered, image_by_image)}
+    if q.is_cuda:
+        image = rows // patches
+        attend = flex(lambda i, j: image[i] == image[j], len(rows), len(rows))
 
-    def flexible(*qkv):
-        return flex(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1)
+        def flexible(*qkv):
+            return attend(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1)
 
-    found["FlexAttention"] = gather, flexible
-    if flash := flash_attention():
+        found["FlexAttention"] = gathered, flexible
+    if q.is_cuda and flash_attn:
         starts, most = offsets.int(), int(offsets.diff().max())
-        found["flash-attn"] = gather, lambda *qkv: flash.flash_attn_varlen_func(
-            *qkv, starts, starts, most, most
-        )
+
+        def flash(*qkv):
+            return flash_attn.flash_attn_varlen_func(*qkv, starts, starts, most, most)
+
+        found["flash-attn"] = gathered, flash
     return found
 
 
@@ -228,108 +220,91 @@ def pruned_attention_cases(shape):
     images, patches, H = shape.images, shape.patches, shape.cfg.v_head
     d = shape.cfg.v_embd // H
 
-    def case(keep, gradients):
-        def make(device, dtype):
-            qkv = torch.randn(images * patches, 3, H, d, dtype=dtype, device=device)
-            qkv = [x.requires_grad_(gradients) for x in qkv.unbind(1)]
-            offsets, rows, _ = kept_at_random(images, patches, keep, device)
-            grads = [torch.randn(len(rows), H, d, dtype=dtype, device=device)]
-            ours, plain = pruned_attention.pruned_attention, pruned_attention.plain_pruned_attention
-            return Problem([*qkv, offsets, patches, rows], ours, plain, pruned_rivals,
-                           grads if gradients else None)  # fmt: skip
+    def make(keep, dtype):
+        qkv = torch.randn(images * patches, 3, H, d, dtype=dtype).unbind(1)
+        offsets, rows = (x.to(qkv[0].device) for x in kept_at_random(images, patches, keep))
+        inputs = [*(x.requires_grad_() for x in qkv), offsets, patches, rows]
+        return Problem(
+            inputs, pruned_attention.pruned_attention, pruned_attention.plain_pruned_attention,
+            pruned_rivals, [torch.randn(len(rows), H, d, dtype=dtype)],
+        )  # fmt: skip
 
-        _, rows, counts = kept_at_random(images, patches, keep, "cpu")
-        product = 2 * d * int(counts.square().sum()) * H
+    for keep in (1.0, 0.5, 0.25):
+        offsets, rows = kept_at_random(images, patches, keep)
+        product = 2 * d * int(offsets.diff().square().sum()) * H
         vector = 2 * len(rows) * H * d  # bytes of q, or k, v, out
         name = f"{shape.name}, keep {keep}"
-        if not gradients:
-            return Case("pruned_attention", name, 2 * product, 4 * vector, make)
+        yield Case("pruned_attention", name, 2 * product, 4 * vector, partial(make, keep))
         # 2 products forward, 5 backward. q, k, v, out, and again with grad, and their gradients, of
         # all rows.
         traffic = 9 * vector + 3 * 2 * images * patches * H * d
-        return Case("pruned_attention + gradients", name, 7 * product, traffic, make)
-
-    for keep in (1.0, 0.5, 0.25):
-        yield case(keep, gradients=False)
-        yield case(keep, gradients=True)
+        yield Case("pruned_attention + gradients", name, 7 * product, traffic, partial(make, keep))
 
 
 # --------------------------------------------------------------------------------------------------
-# Attention over a shared prefix
+# Over a shared prefix
 
 
 def prefix_rivals(q, k0, v0, k1, v1, mask0, mask1):
-    """Where a mask is given, it is causal. Rivals get prefix and tails together, in one tensor."""
+    """They get prefix and tails together, in one tensor. mask1: where there is one, it is causal.
+    """
     n, _, T, _ = q.shape
     P, S = k0.shape[2], k1.shape[2]
     causal = mask1 is not None
 
-    def copied(q, k0, v0, k1, v1, *_):  # to each sample, as the release does: (n, G, P + S, d)
-        return q, *(torch.cat([x.expand(n, -1, -1, -1), y], 2) for x, y in ((k0, k1), (v0, v1)))
-
     def in_a_row(x):  # (n, heads, length, d) to (1, heads, n * length, d)
         return x.transpose(0, 1).flatten(1, 2)[None]
 
-    def once(q, k0, v0, k1, v1, *_):  # the prefix and all tails: (1, G, P + n * S, d)
+    def copied():  # a prefix for each sample, as in the release: (n, G, P + S, d)
+        return q, *(torch.cat([x.expand(n, -1, -1, -1), y], 2) for x, y in ((k0, k1), (v0, v1)))
+
+    def once():  # one prefix and all tails: (1, G, P + n * S, d)
         return q, torch.cat([k0, in_a_row(k1)], 2), torch.cat([v0, in_a_row(v1)], 2)
 
     def sdpa(q, k, v):
         mask = causal_lower_right(T, P + S) if causal else None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
-    found = {"SDPA, prefix copied": (copied, sdpa)}
-    if not q.is_cuda:
-        return found
-
-    def sees(i, j):  # query i of all samples' sees key j
+    def sees(i, j):  # query i and key j of all samples'
         own = (j - P) // S == i // T
-        if causal:
-            own = own & ((j - P) % S <= i % T)
-        return (j < P) | own
+        return (j < P) | (own & ((j - P) % S <= i % T) if causal else own)
 
-    flex = flex_attention(sees, n * T, P + n * S, q.device, enable_gqa=True)
+    found = {"SDPA, prefix copied": (copied, sdpa)}
+    if q.is_cuda:
+        attend = flex(sees, n * T, P + n * S)
 
-    def flexible(q, k, v):
-        return flex(in_a_row(q), k, v)[0].unflatten(1, (n, T)).transpose(0, 1)
+        def flexible(q, k, v):
+            return attend(in_a_row(q), k, v)[0].unflatten(1, (n, T)).transpose(0, 1)
 
-    found["FlexAttention, one prefix"] = once, flexible
-    if flash := flash_attention():
-
-        def flash_copied(*qkv):
-            qkv = [x.transpose(1, 2) for x in qkv]
-            return flash.flash_attn_func(*qkv, causal=causal).transpose(1, 2)
-
-        found["flash-attn, prefix copied"] = copied, flash_copied
+        found["FlexAttention, one prefix"] = once, flexible
     return found
 
 
 def prefix_attention_case(shape, what, n, H, T, S, gradients=False, causal=False):
     """n samples of one scene. Tails are masked only where causal: the rivals would be slower with
-    masks. There the prefix is the language model's own prompt; the expert's has no gradient."""
+    masks. There the prefix is the language model's own prompt. The expert's has no gradient."""
     P, G, d = shape.prefix, shape.cfg.n_kv_head, shape.cfg.head_dim
 
-    def make(device, dtype):
-        def normal(*size):
-            return torch.randn(*size, d, dtype=dtype, device=device)
-
-        q = normal(n, T, H).transpose(1, 2)  # as the projections give it
-        prefix, tail = normal(2, 1, G, P).unbind(0), normal(2, n, G, S).unbind(0)
+    def make(dtype):
+        q = torch.randn(n, T, H, d, dtype=dtype).transpose(1, 2)  # as the projections give it
+        prefix = torch.randn(2, 1, G, P, d, dtype=dtype).unbind(0)
+        tail = torch.randn(2, n, G, S, d, dtype=dtype).unbind(0)
         for x in (q, *tail, *prefix) if causal else (q, *tail):
-            x.requires_grad_(gradients)
-        mask = torch.ones(T, S, dtype=torch.bool, device=device).tril().expand(n, -1, -1)
-        ours, plain = prefix_attention.prefix_attention, prefix_attention.plain_prefix_attention
-        return Problem([q, *prefix, *tail, None, mask if causal else None], ours, plain,
-                       prefix_rivals, [torch.randn_like(q)] if gradients else None)  # fmt: skip
+            x.requires_grad_()
+        mask = torch.ones(T, S, dtype=torch.bool).tril().expand(n, -1, -1) if causal else None
+        return Problem(
+            [q, *prefix, *tail, None, mask], prefix_attention.prefix_attention,
+            prefix_attention.plain_prefix_attention, prefix_rivals, [torch.randn_like(q)],
+        )  # fmt: skip
 
     pairs = n * H * T * (P + (S - (T - 1) / 2 if causal else S))
     queries = 2 * n * H * T * d  # bytes of q, or y
     prefix, tails = 2 * 2 * G * P * d, 2 * 2 * n * G * S * d  # of their keys and values
-    name = f"{shape.name}, {what}, {samples(n)}"
+    name = f"{shape.name}, {what}, {n} sample{'s' * (n > 1)}"
     operations, traffic = 2 * 2 * d * pairs, 2 * queries + prefix + tails
     if not gradients:
         return Case("prefix_attention", name, operations, traffic, make)
-    # Backward: the score again, the gradients of weight and q, and where they are wanted of key and
-    # value.
+    # Backward: the score again, the gradients of weight and q, and where wanted of key and value.
     of_keys = pairs if causal else n * H * T * S
     operations += 2 * d * (3 * pairs + 2 * of_keys)
     traffic += 4 * queries + prefix + tails + (prefix if causal else 0) + tails
@@ -337,36 +312,36 @@ def prefix_attention_case(shape, what, n, H, T, S, gradients=False, causal=False
 
 
 def prefix_attention_cases(shape):
-    cfg, both = shape.cfg, shape.tail + shape.tokens
+    cfg, few = shape.cfg, shape.samples[1]
+    expert = cfg.e_head, shape.tokens, shape.tail + shape.tokens
     for n in shape.samples:
         yield prefix_attention_case(shape, "decoding", n, cfg.n_head, 1, shape.tail)
     for n in shape.samples:
-        yield prefix_attention_case(shape, "expert", n, cfg.e_head, shape.tokens, both)
-    n = shape.samples[1]
-    yield prefix_attention_case(shape, "expert", n, cfg.e_head, shape.tokens, both, gradients=True)
+        yield prefix_attention_case(shape, "expert", n, *expert)
+    yield prefix_attention_case(shape, "expert", few, *expert, gradients=True)
     # Reinforcement learning reads the group's reasoning once more, all tokens at once.
-    yield prefix_attention_case(shape, "reasoning", n, cfg.n_head, shape.tail, shape.tail,
-                                gradients=True, causal=True)  # fmt: skip
+    said = cfg.n_head, shape.tail, shape.tail
+    yield prefix_attention_case(shape, "reasoning", few, *said, gradients=True, causal=True)
 
 
 # --------------------------------------------------------------------------------------------------
-# The flow's step and the roll-out
+# The flow
 
 
-def expert_of(cfg, device, dtype):
+def expert_of(cfg, dtype):
     """Expert, action embedding and projection with random weights. The embedding's frequencies end
     at 1, not at 100, which costs the same. Else ten steps of random weights amplify rounding until
     nothing is left to compare."""
-    with torch.device(device):
-        cfg = replace(cfg, a_max_freq=1.0)
-        parts = alpamayo.Expert(cfg), alpamayo.ActionEmbed(cfg), torch.nn.Linear(cfg.e_embd, 2)
+    cfg = replace(cfg, a_max_freq=1.0)
+    parts = alpamayo.Expert(cfg), alpamayo.ActionEmbed(cfg), torch.nn.Linear(cfg.e_embd, 2)
     return [part.to(dtype).requires_grad_(False) for part in parts]
 
 
-def count(parts, matrices=False):
-    """Parameters, or those of matrices only."""
-    every = [p for part in parts for p in part.parameters()]
-    return sum(p.numel() for p in every if p.ndim == 2 or not matrices)
+def weights(cfg):
+    """Numbers in all parameters of these parts, and in their matrices."""
+    with torch.device("meta"):
+        every = [p for part in expert_of(cfg, torch.bfloat16) for p in part.parameters()]
+    return sum(p.numel() for p in every), sum(p.numel() for p in every if p.ndim == 2)
 
 
 def flow_step_cases(shape):
@@ -374,133 +349,113 @@ def flow_step_cases(shape):
     T, C = shape.tokens, shape.cfg.e_embd
     cfg = replace(shape.cfg, n_layer=0)
 
-    def case(n):
-        def make(device, dtype):
-            out, embed = sampler.weights_of(*expert_of(cfg, device, dtype))
-            x = torch.randn(n, T, 2, device=device)
-            hidden = torch.randn(n, T, C, dtype=dtype, device=device)
-            t = torch.full((n,), 0.5, device=device)
-            after, tokens = torch.empty_like(x), torch.empty_like(hidden)
-            share = flow_step.time_share(t[:1], embed)
-            scratch = flow_step.step_scratch(x, embed[-4])
+    def make(n, dtype):
+        out, embed = sampler.weights_of(*expert_of(cfg, dtype))
+        x, hidden = torch.randn(n, T, 2), torch.randn(n, T, C, dtype=dtype)
+        after, tokens = torch.empty_like(x), torch.empty_like(hidden)
+        t = torch.full((n,), 0.5)
+        share, scratch = flow_step.time_share(t[:1], embed), flow_step.step_scratch(x, embed[-4])
 
-            def ours(x, hidden, out, step, t, embed):
-                flow_step.step_into(after, tokens, x, hidden, out, step, share, embed, scratch)
-                return after, tokens
+        def ours(x, hidden, out, step, t, embed):
+            flow_step.step_into(after, tokens, x, hidden, out, step, share, embed, scratch)
+            return after, tokens
 
-            return Problem([x, hidden, out, 0.1, t, embed], ours, flow_step.plain_flow_step)
+        return Problem([x, hidden, out, 0.1, t, embed], ours, flow_step.plain_flow_step)
 
-        _, *parts = expert_of(cfg, "meta", torch.bfloat16)
-        operations = 2 * n * T * count(parts, matrices=True)
-        states = 2 * 2 * n * T * C + 2 * 4 * n * T * 2  # hidden states, tokens; x and the next
-        traffic = 2 * count(parts) + states
-        return Case("flow_step", f"{shape.name}, {samples(n)}", operations, traffic, make)
-
+    every, matrices = weights(cfg)
+    every -= C  # the expert's norm
     for n in shape.samples:
-        yield case(n)
+        states = 2 * 2 * n * T * C + 2 * 4 * n * T * 2  # hidden states, tokens; x and the next
+        name = f"{shape.name}, {n} sample{'s' * (n > 1)}"
+        yield Case("flow_step", name, 2 * n * T * matrices, 2 * every + states, partial(make, n))
 
 
 def roll_out_cases(shape):
     """The unicycle: in every model the same, and in float32 whatever the model is in."""
     n, T = shape.samples[-1], shape.tokens
 
-    def make(device, gradients):
-        spread = torch.tensor([1, 0.05], device=device)  # m/s^2, 1/m
-        actions = (torch.randn(n, T, 2, device=device) * spread).requires_grad_(gradients)
-        v0 = (20 * torch.rand(n, device=device)).requires_grad_(gradients)  # m/s
-        grads = [torch.randn(n, T, *size, device=device) for size in ((3,), (3, 3))]
-        return Problem([actions, v0], flow_step.roll_out_by_kernel, alpamayo.roll_out,
-                       grads=grads if gradients else None)  # fmt: skip
+    def make(dtype):
+        actions = torch.randn(n, T, 2) * torch.tensor([1, 0.05])  # m/s^2, 1/m
+        inputs = [actions.requires_grad_(), (20 * torch.rand(n)).requires_grad_()]  # m/s
+        grads = [torch.randn(n, T, 3), torch.randn(n, T, 3, 3)]
+        return Problem(inputs, flow_step.roll_out_by_kernel, alpamayo.roll_out, grads=grads)
 
-    name = f"{n} samples"
     traffic = 4 * n * (T * (2 + 3 + 9) + 1)  # and no products
-    yield Case("roll_out", name, 0, traffic, lambda device, _: make(device, False))
+    yield Case("roll_out", f"{n} samples", 0, traffic, make)
     traffic += 4 * n * (T * (2 * 2 + 3 + 9) + 2)
-    yield Case("roll_out + gradients", name, 0, traffic, lambda device, _: make(device, True))
+    yield Case("roll_out + gradients", f"{n} samples", 0, traffic, make)
 
 
-# --------------------------------------------------------------------------------------------------
-# The sampler
-
-
-def plain_loop(parts, steps, x, cos, sin, past, read=alpamayo.Expert.forward):
-    """The loop of Alpamayo.integrate, from noise x: all its steps, (steps + 1, n, T, 2)."""
+def plain_loop(parts, steps, noise, cos, sin, past, read=alpamayo.Expert.forward):
+    """The loop of Alpamayo.drive: after each step, how far x is from the noise, (steps, n, T, 2).
+    x itself has the noise in common with all others, which would hide their errors."""
     expert, embed, project = parts
-    flow = [x]
+    x, moved = noise, []
     for i in range(steps):
-        t = torch.full((len(x),), i / steps, dtype=x.dtype, device=x.device)
-        x = x + project(read(expert, embed(x, t), cos, sin, past)).to(x.dtype) / steps
-        flow.append(x)
-    return torch.stack(flow)
+        tokens = embed(x, x.new_full((len(x),), i / steps))
+        x = x + project(read(expert, tokens, cos, sin, past)).to(x.dtype) / steps
+        moved.append(x - noise)
+    return torch.stack(moved)
 
 
 def read_copies(expert, x, cos, sin, caches):
-    """The expert as the release runs it: keys and values (n, G, P + S + T, d) of each layer have a
-    copy of the prefix for each sample, and room for the T action tokens."""
+    """The expert as the release runs it. A layer's cache (keys, values), (n, G, P + S + T, d) each,
+    has the prefix once a sample and room for the T action tokens."""
     T = x.shape[1]
-    for layer, (keys, values) in zip(expert.layers, caches, strict=True):
+    for layer, (keys, values) in zip(expert.layers, caches):
         a, z = layer.self_attn, layer.input_layernorm(x)
         q, k, v = (w(z).unflatten(2, (-1, a.head_dim)) for w in (a.q_proj, a.k_proj, a.v_proj))
+        q = alpamayo.rotate(a.q_norm(q).transpose(1, 2), cos, sin)
         keys[:, :, -T:] = alpamayo.rotate(a.k_norm(k).transpose(1, 2), cos, sin)
         values[:, :, -T:] = v.transpose(1, 2)
-        q = alpamayo.rotate(a.q_norm(q).transpose(1, 2), cos, sin)
         y = F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
         x = x + a.o_proj(y.transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return expert.norm(x)
 
 
-def sampler_case(shape, n):
-    cfg, steps = shape.cfg, shape.steps
-    P, S, T, G, d = shape.prefix, shape.tail, shape.tokens, cfg.n_kv_head, cfg.head_dim
+def sampler_rivals(parts, steps, noise, cos, sin, prefix, tail, seen):
+    """prefix (layers, 2, 1, G, P, d), tail (layers, 2, n, G, S, d)."""
 
-    def moved(flow):  # from the noise, which all have in common and which would hide errors
-        return flow[1:] - flow[0]
+    def shared():
+        past = [alpamayo.Past(tuple(kv), tuple(own)) for kv, own in zip(prefix, tail)]
+        return parts, steps, noise, cos, sin, past
 
-    def ours(parts, *inputs):
-        return moved(sampler.sample_flow(*parts, steps, *inputs))
+    def copied():
+        room = F.pad(tail, (0, 0, 0, noise.shape[1]))  # (layers, 2, n, G, S + T, d)
+        caches = torch.cat([prefix.expand(-1, -1, len(noise), -1, -1, -1), room], 4)
+        return parts, steps, noise, cos, sin, caches, read_copies
 
-    def plain(parts, noise, cos, sin, prefix, tail, seen):
-        past = [(*a, None, *b, None) for a, b in zip(prefix, tail, strict=True)]
-        return moved(plain_loop(parts, steps, noise, cos, sin, past))
-
-    def copied(parts, noise, cos, sin, prefix, tail, seen):
-        def room(x, y):
-            return torch.cat([x.expand(n, -1, -1, -1), y, y.new_empty(n, G, T, d)], 2)
-
-        caches = [[*map(room, a, b)] for a, b in zip(prefix, tail, strict=True)]
-        return parts, noise, cos, sin, caches
-
-    def over_copies(parts, noise, cos, sin, caches):
-        return moved(plain_loop(parts, steps, noise, cos, sin, caches, read_copies))
-
-    def rivals(*_):
-        return {"PyTorch": (None, plain), "PyTorch, prefix copied": (copied, over_copies)}
-
-    def make(device, dtype):
-        def cache(*size):
-            pairs = torch.randn(cfg.n_layer, 2, *size, d, dtype=dtype, device=device)
-            return [pair.unbind(0) for pair in pairs]
-
-        noise = torch.randn(n, T, 2, device=device)
-        seen = torch.ones(n, S, dtype=torch.bool, device=device)
-        places = (P + S + torch.arange(T, device=device)).expand(3, n, -1)
-        cos, sin = alpamayo.rope(places, cfg, dtype)
-        parts = expert_of(cfg, device, dtype)
-        inputs = [parts, noise, cos, sin, cache(1, G, P), cache(n, G, S), seen]
-        return Problem(inputs, ours, plain, rivals)
-
-    parts = expert_of(cfg, "meta", torch.bfloat16)
-    pairs = cfg.n_layer * cfg.e_head * n * T * (P + S + T)
-    keys = cfg.n_layer * 2 * G * (P + n * S) * d  # and values; the actions' are made on the way
-    operations = steps * 2 * (n * T * count(parts, matrices=True) + 2 * d * pairs)
-    traffic = steps * 2 * (count(parts) + keys)
-    return Case("sample_flow", f"{shape.name}, {samples(n)}", operations, traffic, make)
+    return {"PyTorch": (shared, plain_loop), "PyTorch, prefix copied": (copied, plain_loop)}
 
 
 def sampler_cases(shape):
+    cfg, steps, P, S, T = shape.cfg, shape.steps, shape.prefix, shape.tail, shape.tokens
+    G, d = cfg.n_kv_head, cfg.head_dim
+
+    def ours(parts, *inputs):
+        flow = sampler.sample_flow(*parts, *inputs)
+        return flow[1:] - flow[0]
+
+    def plain(*inputs):
+        prepare, loop = sampler_rivals(*inputs)["PyTorch"]
+        return loop(*prepare())
+
+    def make(n, dtype):
+        prefix = torch.randn(cfg.n_layer, 2, 1, G, P, d, dtype=dtype)
+        tail = torch.randn(cfg.n_layer, 2, n, G, S, d, dtype=dtype)
+        rope = alpamayo.rope((P + S + torch.arange(T)).expand(3, n, -1), cfg, dtype)
+        inputs = [expert_of(cfg, dtype), steps, torch.randn(n, T, 2), *rope, prefix, tail]
+        seen = torch.ones(n, S, dtype=torch.bool)
+        return Problem([*inputs, seen], ours, plain, sampler_rivals)
+
+    every, matrices = weights(cfg)
     for n in shape.samples:
-        yield sampler_case(shape, n)
+        pairs = cfg.n_layer * cfg.e_head * n * T * (P + S + T)
+        keys = cfg.n_layer * 2 * G * (P + n * S) * d  # and values; the actions' are made on the way
+        operations = steps * 2 * (n * T * matrices + 2 * d * pairs)
+        name = f"{shape.name}, {n} sample{'s' * (n > 1)}"
+        yield Case("sample_flow", name, operations, steps * 2 * (every + keys), partial(make, n))
 
 
 CASES = {
@@ -513,31 +468,39 @@ CASES = {
 }
 
 
+def cases_of(flags, small=False):
+    """The cases asked for. small: for the compiler, with one layer and two steps. What is launched
+    depends on neither."""
+    cases = {}
+    for kernel in flags.kernel:
+        for shape in map(SHAPES.get, flags.shape):
+            if small:
+                shape = replace(shape, cfg=replace(shape.cfg, n_layer=1), steps=2)
+            for case in CASES[kernel](shape):
+                cases[case.kernel, case.shape] = case  # the roll-out is the same in all shapes
+    return list(cases.values())
+
+
 # --------------------------------------------------------------------------------------------------
 # With a GPU
 
 
-def ceilings(clock, device):
+def ceilings(clock):
     """Bytes a second of a copy, operations a second of a large product in bf16."""
-    a, b = torch.empty(2, 2**29, dtype=torch.uint8, device=device)
-    x = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
+    a, b = torch.empty(2, 2**29, dtype=torch.uint8, device="cuda")
+    x = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
     return 2 * a.numel() / clock(lambda: b.copy_(a)), 2 * 8192**3 / clock(lambda: x @ x)
 
 
 def error_of(result, truth):
     """The largest, relative to the largest number; of several outputs the worst one's."""
-    pairs = zip(result, truth, strict=True) if isinstance(truth, tuple) else [(result, truth)]
-    errors = [(a.detach().double() - b).abs().max() / b.abs().max() for a, b in pairs]
-    return float(max(errors))
-
-
-def failed(e):
-    return dict(failed=f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}")
+    pairs = zip(result, truth) if isinstance(truth, tuple) else [(result, truth)]
+    return max(float((a.detach().double() - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
 def compare(case, device, clock, dtype=torch.bfloat16):
     """{name: error and seconds} of ours and of the rivals; or what kept a rival from running."""
-    problem = case.make(device, dtype)
+    problem = case.problem(device, dtype)
     truth = problem.truth()
 
     def look(name, f):
@@ -551,51 +514,40 @@ def compare(case, device, clock, dtype=torch.bfloat16):
             try:
                 result[name] = look(name, f)
             except Exception as e:
-                result[name] = failed(e)
+                result[name] = dict(failed=repr(e))
     return result
 
 
-def widths(cases):
-    """Of the columns of kernels and shapes. The second also has the rivals, indented."""
-    first = max(len(case.kernel) for case in cases)
-    return first + 2, max(30, *(len(case.shape) + 2 for case in cases))
-
-
-def on_gpu(cases, device):
+def on_gpu(cases):
     from triton.testing import do_bench
 
     def clock(f):
         return do_bench(f, return_mode="median") / 1e3
 
-    ceiling = ceilings(clock, device)
-    first, second = widths(cases)
-    name, version = torch.cuda.get_device_name(device), kernels.triton.__version__
-    print(f"{name}, torch {torch.__version__}, triton {version}")
-    print(f"a copy {ceiling[0] / 1e12:.2f} TB/s, a large bf16 product "
-          f"{ceiling[1] / 1e12:.0f} TFLOP/s\n{LAYERS}\n")  # fmt: skip
-    columns = f"{'ms':>10}{'error':>9}{'TFLOP/s':>9}{'TB/s':>7}{'x floor':>9}{'x ours':>8}"
-    print(f"{'':{first + second}}{columns}")
+    copied, product = ceilings(clock)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, "
+          f"triton {kernels.triton.__version__}: a copy {copied / 1e12:.2f} TB/s, "
+          f"a large bf16 product {product / 1e12:.0f} TFLOP/s\n{LAYERS}\n\n{'':62}"
+          f"{'ms':>10}{'error':>9}{'TFLOP/s':>9}{'TB/s':>7}{'x floor':>9}{'x ours':>8}")  # fmt: skip
     rows = []
     for case in cases:
-        least, _ = case.floor(ceiling)
+        least, _ = case.floor(copied, product)
         try:
-            result = compare(case, device, clock)
+            result = compare(case, "cuda", clock)
         except Exception as e:  # of ours, or of its reference; the other cases may run
-            result = {"ours": failed(e)}
+            result = {"ours": dict(failed=repr(e))}
         for name, r in result.items():
-            head = f"{'':{first}}  {name:{second - 2}}"
-            if name == "ours":
-                head = f"{case.kernel:{first}}{case.shape:{second}}"
+            head = f"{case.kernel:30}{case.shape:32}" if name == "ours" else f"{'':32}{name:30}"
             if "failed" in r:
                 print(f"{head}  {r['failed'][:100]}", flush=True)
                 continue
             s = r["seconds"]
             error = "-" if r["error"] is None else f"{r['error']:.1e}"
-            rates = f"{case.operations / s / 1e12:9.1f}{case.traffic / s / 1e12:7.2f}"
-            ratios = f"{s / least:9.2f}{s / result['ours']['seconds']:8.2f}"
-            print(f"{head}{s * 1e3:10.4f}{error:>9}{rates}{ratios}", flush=True)
+            print(f"{head}{s * 1e3:10.4f}{error:>9}{case.operations / s / 1e12:9.1f}"
+                  f"{case.traffic / s / 1e12:7.2f}{s / least:9.2f}"
+                  f"{s / result['ours']['seconds']:8.2f}", flush=True)  # fmt: skip
         rows.append(case.counts() | dict(floor=least, **result))
-    return dict(copy=ceiling[0], product=ceiling[1], cases=rows)
+    return dict(copy=copied, product=product, cases=rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -604,14 +556,13 @@ def on_gpu(cases, device):
 
 def analytic(cases):
     print("Nothing was measured: there is no GPU here. Floors are arithmetic, for an H200 at "
-          f"{H200[0] / 1e12} TB/s and {H200[1] / 1e12:.0f} TFLOP/s.\n{LAYERS}\n")  # fmt: skip
-    first, second = widths(cases)
-    print(f"{'':{first + second}}{'GFLOP':>11}{'MB':>11}{'floor, us':>11}")
+          f"{H200[0] / 1e12} TB/s and {H200[1] / 1e12:.0f} TFLOP/s.\n{LAYERS}\n\n"
+          f"{'':62}{'GFLOP':>11}{'MB':>11}{'floor, us':>11}")  # fmt: skip
     rows = []
     for case in cases:
-        least, by = case.floor(H200)
-        counted = f"{case.operations / 1e9:11.3f}{case.traffic / 1e6:11.2f}{least * 1e6:11.2f}"
-        print(f"{case.kernel:{first}}{case.shape:{second}}{counted} {by}")
+        least, by = case.floor(*H200)
+        print(f"{case.kernel:30}{case.shape:32}{case.operations / 1e9:11.3f}"
+              f"{case.traffic / 1e6:11.2f}{least * 1e6:11.2f} {by}")  # fmt: skip
         rows.append(case.counts() | dict(floor=least))
     return rows
 
@@ -620,64 +571,43 @@ def compile_report(cases):
     """What the launches of these cases compile to, see compiled.py."""
     from kernels.compiled import compiling
 
-    _, second = widths(cases)
     print(f"\nCompiled by triton {kernels.triton.__version__} for chips that are not here, bf16. "
           "blocks: how many fit\non a multiprocessor. A launch that is the same machine code at "
-          "another shape is told once.\n")  # fmt: skip
-    columns = f"{'chip':>6}{'registers':>11}{'spilled':>9}{'shared, KB':>12}{'blocks x warps':>16}"
-    print(f"{'':{18 + second}}{columns}  matrix")
-    rows, seen = [], set()
+          f"another shape is told once.\n\n{'':50}{'chip':>6}{'registers':>11}{'spilled':>9}"
+          f"{'shared, KB':>12}{'blocks x warps':>16}  matrix")  # fmt: skip
+    found = {}  # by machine code
     for case in cases:
-        problem = case.make("cpu", torch.bfloat16)
+        problem = case.problem("cpu", torch.bfloat16)
         for chip in CHIPS:
             sampler.kept.clear()  # its buffers are laid out for one chip
             with compiling(chip) as builds:
                 problem.run(problem.ours)()
             for b in builds:
-                if b.sass in seen:
-                    continue
-                seen.add(b.sass)
-                matrix = b.matrix()
-                used = f"{b.instructions[matrix]} {matrix}" if matrix else "-"
-                sizes = f"{b.chip:6}{b.registers:11}{b.spilled:9}{b.shared / 1024:12.1f}"
-                where = f"{b.kernel:18}{case.shape:{second}}"
-                print(f"{where}{sizes}{b.blocks:12} x {b.warps}  {used}", flush=True)
-                row = {k: getattr(b, k) for k in ("kernel", "chip", "registers", "spilled",
-                                                  "shared", "blocks", "warps")}  # fmt: skip
-                rows.append(row | dict(shape=case.shape, matrix=matrix))
-    return rows
-
-
-def cases_of(flags, small=False):
-    """The cases asked for. small: for the compiler, with one layer and two steps. What is launched
-    depends on neither."""
-    cases = {}
-    for make in [CASES[flags.kernel]] if flags.kernel else CASES.values():
-        for shape in [SHAPES[flags.shape]] if flags.shape else SHAPES.values():
-            if small:
-                shape = replace(shape, cfg=replace(shape.cfg, n_layer=1), steps=2)
-            for case in make(shape):
-                cases[case.kernel, case.shape] = case  # the roll-out is the same in all shapes
-    return list(cases.values())
+                if b.sass not in found:
+                    found[b.sass] = vars(b) | dict(shape=case.shape, matrix=b.matrix())
+                    print(f"{b.kernel:18}{case.shape:32}{chip:6}{b.registers:11}{b.spilled:9}"
+                          f"{b.shared / 1024:12.1f}{b.blocks:12} x {b.warps}  "
+                          f"{b.instructions[b.matrix()]} {b.matrix()}", flush=True)  # fmt: skip
+    told = ("kernel", "shape", "chip", "registers", "spilled", "shared", "blocks", "warps", "matrix")
+    return [{name: row[name] for name in told} for row in found.values()]
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES, help="this one only (default: all)")
-    parser.add_argument("--kernel", choices=CASES, help="its cases only (default: all)")
+    for flag, every in (("--shape", SHAPES), ("--kernel", CASES)):
+        parser.add_argument(flag, nargs="+", choices=every, default=[*every], help="default: all")
     parser.add_argument("--no-compile", action="store_true",
                         help="without a GPU: leave out the compile report")  # fmt: skip
     flags = parser.parse_args()
-    cases, version = cases_of(flags), kernels.triton.__version__
-    report = dict(torch=torch.__version__, triton=version)
+    cases = cases_of(flags)
+    report = dict(torch=torch.__version__, triton=kernels.triton.__version__)
     if torch.cuda.is_available():
-        report |= dict(device=torch.cuda.get_device_name(), measured=True)
-        report |= on_gpu(cases, torch.device("cuda"))
+        report |= dict(device=torch.cuda.get_device_name(), measured=True, **on_gpu(cases))
     else:
         report |= dict(device="none", measured=False, cases=analytic(cases))
-        if version is None:
+        if kernels.triton.__version__ is None:
             print("\nTriton is not installed: nothing was compiled.")
         elif not flags.no_compile:
             report["builds"] = compile_report(cases_of(flags, small=True))

@@ -58,7 +58,7 @@ def plain_flow_step(x, hidden, out, step, t, embed):
     t = fourier(t, time)[:, None].expand(-1, x.shape[1], -1)
     z = torch.cat([fourier(x[..., 0], accel), fourier(x[..., 1], curvature), t], -1)
     z = z.to(weight.dtype)
-    for w, b, norm in zip(layers[::3], layers[1::3], layers[2::3], strict=True):
+    for w, b, norm in zip(layers[::3], layers[1::3], layers[2::3]):
         z = F.rms_norm(F.silu(F.linear(z, w, b)), b.shape, norm, 1e-5)
     return x, F.layer_norm(F.linear(z, weight, bias), gain.shape, gain, offset, 1e-5)
 

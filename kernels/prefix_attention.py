@@ -447,7 +447,7 @@ def gradients_of_attention(ctx, dy, _):
     needs = ctx.needs_input_grad
     prefix, tail = needs[1] or needs[2], needs[3] or needs[4]
     grads = prefix_attention_backward_op(dy, *ctx.saved_tensors, prefix, tail)
-    grads = [g if need else None for g, need in zip(grads, needs, strict=False)]
+    grads = [g if need else None for g, need in zip(grads, needs)]
     return *grads, None, None, None
 
 

@@ -41,7 +41,7 @@ def plain_pruned_attention(q, k, v, offsets, longest, rows=None):
         raise ValueError(f"pruned_attention: {many}")
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (H, R, d)
     out = [q[:, :0]]
-    for image in zip(q.split(counts, 1), k.split(counts, 1), v.split(counts, 1), strict=True):
+    for image in zip(q.split(counts, 1), k.split(counts, 1), v.split(counts, 1)):
         if image[0].shape[1]:  # an image may have no patch left
             batch = [x[None] for x in image]  # the fast implementations want one
             out.append(F.scaled_dot_product_attention(*batch)[0])
@@ -286,7 +286,7 @@ def pruned_attention(q, k, v, offsets, longest, rows=None):
     if torch.is_autocast_enabled(device):  # as PyTorch's own attention does
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     if q.ndim != 3 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
-        tensors = zip("qkv", (q, k, v), strict=True)
+        tensors = zip("qkv", (q, k, v))
         said = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in tensors)
         raise ValueError(f"pruned_attention: {said}: expected (T, H, d) of one shape and dtype")
     if by_hand(q.device, q.dtype):

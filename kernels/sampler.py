@@ -283,11 +283,11 @@ class Buffers:
         self.flow[0] = noise
         self.cos[:] = cos[:, 0]
         self.sin[:] = sin[:, 0]
-        for (k0, v0), (k, v) in zip(self.prefix, prefix, strict=True):
+        for (k0, v0), (k, v) in zip(self.prefix, prefix):
             k0[:] = k
             v0[:] = v
         s = 0
-        for (k1, v1), (k, v) in zip(self.tail, tail, strict=True):
+        for (k1, v1), (k, v) in zip(self.tail, tail):
             if k is not None:
                 s = k.shape[2]
                 k1[:, :, :s] = k
@@ -301,7 +301,7 @@ class Buffers:
         share = flow_step.time_share(self.times, self.embed)  # (steps, width)
         self.step(0, None, share)
         for i in range(self.steps):
-            for layer, prefix, tail in zip(self.layers, self.prefix, self.tail, strict=True):
+            for layer, prefix, tail in zip(self.layers, self.prefix, self.tail):
                 self.run_layer(layer, prefix, tail)
             self.step(i + 1, self.h, share)
 

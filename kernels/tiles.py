@@ -40,7 +40,7 @@ def in_vectors(x):
     """
     d = x.shape[-1]
     strides = x.stride()[:-1]
-    whole = all(s % d == 0 for n, s in zip(x.shape, strides, strict=False) if n > 1)
+    whole = all(s % d == 0 for n, s in zip(x.shape, strides) if n > 1)
     if x.stride(-1) != 1 or not whole:
         x = x.clone(memory_format=torch.contiguous_format)
     return x, *(s // d for s in x.stride()[:-1])
