@@ -366,7 +366,7 @@ def loop_over_copies(parts, steps, x, cos, sin, prefix, tail):
     """The same with the prefix copied for each sample, as the release does, here into one cache that stays in place."""
     n, T = len(x), x.shape[1]
     room = lambda x0, x1: torch.cat([x0.expand(n, -1, -1, -1), x1, x1.new_empty(n, x1.shape[1], T, x1.shape[3])], 2)
-    past = [(room(k0, k1), room(v0, v1), None, None, None, None) for (k0, v0), (k1, v1) in zip(prefix, tail)]
+    past = [alpamayo.Past((room(k0, k1), room(v0, v1))) for (k0, v0), (k1, v1) in zip(prefix, tail)]
 
     def attend(q, k, v, own_k, own_v, mask0, mask1):
         k[:, :, -T:], v[:, :, -T:] = own_k, own_v
@@ -392,7 +392,7 @@ def sampler_cases(shape):
         cos, sin = alpamayo.rope((P + S + torch.arange(T, device=device)).expand(3, n, -1), cfg, dtype)
         kv = lambda *size: [torch.randn(2, *size, d, dtype=dtype, device=device).unbind(0) for _ in range(cfg.n_layer)]
         prefix, tail = kv(1, G, P), kv(n, G, S)
-        past = [(k0, v0, None, k1, v1, None) for (k0, v0), (k1, v1) in zip(prefix, tail)]
+        past = [alpamayo.Past(kv, own) for kv, own in zip(prefix, tail)]
 
         def truth():
             double = lambda x: x.double() if torch.is_tensor(x) else x

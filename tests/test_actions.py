@@ -11,9 +11,10 @@ import torch
 
 import alpamayo
 from alpamayo import (
-    CURVATURE_BOUND, LOW_SPEED, PRESETS, QWEN_TOKENS, ActionSpace, Config, Vocabulary, WordTokenizer, fit_actions,
-    from_bins, initial_speed, pick, release_config, roll_out, rot_of, to_bins, unwrap, with_words, yaw_of,
+    CURVATURE_BOUND, LOW_SPEED, PRESETS, ActionSpace, Config, Vocabulary, fit_actions,
+    from_bins, initial_speed, pick, roll_out, rot_of, to_bins, unwrap, with_words, yaw_of,
 )  # fmt: skip
+from release import TEXT_TOKENS, WordTokenizer, release_json
 
 STEPS = 15 + 64  # of a drive: history, future
 TIME = 0.1 * torch.arange(STEPS)  # s
@@ -229,13 +230,13 @@ RELEASE_IDS = {
 def test_ids_of_the_release():
     """Read off the released weights. Any text vocabulary of the release's size puts the tokens behind it there."""
     cfg = Config()
-    words = map(str, range(cfg.text_vocab - 256 - len(QWEN_TOKENS)))  # with the bytes and Qwen's own tokens: 151,669
+    words = map(str, range(cfg.text_vocab - 256 - len(TEXT_TOKENS)))  # with the bytes and Qwen's own tokens: 151,669
     vocab = Vocabulary(replace(cfg, words=tuple(words), chat=False))
     assert {name: vocab[name] for name in RELEASE_IDS} == RELEASE_IDS
     assert (vocab.first_action, vocab.first_history, cfg.vocab) == (151669, 154669, 155697)
 
 
 def test_ids_in_the_config_that_we_write():
-    config = release_config(Config())
+    config = release_json(vars(Config()), vars(Config()))
     assert {f"traj_{name}": i for name, i in config["traj_token_ids"].items()} == RELEASE_IDS
     assert (config["traj_token_start_idx"], config["vocab_size"], config["traj_vocab_size"]) == (151669, 155697, 4000)

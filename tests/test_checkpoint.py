@@ -15,7 +15,8 @@ import torch
 from conftest import GOLDEN, ROOT, made_up
 from safetensors.torch import load_file, save_file
 
-from alpamayo import PRESETS, Alpamayo, Config, Vocabulary, read_config, release_config, vlm_config, with_words
+from alpamayo import PRESETS, Alpamayo, Config, Vocabulary, read_config, with_words
+from release import backbone_json, release_json
 
 SMALL = with_words(
     replace(
@@ -97,15 +98,15 @@ def test_saving_in_bfloat16(model, tmp_path):
 @pytest.mark.parametrize("cfg", [*PRESETS.values(), SMALL, Config(name_cameras=True, reasoning="off", min_pixels=1024)])
 def test_every_field_of_a_config_comes_back(cfg, tmp_path):
     (tmp_path / "vlm").mkdir()
-    (tmp_path / "vlm" / "config.json").write_text(json.dumps(vlm_config(cfg)))
-    (tmp_path / "config.json").write_text(json.dumps(release_config(cfg)))
+    (tmp_path / "vlm" / "config.json").write_text(json.dumps(backbone_json(vars(cfg))))
+    (tmp_path / "config.json").write_text(json.dumps(release_json(vars(cfg), vars(Config()))))
     assert read_config(str(tmp_path)) == cfg
 
 
 @pytest.mark.parametrize("name", ["nvidia/Cosmos-Reason2-8B", "Qwen/Qwen3-VL-8B-Instruct"])
 def test_the_release_only_names_its_backbone(name, tmp_path):
     """No vlm/config.json came with it: the numbers of Qwen3-VL-8B are known."""
-    (tmp_path / "config.json").write_text(json.dumps({**release_config(Config()), "vlm_name_or_path": name}))
+    (tmp_path / "config.json").write_text(json.dumps({**release_json(vars(Config()), vars(Config())), "vlm_name_or_path": name}))
     assert read_config(str(tmp_path)) == Config()
 
 

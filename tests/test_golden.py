@@ -21,7 +21,7 @@ import torch
 from conftest import GOLDEN
 
 import alpamayo
-from alpamayo import Alpamayo, fit_actions, from_bins, initial_speed, patchify, roll_out, rope, to_bins
+from alpamayo import Alpamayo, fit_actions, from_bins, initial_speed, patchify, roll_out, to_bins
 
 P = 277  # prompt tokens of the golden scene
 ACTION_TAIL = 131  # <|traj_future_start|>, 128 actions, <|traj_future_end|>, <|im_end|>
@@ -55,10 +55,10 @@ def rollout(model, golden):
 
 @torch.no_grad()
 def test_prompt_and_its_positions(model, golden):
-    _, positions, _, ids = model.embed_prompt(golden["scene"])
-    assert torch.equal(ids, golden["input_ids"])
-    assert torch.equal(positions, golden["position_ids"])
-    assert positions.max() + 1 - P == golden["rope_deltas"]
+    prompt = model.embed_prompt(golden["scene"])
+    assert torch.equal(prompt.ids, golden["input_ids"])
+    assert torch.equal(prompt.positions, golden["position_ids"])
+    assert prompt.positions.max() + 1 - P == golden["rope_deltas"]
 
 
 def test_patches(model, golden):
@@ -76,8 +76,7 @@ def test_vision_tokens_and_deepstack(model, golden):
 
 @torch.no_grad()
 def test_logits_after_the_prompt(model, golden):
-    x, positions, seen, _ = model.embed_prompt(golden["scene"])
-    x, _ = model.vlm.model.language_model(x, *rope(positions, model.cfg, x.dtype), seen=seen)
+    x = model.prefill(model.embed_prompt(golden["scene"])).x
     assert relative_error(model.vlm.lm_head(x[:, -1]), golden["prompt_logits_last"]) < 1e-5
 
 

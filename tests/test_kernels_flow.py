@@ -251,7 +251,7 @@ def sampling(dtype, B=2, n=2, T=16):
 
 def plainly(steps, parts, noise, cos, sin, prefix, tail, seen):
     mask = torch.cat([seen, torch.ones(noise.shape[:2], dtype=torch.bool)], 1)[:, None]
-    past = [(*a, None, *b, mask) for a, b in zip(prefix, tail)]
+    past = [alpamayo.Past(a, b, None, mask) for a, b in zip(prefix, tail)]
     return bench.in_pytorch(bench.plain_loop)(parts, steps, noise, cos, sin, past)
 
 

@@ -113,9 +113,12 @@ def test_driving_without_thinking(both, eta):
     """No tail but the action tokens' own; the sampler's kernels take Euler's steps, and steps with noise are the loop's."""
     model = tiny()
     cfg, x = model.cfg, torch.randn(4, 64, 2, device=DEVICE)
-    prompt = [tuple(torch.randn(2, cfg.n_kv_head, 9, cfg.head_dim, device=DEVICE) for _ in "kv") for _ in range(cfg.n_layer)]
-    nothing, length = [(None, None)] * cfg.n_layer, torch.zeros(4, dtype=torch.long, device=DEVICE)
-    run = torch.no_grad()(lambda: model.integrate(x, prompt, nothing, length, 12, 2, eta, seeded()))
+    layers = [tuple(torch.randn(2, cfg.n_kv_head, 9, cfg.head_dim, device=DEVICE) for _ in "kv") for _ in range(cfg.n_layer)]
+    none = torch.zeros(4, 0, dtype=torch.long, device=DEVICE)
+    length = torch.zeros(4, dtype=torch.long, device=DEVICE)
+    thought = alpamayo.Thought(none, none, none, length, [None] * cfg.n_layer)
+    prefix = alpamayo.Prefix(layers, layers, None, 12)
+    run = torch.no_grad()(lambda: model.drive(prefix, thought, 2, x, eta, seeded()))
     flow, ours, used = both(run)
     assert used == ({"_attend", "_heads", "_gate_up", "_add", "_step"} if eta == 0 else {"_attend"})
     assert torch.equal(flow[0], x) and (flow[2] - flow[0]).abs().mean() > 0.1

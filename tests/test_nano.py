@@ -23,7 +23,7 @@ def nano():
 def reasons(model, seeds):
     """What a greedy sample gives as its reason, for each scene."""
     cfg = model.cfg
-    scene = data.make_scenes(seeds, cfg.cameras, (64, 128), cfg.frames, cfg.frame_dt)
+    scene = data.make_scenes(seeds, **data.view_of(cfg, (64, 128)))
     said = model.sample(scene, n=1, temperature=0, steps=1, seed=0).reasoning
     return [text.partition(" since ")[2] for (text,) in said], [t.partition(" since ")[2] for t in scene["reasoning"]]
 
@@ -58,7 +58,8 @@ def test_without_its_cause_a_reason_is_gone(nano, monkeypatch):
 
 def test_missing_cameras_leave_a_model_that_drives(nano):
     cfg = nano.cfg
-    scene = data.make_scenes(range(10_000_000, 10_000_024), (1, 6), (64, 128), cfg.frames, cfg.frame_dt)
+    view = data.view_of(cfg, (64, 128)) | {"camera_ids": (1, 6)}
+    scene = data.make_scenes(range(10_000_000, 10_000_024), **view)
     out = nano.sample(scene, n=1, temperature=0, steps=5, seed=0)
     right = [data.decisions(said) == data.decisions(true) for (said,), true in zip(out.reasoning, scene["reasoning"])]
     print(f"two front cameras: {sum(right)} of 24 decide right")

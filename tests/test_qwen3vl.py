@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from conftest import GOLDEN, made_up
 
 import alpamayo
-from alpamayo import Alpamayo, Config, Vocabulary, image_positions, resize, rope, vlm_config
+from alpamayo import Alpamayo, Config, Prompt, Vocabulary, image_positions, resize, rope
+from release import backbone_json
 
 image = pytest.importorskip("PIL.Image")
 qwen = pytest.importorskip("transformers.models.qwen3_vl")
@@ -41,7 +42,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def oracle(model):
-    config = vlm_config(model.cfg)
+    config = backbone_json(vars(model.cfg))
     config["text_config"]["vocab_size"] = model.cfg.vocab
     oracle = qwen.Qwen3VLForConditionalGeneration(qwen.Qwen3VLConfig(**config))
     oracle.load_state_dict(model.vlm.state_dict())
@@ -143,9 +144,9 @@ def read(model, x, positions, **how):
 
 
 def test_logits(model, oracle, scene, pixels):
-    x, positions, seen, ids = model.embed_prompt(scene)
-    logits, _ = read(model, x, positions, seen=seen)
-    theirs = oracle(input_ids=ids, **pixels).logits
+    prompt = model.embed_prompt(scene)
+    logits, _ = read(model, prompt.x, prompt.positions, prompt=prompt)
+    theirs = oracle(input_ids=prompt.ids, **pixels).logits
     assert relative_error(logits, theirs) < 1e-5
 
 
@@ -155,19 +156,22 @@ def test_cached_samples_are_separate_uncached_runs(model, scene):
     n, T = 3, 5
     lm = model.vlm.model.language_model
     said = lm.embed_tokens(torch.randint(0, 256, (SCENES * n, T), generator=torch.Generator().manual_seed(0)))
-    x, positions, (where, deep), _ = model.embed_prompt(scene)
+    prompt = model.embed_prompt(scene)
+    x, positions, image_at, deep, _ = prompt
     after = (positions.max() + 1 + torch.arange(T)).expand(3, SCENES * n, -1)
 
-    _, prompt = read(model, x, positions, seen=(where, deep))
-    tail, cached = [(None, None)] * model.cfg.n_layer, []
+    _, prefix = read(model, x, positions, prompt=prompt)
+    tail, cached = [None] * model.cfg.n_layer, []
     for t in range(T):
-        past = [(k0, v0, None, k1, v1, None) for (k0, v0), (k1, v1) in zip(prompt, tail)]
+        past = [alpamayo.Past(kv, own) for kv, own in zip(prefix, tail)]
         logits, tail = read(model, said[:, t : t + 1], after[..., t : t + 1], past=past)
         cached.append(logits)
 
     whole = torch.cat([x.repeat_interleave(n, 0), said], 1)
-    seen = where.repeat_interleave(n, 0), [d.repeat_interleave(n, 0) for d in deep]
-    uncached, _ = read(model, whole, torch.cat([positions.repeat_interleave(n, 1), after], 2), seen=seen)
+    positions = torch.cat([positions.repeat_interleave(n, 1), after], 2)
+    deep = [d.repeat_interleave(n, 0) for d in deep]
+    together = Prompt(whole, positions, image_at.repeat_interleave(n, 0), deep, None)
+    uncached, _ = read(model, whole, positions, prompt=together)
     assert relative_error(torch.cat(cached, 1), uncached[:, -T:]) < 1e-5
 
 

@@ -1,5 +1,5 @@
 """
-Four ways to see: geometry against formulas and the rendered world, fast ways against slow ones, flags as a user sets them.
+Four ways to see: geometry against formulas and the rendered world, fast ways against slow ones.
 
     python -m pytest tests/test_vision.py
 
@@ -8,19 +8,14 @@ turned and taken away. Pruning and retrieval gather what they keep; the slow way
 """
 import json
 import math
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import alpamayo
 import data
-import encoders
-import sample
-import train
 import world
 from world import causes, images_of
 from alpamayo import PRESETS, Alpamayo, Config, Vocabulary, column_means, image_positions, look_up, rope, rotate, with_words
@@ -226,7 +221,7 @@ def test_numbers_of_tokens(scene):
         assert sum(h * w for h, w in triplane.grids()) == tokens
     for switches, count in (({"vision": "triplane"}, 2 * 19), ({"vision": "flex"}, 5), ({}, 64), ({"keep": 0.25}, 16)):
         model = build(torch.float32, **switches)
-        x, positions, (where, _), ids = model.embed_prompt(scene)
+        x, positions, where, _, ids = model.embed_prompt(scene)
         assert x.shape[:2] == ids.shape == positions.shape[1:] == (3, count + WORDS)
         assert where.shape == (3, count)
 
@@ -251,7 +246,7 @@ def test_parameters_at_full_size(vision, paper):
     a tenth more than the paper's. What lifts the planes is 0.9 M, and the
     patches' projection alone 33 M at patch 8: the paper's 6.3 M cannot count that, and we do not know what it does."""
     with torch.device("meta"):
-        encoder = encoders.encoder_of(alpamayo.VisionTower(Config(vision=vision, n_embd=896)))[0]
+        encoder = getattr(alpamayo.VisionTower(Config(vision=vision, n_embd=896)), vision)
     count = sum(p.numel() for p in encoder.parameters())
     if vision == "flex":
         layers = sum(p.numel() for p in encoder.blocks.parameters())
@@ -283,10 +278,10 @@ def test_keep_one_is_the_tower_as_it_was(scene):
     """Every block over every patch of every image by itself, then the mergers: bit for bit."""
     model, tower = (m := build(torch.float32)), m.vlm.model.visual
     images = scene["images"].view(-1, 2, 3, H, W)
-    embed, cos, sin = tower.positions(4, 8, "cpu")
-    x, deep = tower.patch_embed(alpamayo.patchify(images, model.cfg)) + embed, []
+    x, layout = tower.embed(images, 3)
+    deep = []
     for i, block in enumerate(tower.blocks):
-        x = x + block.attn(block.norm1(x), cos, sin)
+        x = x + block.attn(block.norm1(x), layout)
         x = x + block.mlp(block.norm2(x))
         if i in model.cfg.deepstack:
             deep.append(tower.deepstack_merger_list[len(deep)](x))
@@ -294,7 +289,7 @@ def test_keep_one_is_the_tower_as_it_was(scene):
     tokens, ours, _, kept = model.look(scene)
     assert torch.equal(tokens, expected.view(3, 64, -1)) and torch.equal(kept, torch.arange(64).expand(3, -1))
     assert all(torch.equal(a, b.view(3, 64, -1)) for a, b in zip(ours, deep, strict=True))
-    _, positions, (where, _), ids = model.embed_prompt(scene)
+    _, positions, where, _, ids = model.embed_prompt(scene)
     pad = model.vocabulary["image_pad"]
     assert torch.equal(positions, image_positions(ids[0], pad, [(2, 4)] * 8)[:, None].expand(-1, 3, -1))
     assert torch.equal(where, torch.arange(64).expand(3, -1))
@@ -307,11 +302,11 @@ def hidden_behind_masks(model, scene, kept):
     B, m2 = len(kept), cfg.merge**2
     alive = torch.zeros(B, 64, dtype=torch.bool).scatter(1, kept, True)  # groups
     patches = alive.repeat_interleave(m2, 1).view(-1, 8 * m2)  # (images, patches)
-    embed, cos, sin = tower.positions(4, 8, "cpu")
-    x, deep = tower.patch_embed(alpamayo.patchify(scene["images"].view(-1, 2, 3, H, W), cfg)) + embed, []
+    x, layout = tower.embed(scene["images"].view(-1, 2, 3, H, W), B)
+    deep = []
     own = torch.eye(8 * m2, dtype=torch.bool)  # who is pruned sees itself, or its softmax would be of nothing
     for i, block in enumerate(tower.blocks):
-        q, k, v = block.attn.heads(block.norm1(x), cos, sin)
+        q, k, v = block.attn.heads(block.norm1(x), layout)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=(patches[:, None, None] | own) if i >= 2 else None)
         x = x + block.attn.proj(y.transpose(1, 2).flatten(2))
         x = x + block.mlp(block.norm2(x))
@@ -320,7 +315,7 @@ def hidden_behind_masks(model, scene, kept):
     tokens = (tower.merger(x) + model.view_embed[scene["camera_ids"]].flatten(0, 2)[:, None]).view(B, 64, -1)
 
     whole = build()  # to know the prompt of all; its weights are the same
-    y, positions, (where, _), _ = whole.embed_prompt(scene)
+    y, positions, where, _, _ = whole.embed_prompt(scene)
     y = y.scatter(1, where[..., None].expand_as(tokens), tokens)
     P = y.shape[1]
     seen = F.pad(alive, (0, P - 64), value=True)  # images come first
@@ -350,21 +345,22 @@ def test_pruning_is_hiding(scene, keep):
     assert kept.shape == (3, count) and (kept.diff(dim=1) > 0).all()
     assert keep < 0.1 or len({tuple(row) for row in kept.tolist()}) == 3  # each scene its own
     slow, stay = hidden_behind_masks(model, scene, kept)
-    x, positions, seen, _ = model.embed_prompt(scene)
-    fast, cache = model.vlm.model.language_model(x, *rope(positions, model.cfg, x.dtype), seen=seen)
+    prompt = model.embed_prompt(scene)
+    x, positions = prompt.x, prompt.positions
+    fast, cache = model.vlm.model.language_model(x, *rope(positions, model.cfg, x.dtype), prompt=prompt)
     assert fast.shape[1] == cache[0][0].shape[2] == count + WORDS
     torch.testing.assert_close(fast, torch.stack([a[i] for a, i in zip(slow, stay)]), atol=1e-6, rtol=0)
-    _, whole, _, _ = build().embed_prompt(scene)
+    whole = build().embed_prompt(scene).positions
     assert all(torch.equal(positions[:, b], whole[:, b, stay[b]]) for b in range(3))
 
 
 def test_the_least_looked_at_goes(scene):
     """Salience by hand at the pruning block: mean attention a patch receives in its image, mean over its group."""
     model, tower = (m := build(keep=0.3)), m.vlm.model.visual
-    embed, cos, sin = tower.positions(4, 8, "cpu")
-    x = tower.patch_embed(alpamayo.patchify(scene["images"].view(-1, 2, 3, H, W), model.cfg)) + embed
+    x, layout = tower.embed(scene["images"].view(-1, 2, 3, H, W), 3)
+    cos, sin = layout.cos, layout.sin
     for block in tower.blocks[:2]:
-        x = block(x, cos, sin)
+        x = block(x, layout)
     attn, h = tower.blocks[2].attn, tower.blocks[2].norm1(x)
     q, k, _ = attn.qkv(h).view(24, 32, 3, 2, 16).permute(2, 0, 3, 1, 4)
     weight = (rotate(q, cos, sin) @ rotate(k, cos, sin).mT / 4).softmax(-1)
@@ -397,7 +393,7 @@ def test_a_released_checkpoint_is_pruned_without_training(release_folder, golden
     """Words stand between its images, so what is kept differs in place as well. keep = 1 is what the golden tests check."""
     whole = Alpamayo.from_pretrained(str(release_folder))
     half = Alpamayo.from_pretrained(str(release_folder), keep=0.5, retrieve=0.5)
-    x, positions, (where, deep), ids = half.embed_prompt(golden["scene"])
+    x, positions, where, deep, ids = half.embed_prompt(golden["scene"])
     all_ids = whole.embed_prompt(golden["scene"])[-1]
     pad, kept = half.vocabulary["image_pad"], half.look(golden["scene"])[-1][0]
     assert (ids == pad).sum() == 12 == (all_ids == pad).sum() / 2 == deep[0].shape[1]
@@ -429,7 +425,7 @@ def test_retrieval_is_hiding(scene, monkeypatch):
     everything, fast = run(build()), run(build(retrieve=0.25))
     assert (fast - everything)[1:].nan_to_num().abs().max() > 1e-4
 
-    gather, attend = alpamayo.retrieve, alpamayo.prefix_attention
+    gather, attend = alpamayo.retrieved, alpamayo.prefix_attention
 
     def remember(k, v, salience, where, share):  # keep all, and remember what would have stayed
         marks = torch.arange(k.shape[2], dtype=k.dtype).expand(*k.shape[:3])[..., None]
@@ -440,7 +436,7 @@ def test_retrieval_is_hiding(scene, monkeypatch):
 
     masked = lambda q, k0, v0, k1, v1, mask0=None, mask1=None: attend(
         q, k0, v0, k1, v1, hidden[k0.data_ptr()][0] if k0.data_ptr() in hidden else mask0, mask1)  # fmt: skip
-    monkeypatch.setattr(alpamayo, "retrieve", remember)
+    monkeypatch.setattr(alpamayo, "retrieved", remember)
     monkeypatch.setattr(alpamayo, "prefix_attention", masked)
     slow = run(build(retrieve=0.25))
     assert all(mask.sum(1).tolist() == [16 + WORDS] * 3 for mask, _ in hidden.values()) and len(hidden) == 3
@@ -462,99 +458,12 @@ def test_what_is_retrieved_is_what_the_words_attend_to():
     where = torch.tensor([[1, 2, 3, 6], [0, 3, 4, 7]])
     salience = torch.tensor([[9.0, 0.2, 0.4, 0.1, 9, 9, 0.3, 9, 9], [0.1, 0, 0, 0.3, 0.2, 0, 0, 0.05, 0]])
     stay = torch.tensor([[0, 2, 4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 6, 8]])
-    ours = alpamayo.retrieve(k, v, salience, where, 0.5)
+    ours = alpamayo.retrieved(k, v, salience, where, 0.5)
     for whole, part in zip((k, v), ours):
         assert all(torch.equal(part[b], whole[b][:, stay[b]]) for b in range(2))
 
 
-# ------------------------------------------------------------------------------------------------- as a user runs it
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("scenes")
-
-
-@pytest.mark.parametrize("flags", ["--vision triplane --planes-patch 6 6 2", "--vision flex --flex-tokens 7 --keep 0.5"])
-def test_trained_saved_loaded_and_driven(flags, cache, tmp_path, monkeypatch, capsys):
-    """Both stages from one script; the checkpoint knows how it sees; sample.py runs it and can prune it."""
-    common = f"--size {H} {W} --scenes 4 --batch 2 --val-scenes 2 --threads 1 --cache {cache} --steps 1 --action-every 2".split()
-    command = lambda *words: monkeypatch.setattr(sys, "argv", [*map(str, words)])
-    monkeypatch.setattr(train.os, "cpu_count", lambda: 0)  # render in this process
-    command("train.py", *common, "--stage", "action", "--out", tmp_path / "a", *flags.split())
-    train.main()
-    command("train.py", *common, "--stage", "reason", "--init", tmp_path / "a", "--out", tmp_path / "b")
-    train.main()
-    cfg = alpamayo.read_config(str(tmp_path / "b"))
-    if cfg.vision == "flex":  # another encoder behind the same tower
-        command("train.py", *common, "--stage", "reason", "--init", tmp_path / "b", "--out", tmp_path / "d", "--vision", "image",
-                "--keep", 1, "--muon-lr", 0, "--lr", 0)  # fmt: skip
-        train.main()
-        was, now = (load_file(tmp_path / name / "model.safetensors") for name in "bd")
-        assert alpamayo.read_config(str(tmp_path / "d")) == replace(cfg, vision="image", keep=1.0)
-        assert {k.split(".")[3] for k in was.keys() ^ now.keys() if k != "view_embed"} == {"flex", "merger", "deepstack_merger_list"}
-        assert all(torch.equal(was[k], now[k]) for k in was.keys() & now.keys())
-    seen = (cfg.vision, cfg.keep, cfg.planes_patch if cfg.vision == "triplane" else cfg.flex_tokens)
-    assert seen == (("triplane", 1.0, (6, 6, 2)) if "triplane" in flags else ("flex", 0.5, 7))
-    model = Alpamayo.from_pretrained(str(tmp_path / "b"))
-    model.save_pretrained(str(tmp_path / "c"))
-    assert alpamayo.read_config(str(tmp_path / "c")) == cfg
-    monkeypatch.setattr(sample, "draw", lambda *_: None)  # takes seconds, and test_sample.py does it
-    command("sample.py", "--checkpoint", tmp_path / "b", "--n", 1, "--steps", 1, "--size", H, W, "--keep", 0.5, "--retrieve", 0.5)
-    sample.main()
-    assert "sample 1" in capsys.readouterr().out
-
-
-def test_the_table_trains_what_is_missing_and_goes_on(cache, tmp_path, monkeypatch, capsys):
-    """Two trainings, three rows; a second call trains nothing more; another number of steps or world is refused."""
-    trained = []
-    monkeypatch.setattr(world, "WORLD_VERSION", 7)
-
-    def run(command, **_):  # train.py in this process
-        trained.append(command)
-        monkeypatch.setattr(sys, "argv", [*command[1:], "--batch", "2", "--val-scenes", "2"])
-        train.main()
-        return type("Done", (), {"returncode": 0})
-
-    ways = encoders.WAYS
-    monkeypatch.setattr(encoders, "WAYS", [ways[0], ways[3], ways[9]])
-    monkeypatch.setattr(encoders.subprocess, "run", run)
-    monkeypatch.setattr(train.os, "cpu_count", lambda: 0)  # render in this process
-    flags = f"encoders.py --out {tmp_path} --cache {cache} --size {H} {W} --scenes 4 --eval 2 --repeats 2 --n 1 --steps 1"
-    monkeypatch.setattr(sys, "argv", [*flags.split(), "--train-steps", "1"])
-    args = encoders.parse_flags()
-    encoders.main()
-    said = capsys.readouterr().out.splitlines()
-    rows = json.loads(said[-1])["rows"]
-    assert len(trained) == 2 and list(rows) == [way.name for way in encoders.WAYS]
-    assert encoders.train_missing(args)[ways[9].name] == [f"{tmp_path}/image-0"] and len(trained) == 2
-    monkeypatch.setattr(world, "WORLD_VERSION", 8)
-    with pytest.raises(ValueError, match="image-0: was trained with world 7, not 8"):
-        encoders.train_missing(args)
-    args.train_steps = 2
-    with pytest.raises(ValueError, match="was trained with steps 1, not 2"):
-        encoders.train_missing(args)
-    image, flex, pruned = rows.values()
-    assert (image["tokens"], flex["tokens"], pruned["tokens"]) == (2, 20 / 8, 0.5)
-    assert image["relative"] == [0] and flex["relative"][0] == pytest.approx(flex["minade"][0] / image["minade"][0] - 1)
-    assert pruned["flops"]["vision"] < image["flops"]["vision"] and pruned["flops"]["prefill"] < image["flops"]["prefill"] / 1.5
-    table = said[said.index(next(line for line in said if line.startswith("| encoder"))) :]
-    assert image["parameters"] == pruned["parameters"] and table[2].count("|") == 12 and "61.6 M" in "".join(said)
-
-
-def test_what_the_picture_shows(scene):
-    """The newest groups that are kept at 0.5; attention of scene tokens, a share of all they give; a plane for two axes."""
-    scene = in_double(scene)
-    share = encoders.looked_at(build(), scene)
-    assert share.shape == (3, 4, 2, 4)
-    newest = torch.arange(64).view(4, 2, 2, 4)[:, 1]
-    for kept, shares in zip(build(keep=0.5).look(scene)[-1].tolist(), share):
-        assert set(newest[shares <= 0.5].tolist()) == set(kept) & set(newest.flatten().tolist())
-    attention = encoders.looked_at(build(vision="flex"), scene)
-    assert attention.shape == (3, 4, 2, 4) and attention.min() > 0 and (attention.sum((1, 2, 3)) < 0.95).all()
-    planes = encoders.looked_at(build(vision="triplane"), scene)
-    assert [tuple(plane.shape) for plane in planes] == [(3, 12, 12), (3, 12, 2), (3, 12, 2)]
-    assert all(plane.std(0).max() > 1e-3 for plane in planes)
+# ------------------------------------------------------------------------------------------------ types, bad values
 
 
 @pytest.mark.parametrize("switches", [{"vision": "triplane"}, {"vision": "flex", "keep": 0.5}, {"keep": 0.5, "retrieve": 0.5}])

@@ -1,120 +1,150 @@
 """
-What is in the built-in world: of what its splits are made, what a scene costs, how scenes look.
+What is in the built-in world, what a scene costs, and how scenes look.
+
+    python -m tools.world --splits                          # of what the splits are made
+    python -m tools.world --cost                            # milliseconds of a scene, by part
+    python -m tools.world --look sheet.png --seeds 0 12     # twelve scenes on a sheet
 """
+
 import argparse
-import json
-import multiprocessing
-import sys
 import time
+from collections import Counter
 
 import torch
 
-from data import BATCH, SPLITS, make_scenes
-from world import COMBINATIONS, FUTURE, HISTORY, PAST, RARE, SEEDS, SITUATIONS, World, draw, images_of
+from data import BATCH, SPLITS, make_scenes, pool_of, run
+from tools import markdown
+from world import COMBINATIONS, FUTURE, PAST, RARE, SEEDS, SITUATIONS, World, draw, images_of
 
-
-def look(path, seeds, size):
-    """A contact sheet: a row a scene, the cameras at t0, and the expert's path from above."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    order = (1, 6, 0, 2)
-    scene = make_scenes(seeds, size=size, frames=1)
-    at = [scene["camera_ids"][0].tolist().index(i) for i in order]
-    figure, axes = plt.subplots(len(seeds), 5, figsize=(17, 2.1 * len(seeds)), squeeze=False, layout="constrained")
-    for i, row in enumerate(axes):
-        for ax, camera in zip(row, at):
-            ax.imshow(scene["images"][i, camera, -1].permute(1, 2, 0), interpolation="nearest")
-            ax.axis("off")
-        row[0].set_title(f"{seeds[i]} {scene['name'][i]}: {scene['reasoning'][i]}", loc="left", fontsize=9)
-        x, y, _ = torch.cat([scene["ego_history_xyz"][i], scene["ego_future_xyz"][i]]).unbind(-1)
-        row[4].plot(x[:HISTORY], y[:HISTORY], "0.6", x[HISTORY:], y[HISTORY:], "C0.", markersize=3)
-        row[4].set(xlim=(-25, 95), ylim=(-30, 30), aspect="equal")
-        row[4].grid(alpha=0.3)
-        row[4].tick_params(labelsize=6)
-    figure.savefig(path, dpi=100)
+AIR = ("*day*", "*dusk*", "*rain*", "*haze*", "*dusk and rain*", "*shown after t0*")
 
 
 def splits(scenes):
-    """Of what the first scenes of each split are made, as Markdown: how many of each situation and weather."""
-    rows = {name: "" for name in SITUATIONS}
-    rows |= {name: " + ".join(causes or ("any",)) for name, causes in COMBINATIONS.items()}
-    rows |= {name: f"does as a {cause}" if cause == "pedestrian" else f"stands as {cause}"
-             for name, cause in RARE.items()}
-    weather = {"day": (0, 0, 0), "dusk": (1, 0, 0), "rain": (0, 1, 0), "haze": (0, 0, 1),
-               "both dusk and rain": (1, 1, 0)}
-    lines = ["| scene | combines | " + " | ".join(SPLITS) + " |", "| --- | --- |" + " ---: |" * len(SPLITS)]
-    draws = [[draw(seed) for seed in range(SEEDS[split], SEEDS[split] + scenes)] for split in SPLITS]
-    for name, combines in rows.items():
-        lines.append([name, combines, *(sum(one.situation == name for one in some) for some in draws)])
-    weather_of = lambda one: (one.dusk > 0, one.rain > 0, one.rain == 0 and one.visibility < 150)
-    for name, kind in weather.items():
-        lines.append([f"*{name}*", "", *(sum(weather_of(one) == kind for one in some) for some in draws)])
-    lines.append(["*shown after t0*", "", *(sum(one.late > 0 for one in some) for some in draws)])
-    return "\n".join(line if isinstance(line, str) else "| " + " | ".join(map(str, line)) + " |" for line in lines)
+    """Of what the first scenes of each split are made, as Markdown: their number by kind."""
+    combines = {name: "" for name in (*SITUATIONS, *COMBINATIONS, *RARE, *AIR)}
+    for name, causes in COMBINATIONS.items():
+        combines[name] = " + ".join(causes or ("any",))
+    for name, cause in RARE.items():
+        does = "does as a" if cause == "pedestrian" else "stands as"
+        combines[name] = f"{does} {cause}"
+    counts = []
+    for split in SPLITS:
+        seeds = range(SEEDS[split], SEEDS[split] + scenes)
+        counts.append(Counter(kind for seed in seeds for kind in kinds_of(draw(seed))))
+    rows = [[name, text, *(count[name] for count in counts)] for name, text in combines.items()]
+    return markdown(rows, ["scene", "combines", *SPLITS], left=2)
 
 
-def measure(camera_ids, size, pool, workers, scenes=32, frames=4):
-    """What a scene of this many frames costs: ms of one core by part, and scenes/s of workers that do nothing else."""
-    clock = [time.process_time()]
-    world = World(range(scenes))
+def kinds_of(one):
+    """The rows of the table in which a Draw counts."""
+    air = ["dusk"] if one.dusk > 0 else []
+    if one.rain > 0:
+        air.append("rain")
+    elif one.visibility < 150:
+        air.append("haze")
+    kinds = [one.situation, f"*{' and '.join(air) or 'day'}*"]
+    return [*kinds, "*shown after t0*"] if one.late > 0 else kinds
+
+
+def cost(workers):
+    """A table of `cost_of` in Markdown."""
+    torch.set_num_threads(1)
+    rows = []
+    with pool_of(workers) as pool:
+        pool.map(_make_and_forget, [{"seeds": range(2)}] * workers, 1)  # to warm up
+        for camera_ids in ((1, 6), (0, 1, 2, 6)):
+            for size in ((32, 64), (64, 128), (128, 256)):
+                rows.append(cost_of(camera_ids, size, pool, workers))
+    return markdown([row.values() for row in rows], list(rows[0]))
+
+
+def cost_of(camera_ids, size, pool, workers, n=32):
+    """What a scene of four frames costs: ms of one core, by part, and scenes/s of all workers."""
+    world = World(range(n))
+    look = (world, camera_ids, size)
+    full = 4 * milliseconds(images_of, *look) / n
+    world.things.kind *= 0  # nothing stands on the ground any more
+    ground = 4 * milliseconds(images_of, *look) / n
+    drive = milliseconds(_drive, n) / n
+    jobs = []
+    for i in range(2 * workers):
+        seeds = range(i * BATCH, (i + 1) * BATCH)
+        jobs.append({"seeds": seeds, "camera_ids": camera_ids, "size": size})
+    begin = time.perf_counter()
+    pool.map(_make_and_forget, jobs, 2)
+    rate = len(jobs) * BATCH / (time.perf_counter() - begin)
+    return {
+        "cameras": len(camera_ids),
+        "image": f"{size[0]} x {size[1]}",
+        "drive, ms": round(drive, 2),
+        "ground, ms": round(ground, 2),
+        "boxes, ms": round(full - ground, 2),
+        "together, ms": round(drive + full, 2),
+        f"scenes/s, {workers} processes": round(rate, 1),
+    }
+
+
+def milliseconds(work, *arguments, times=4):
+    """Of this process, for a call of work; the mean of some, after one to warm up."""
+    work(*arguments)
+    begin = time.process_time()
+    for _ in range(times):
+        work(*arguments)
+    return 1000 * (time.process_time() - begin) / times
+
+
+def _drive(n):
+    world = World(range(n))
     for _ in range(PAST + FUTURE):
         world.step(*world.expert())
-    clock.append(time.process_time())
-    world = World(range(scenes))
-    for things in (True, False):                # then with nothing that stands on the ground
-        world.things.kind *= things
-        images_of(world, camera_ids, size)          # to warm up
-        clock.append(time.process_time())
-        for _ in range(frames):
-            images_of(world, camera_ids, size)
-        clock.append(time.process_time())
-    drive, full, ground = (1000 * (clock[i + 1] - clock[i]) / scenes for i in (0, 2, 4))
-    jobs = [dict(seeds=range(i * BATCH, (i + 1) * BATCH), camera_ids=camera_ids, size=size) for i in range(2 * workers)]
-    begin = time.perf_counter()
-    pool.map(_make_and_forget, jobs, chunksize=2)
-    rate = len(jobs) * BATCH / (time.perf_counter() - begin)
-    return {"cameras": len(camera_ids), "image": f"{size[0]} x {size[1]}", "drive, ms": round(drive, 2),
-            "ground, ms": round(ground, 2), "boxes, ms": round(full - ground, 2),
-            "together, ms": round(drive + full, 2), f"scenes/s, {workers} processes": round(rate, 1)}
 
 
 def _make_and_forget(options):
     make_scenes(**options)
 
 
-def cost(workers):
-    """A table of `measure` in Markdown, and the same as a line of JSON."""
-    torch.set_num_threads(1)
-    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
-        pool.map(_make_and_forget, [dict(seeds=range(2), size=(32, 64))] * workers, chunksize=1)
-        rows = [measure(camera_ids, size, pool, workers)
-                for camera_ids in ((1, 6), (0, 1, 2, 6)) for size in ((32, 64), (64, 128), (128, 256))]
-    for line in (rows[0], ["---:"] * len(rows[0]), *(row.values() for row in rows)):
-        print("|", " | ".join(map(str, line)), "|")
-    print(json.dumps(rows))
+def look(path, seeds, size):
+    """Draw a contact sheet: a row a scene, the cameras at t0, the expert's path from above."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scene = make_scenes(seeds, size=size, frames=1)
+    rows = len(seeds)
+    figure, axes = plt.subplots(
+        rows, 5, figsize=(17, 2.1 * rows), squeeze=False, layout="constrained"
+    )
+    for i, (*cameras, above) in enumerate(axes):
+        for k, ax in enumerate(cameras):  # cross left, front wide, cross right, front tele
+            ax.imshow(scene["images"][i, k, -1].permute(1, 2, 0), interpolation="nearest")
+            ax.axis("off")
+        title = f"{seeds[i]} {scene['name'][i]}: {scene['reasoning'][i]}"
+        cameras[0].set_title(title, loc="left", fontsize=9)
+        x, y, _ = scene["ego_future_xyz"][i].T
+        above.plot(x, y, "C0.", markersize=3)
+        above.set(xlim=(-25, 95), ylim=(-30, 30), aspect="equal")
+    figure.savefig(path, dpi=100)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Look into the built-in world.")
-    parser.add_argument("--splits", type=int, nargs="?", const=2000, metavar="N",
-                        help="print of what the first N scenes of each split are made")
-    parser.add_argument("--cost", action="store_true", help="print what a scene costs on this machine")
-    parser.add_argument("--look", metavar="PNG", help="draw a contact sheet of the seeds")
-    parser.add_argument("--seeds", type=int, nargs=2, default=(0, 12), metavar=("FROM", "TO"), help="seeds to look at")
-    parser.add_argument("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="pixels of an image")
-    parser.add_argument("--workers", type=int, default=2, help="processes that make scenes")
+    add = parser.add_argument
+    add("--splits", type=int, nargs="?", const=2000, metavar="N",
+        help="print of what the first N scenes of each split are made")  # fmt: skip
+    add("--cost", action="store_true", help="print what a scene costs on this machine")
+    add("--workers", type=int, default=2, help="with --cost: processes that make scenes")
+    add("--look", metavar="PNG", help="draw a contact sheet of the seeds")
+    add("--seeds", type=int, nargs=2, default=(0, 12), metavar=("FROM", "TO"), help="with --look")
+    add("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="with --look")
     args = parser.parse_args()
     if args.splits is not None:
         print(splits(args.splits))
     if args.cost:
-        cost(max(1, args.workers))
+        print(cost(max(1, args.workers)))
     if args.look:
         look(args.look, range(*args.seeds), args.size)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"tools.world: {error}")
+    run(main)

@@ -1,0 +1,697 @@
+"""
+The release's file format: names, special tokens, config, shards. It knows no other room.
+
+A checkpoint is a folder with `config.json` (the driving model), `vlm/config.json` (the backbone,
+Qwen3-VL's own), one or more `*.safetensors`, and beside them the backbone's `tokenizer.json`. The
+tables RELEASE and BACKBONE below are the two JSON files, leaf by leaf. One function reads a file by
+its table and another writes it, so each field is spelt once:
+
+    Field("n_layer")    a field of `Config` (alpamayo.py)
+    Only(True)          this code knows one value, and refuses another
+    Follows(rule)       follows from the fields, and must agree where a file has it
+    all else            is written for the official code, not read; a function is given the fields
+
+What is wrong with a file is one line that names the file, the field and what was expected. Files
+are written whole or not at all.
+"""
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+# --------------------------------------------------------------------------------------------------
+# Words: one vocabulary of text, action bins, history bins and special tokens, in this order.
+
+TEXT_TOKENS = [  # special tokens that the text tokenizer has
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+SPECIAL_TOKENS = [  # this order decides the ids of those that are not TEXT_TOKENS
+    f"<|{name}|>"
+    for name in """
+    prompt_start prompt_end image_start image_pre_tkn image_end
+    traj_history_start traj_history_pre_tkn traj_history_end cot_start cot_end
+    meta_action_start meta_action_end traj_future_start traj_future_pre_tkn traj_future_end
+    traj_history traj_future image_pad
+    vectorized_wm vectorized_wm_start vectorized_wm_end vectorized_wm_pre_tkn
+    route_start route_pad route_end question_start question_end answer_start answer_end
+    """.split()
+]
+NEW_TOKENS = [token for token in SPECIAL_TOKENS if token not in TEXT_TOKENS]
+EGO_TOKENS = {"deltas": 48, "kinematics": 4}  # tokens of the ego history
+QWEN3_VL_8B = ("Qwen3-VL-8B", "Cosmos-Reason2-8B")  # backbones whose numbers we know
+
+
+def vocab_size(c):
+    """Tokens in all, of a dictionary of Config's fields."""
+    return c["text_vocab"] + c["bins"] + c["history_bins"] + len(NEW_TOKENS)
+
+
+def trajectory_ids(c):
+    """The ids of the trajectory's special tokens, as config.json names them."""
+    first = c["text_vocab"] + c["bins"] + c["history_bins"]
+    names = "history", "future", "history_start", "future_start", "history_end", "future_end"
+    return {name: first + NEW_TOKENS.index(f"<|traj_{name}|>") for name in names}
+
+
+def text_token_id(name):
+    """A rule: the id of one of the text tokenizer's last five special tokens."""
+
+    def rule(c):
+        # Qwen's own tokenizer has tool tokens behind them.
+        first = 151652 if c["text_vocab"] == 151669 else c["text_vocab"] - 5
+        return first + TEXT_TOKENS[3:].index(name)
+
+    return rule
+
+
+def split_words(text):
+    """Words with the space before them, and all else by the character: "Stop at 3" becomes
+    "Stop", " at", " ", "3"."""
+    return re.findall(r" ?[A-Za-z]+|.", text, flags=re.DOTALL)
+
+
+class WordTokenizer:
+    """256 bytes and a list of words. Any text goes in and comes back; a known word is one token."""
+
+    def __init__(self, words):
+        self.words = list(words)
+        self.id_of = {word: 256 + i for i, word in enumerate(self.words)}
+
+    def __len__(self):
+        return 256 + len(self.words)
+
+    def encode(self, text):
+        ids = []
+        for word in split_words(text):
+            ids += [self.id_of[word]] if word in self.id_of else list(word.encode())
+        return ids
+
+    def decode(self, ids):
+        pieces = [bytes([i]) if i < 256 else self.words[i - 256].encode() for i in ids]
+        return b"".join(pieces).decode(errors="replace")
+
+
+class FileTokenizer:
+    """The backbone's own tokenizer.json, read by the `tokenizers` package."""
+
+    def __init__(self, path):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ImportError(
+                f"{path}: reading it needs one more package: pip install tokenizers"
+            ) from None
+        try:
+            self.tokenizer = Tokenizer.from_file(path)
+        except Exception as e:  # the package raises bare Exceptions
+            raise ValueError(f"{path}: not a tokenizer.json: {e}") from None
+
+    def __len__(self):
+        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids)
+
+
+class Vocabulary:
+    """Text <-> ids of the whole model, of a Config and, where it has one, its folder's
+    tokenizer.json. `ids` maps every special token to its number."""
+
+    def __init__(self, cfg, folder=None):
+        path = os.path.join(folder or "", "tokenizer.json")
+        if folder and os.path.exists(path):
+            self.text = FileTokenizer(path)
+            self.path = path
+            self.ids = {token: self.text.tokenizer.token_to_id(token) for token in TEXT_TOKENS}
+            if len(self.text) != cfg.text_vocab:
+                raise ValueError(f"{path}: {len(self.text)} tokens, "
+                                 f"traj_token_start_idx in config.json is {cfg.text_vocab}")
+        elif not cfg.chat:  # a model from scratch needs no words but its own
+            self.text = WordTokenizer(cfg.words)
+            self.path = None
+            self.ids = {token: len(self.text) + i for i, token in enumerate(TEXT_TOKENS)}
+        else:
+            raise FileNotFoundError(f"{path}: missing; copy the backbone's there "
+                                    "(Qwen3-VL-8B's for the release)")
+        self.first_action = cfg.text_vocab
+        self.first_history = self.first_action + cfg.bins
+        first_new = self.first_history + cfg.history_bins
+        self.ids |= {token: first_new + i for i, token in enumerate(NEW_TOKENS)}
+
+    def __getitem__(self, name):
+        return self.ids[f"<|{name}|>"]
+
+    def encode(self, text):
+        """Text, possibly with <|special|> tokens in it, to a list of ids."""
+        ids = []
+        for piece in re.split(r"(<\|[a-z_]+\|>)", text):
+            if piece in self.ids:
+                ids.append(self.ids[piece])
+            elif piece:
+                ids += self.text.encode(piece)
+        return ids
+
+    def decode(self, ids):
+        """The text of a list of ids; trajectory and special tokens are left out."""
+        special = set(self.ids.values())
+        return self.text.decode([i for i in ids if i < self.first_action and i not in special])
+
+
+CAMERA_NAMES = (  # by camera id, as Alpamayo-1.5 calls them
+    "Front left camera", "Front camera", "Front right camera", "Rear left camera", "Rear camera",
+    "Rear right camera", "Front telephoto camera",
+)  # fmt: skip
+
+
+def named_frames(pads, camera_ids):
+    """The images' placeholders with Alpamayo-1.5's words: "Front camera: frame 0 " and so on."""
+    times = len(pads) // len(camera_ids)
+    named = []
+    for i, pad in enumerate(pads):
+        camera, frame = divmod(i, times)
+        name = f"{CAMERA_NAMES[camera_ids[camera]]}: " if frame == 0 else ""
+        named.append(f"{name}frame {frame} {pad}")
+    return named
+
+
+def chat(pads, camera_ids, history, route, reason):
+    """The words that the release puts around the placeholders of images, ego history and route.
+
+    camera_ids: names the images, as Alpamayo-1.5 does, where given; reason: ask for reasoning."""
+    pads = [f"<|vision_start|>{pad}<|vision_end|>" for pad in pads]
+    if camera_ids:
+        pads = named_frames(pads, camera_ids)
+    task = "output the future trajectory."  # Alpamayo-1.5's words without reasoning
+    if reason:
+        task = f"output the chain-of-thought reasoning of the driving process, then {task}"
+    return (
+        "<|im_start|>system\n"
+        "You are a driving assistant that generates safe and accurate actions.<|im_end|>\n"
+        f"<|im_start|>user\n{''.join(pads)}<|traj_history_start|>{history}<|traj_history_end|>"
+        f"{route}{task}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+
+
+def resize(images, cfg):
+    """The release's resizing of (..., 3, H, W) uint8: both sides to multiples of 32 pixels, the
+    area within min_pixels and max_pixels, bicubic, antialiased. 1080 x 1920 becomes 320 x 576."""
+    H, W = images.shape[-2:]
+    unit = cfg.patch * cfg.merge
+    if not cfg.max_pixels:
+        if H % unit or W % unit:
+            raise ValueError(f"images: {H} x {W} pixels; height and width must be multiples of "
+                             f"{unit}, patch x merge")
+        return images
+    h = max(1, round(H / unit)) * unit
+    w = max(1, round(W / unit)) * unit
+    if h * w > cfg.max_pixels:
+        shrink = math.sqrt(H * W / cfg.max_pixels)
+        h = max(unit, math.floor(H / shrink / unit) * unit)
+        w = max(unit, math.floor(W / shrink / unit) * unit)
+    elif h * w < cfg.min_pixels:
+        grow = math.sqrt(cfg.min_pixels / (H * W))
+        h = math.ceil(H * grow / unit) * unit
+        w = math.ceil(W * grow / unit) * unit
+    if (h, w) == (H, W):
+        return images
+    flat = images.flatten(0, -4).float()
+    flat = F.interpolate(flat, (h, w), mode="bicubic", antialias=True, align_corners=False)
+    return flat.round().clamp(0, 255).to(torch.uint8).view(*images.shape[:-2], h, w)
+
+
+# --------------------------------------------------------------------------------------------------
+# The two files
+
+
+@dataclass
+class Field:
+    name: str
+    write: Callable = lambda value: value  # to what stands in the file
+    read: Callable = lambda value: value  # and back
+    fallback: str = ""  # the field whose value it has where the file lacks it
+    optional: bool = False  # may be missing: then Config's default; not written where it is 0
+
+
+@dataclass
+class Only:
+    value: object
+
+
+@dataclass
+class Follows:
+    rule: Callable  # from a dictionary of Config's fields
+
+
+BACKBONE = {
+    "model_type": "qwen3_vl",
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "tie_word_embeddings": Only(False),
+    "image_token_id": text_token_id("<|image_pad|>"),
+    "video_token_id": text_token_id("<|video_pad|>"),
+    "vision_start_token_id": text_token_id("<|vision_start|>"),
+    "vision_end_token_id": text_token_id("<|vision_end|>"),
+    "text_config": {
+        "model_type": Only("qwen3_vl_text"),
+        "attention_bias": Only(False),
+        "head_dim": Field("head_dim"),
+        "hidden_act": Only("silu"),
+        "hidden_size": Field("n_embd"),
+        "intermediate_size": Field("n_mlp"),
+        "max_position_embeddings": 262144,
+        "num_attention_heads": Field("n_head"),
+        "num_hidden_layers": Field("n_layer"),
+        "num_key_value_heads": Field("n_kv_head"),
+        "rms_norm_eps": Only(1e-6),
+        "rope_theta": Field("rope_theta"),
+        "vocab_size": lambda c: c["text_vocab"],
+        "rope_scaling": {
+            "mrope_interleaved": Only(True),
+            "mrope_section": Field("mrope_section"),
+            "rope_type": "default",
+        },
+    },
+    "vision_config": {
+        "model_type": Only("qwen3_vl"),
+        "depth": Field("v_layer"),
+        "hidden_size": Field("v_embd"),
+        "num_heads": Field("v_head"),
+        "intermediate_size": Field("v_mlp"),
+        "hidden_act": Only("gelu_pytorch_tanh"),
+        "in_channels": Only(3),
+        "deepstack_visual_indexes": Field("deepstack"),
+        "num_position_embeddings": Field("v_grid", lambda side: side**2, math.isqrt),
+        "out_hidden_size": Follows(lambda c: c["n_embd"]),
+        "patch_size": Field("patch"),
+        "spatial_merge_size": Field("merge"),
+        "temporal_patch_size": Field("temporal_patch"),
+    },
+}
+ACTION_SPACE = {
+    "_target_": "alpamayo_r1.action_space.UnicycleAccelCurvatureActionSpace",
+    "accel_bounds": [-9.8, 9.8],
+    "curvature_bounds": [-0.33, 0.33],
+    "a_lambda": Only(1e-4),  # the fit of the controls, see `fit_actions`
+    "a_ridge": Only(1e-4),
+    "kappa_lambda": Only(1e-4),
+    "kappa_ridge": Only(1e-4),
+    "theta_lambda": Only(1e-6),
+    "theta_ridge": Only(1e-8),
+    "v_lambda": Only(1e-6),
+    "v_ridge": Only(1e-4),
+    "n_waypoints": Only(64),
+    "dt": Only(0.1),
+    "accel_mean": Field("accel_mean"),
+    "accel_std": Field("accel_std"),
+    "curvature_mean": Field("curvature_mean"),
+    "curvature_std": Field("curvature_std"),
+}
+RELEASE = {
+    "model_type": "alpamayo_r1",
+    "architectures": ["AlpamayoR1"],
+    "vlm_backend": "qwenvl3",
+    "vlm_name_or_path": "vlm",
+    "model_dtype": "bfloat16",
+    "attn_implementation": "sdpa",
+    "add_special_tokens": Only(True),
+    "keep_same_dtype": True,
+    "expert_non_causal_attention": Only(True),
+    "vocab_size": Follows(vocab_size),
+    "traj_vocab_size": Follows(lambda c: c["bins"] + c["history_bins"]),
+    "tokens_per_history_traj": Follows(lambda c: EGO_TOKENS[c["ego"]]),
+    "tokens_per_future_traj": Only(128),
+    "traj_token_start_idx": Field("text_vocab"),
+    "traj_token_ids": Follows(trajectory_ids),
+    "traj_tokenizer_cfg": {
+        "_target_": "alpamayo_r1.action_space.discrete_action_space.DiscreteTrajectoryTokenizer",
+        "_recursive_": False,
+        "action_space_cfg": lambda c: write_table(ACTION_SPACE, c),
+        "num_bins": Field("bins"),
+        "dims_min": Follows(lambda c: [-c["bin_range"]] * 2),
+        "dims_max": Field("bin_range", lambda most: [most] * 2, lambda both: both[0]),
+    },
+    "hist_traj_tokenizer_cfg": {
+        "_target_": "alpamayo_r1.models.delta_tokenizer.DeltaTrajectoryTokenizer",
+        "num_bins": Field("history_bins"),
+    },
+    "diffusion_cfg": {
+        "_target_": "alpamayo_r1.diffusion.flow_matching.FlowMatching",
+        "int_method": "euler",
+        "num_inference_steps": 10,
+    },
+    "action_space_cfg": ACTION_SPACE,
+    "action_in_proj_cfg": {
+        "_target_": "alpamayo_r1.models.action_in_proj.PerWaypointActionInProjV2",
+        "hidden_size": Field("a_embd"),
+        "max_freq": Field("a_max_freq"),
+        "num_enc_layers": Field("a_layer"),
+        "num_fourier_feats": Field("a_fourier"),
+    },
+    "action_out_proj_cfg": {"_target_": "torch.nn.Linear"},
+    "expert_cfg": {  # what the expert does not share with the backbone
+        "hidden_size": Field("e_embd", fallback="n_embd"),
+        "intermediate_size": Field("e_mlp", fallback="n_mlp"),
+        "num_attention_heads": Field("e_head", fallback="n_head"),
+        "num_key_value_heads": Follows(lambda c: c["n_kv_head"]),  # it reads the backbone's cache
+        "head_dim": Follows(lambda c: c["head_dim"]),
+    },
+    "min_pixels": Field("min_pixels", optional=True),
+    "max_pixels": Field("max_pixels", optional=True),
+    "include_camera_ids": Field("name_cameras", optional=True),  # of Alpamayo-1.5; both or neither
+    "include_frame_nums": Field("name_cameras", optional=True),
+}
+# What the release lacks stands under "extra", where it is not Config's default.
+EXTRA = """
+words cameras frames frame_dt ego chat pair_frames view_embed route reasoning
+vision keep keep_at retrieve
+planes planes_patch planes_reach planes_embd flex_tokens flex_layer
+""".split()
+MAY_BE_ZERO = ("min_pixels", "max_pixels", "history_bins")
+
+
+def write_table(table, c):
+    """The JSON object of a table for a dictionary of Config's fields."""
+    out = {}
+    for key, leaf in table.items():
+        if isinstance(leaf, Field):
+            value = leaf.write(c[leaf.name])
+            if value or not leaf.optional:
+                out[key] = list(value) if isinstance(value, tuple) else value
+        elif isinstance(leaf, dict):
+            out[key] = write_table(leaf, c)
+        elif isinstance(leaf, Only):
+            out[key] = leaf.value
+        elif isinstance(leaf, Follows):
+            out[key] = leaf.rule(c)
+        else:
+            out[key] = leaf(c) if callable(leaf) else leaf
+    return out
+
+
+def read_table(table, data, c, defaults):
+    """Put the Fields of a table into c, from a Json."""
+    for key, leaf in table.items():
+        if isinstance(leaf, dict):
+            read_table(leaf, data.part(key), c, defaults)
+        elif isinstance(leaf, Field):
+            if leaf.optional:
+                value = data.get(key) or defaults[leaf.name]
+            elif leaf.fallback and key not in data:
+                value = leaf.write(c[leaf.fallback])
+            else:
+                value = data[key]
+            value = data.as_field(key, leaf, value, defaults[leaf.name])
+            if c.setdefault(leaf.name, value) != value:
+                raise ValueError(f"{data.path}: field {key} contradicts another of {leaf.name}")
+
+
+def check_table(table, data, ours):
+    """Refuse what this code does not know, by the JSON that it would write."""
+    for key, leaf in table.items():
+        if isinstance(leaf, dict):
+            check_table(leaf, data.part(key), ours[key])
+        elif isinstance(leaf, (Only, Follows)) or (isinstance(leaf, Field) and not leaf.optional):
+            data.expect(key, ours[key])
+
+
+def backbone_json(c):
+    """vlm/config.json of a dictionary of Config's fields."""
+    return write_table(BACKBONE, c)
+
+
+def release_json(c, defaults):
+    """config.json of a dictionary of Config's fields; under "extra" only what is no default."""
+    out = write_table(RELEASE, c)
+    extra = {name: c[name] for name in EXTRA if c[name] != defaults[name]}
+    if not c["max_pixels"]:  # images come as they should be
+        extra["max_pixels"] = 0
+    return out | ({"extra": extra} if extra else {})
+
+
+def write_config(folder, c, defaults):
+    """Write both files of a checkpoint folder."""
+    write_json(os.path.join(folder, "vlm", "config.json"), backbone_json(c))
+    write_json(os.path.join(folder, "config.json"), release_json(c, defaults))
+
+
+def read_config(folder, defaults):
+    """The fields of Config, a dictionary, of a checkpoint folder, ours or the release's.
+
+    The backbone's file is vlm/config.json. Where it is missing and the release names an 8B backbone
+    that we know, its numbers are `defaults`. FileNotFoundError or ValueError: one line."""
+    release = read_json(os.path.join(folder, "config.json"))
+    backbone = read_backbone(folder, str(release["vlm_name_or_path"]), defaults)
+    c = {}
+    read_table(BACKBONE, backbone, c, defaults)
+    read_table(RELEASE, release, c, defaults)
+    read_extra(release, c, defaults)
+    c = defaults | c
+    if sum(c["mrope_section"]) != c["head_dim"] // 2 or c["v_embd"] % c["v_head"]:
+        raise ValueError(
+            f"{backbone.path}: mrope_section must add up to head_dim / 2, "
+            "and num_heads divide the tower's hidden_size"
+        )
+    release.part("expert_cfg").expect("num_hidden_layers", c["n_layer"])
+    backbone.part("text_config").expect("tie_word_embeddings", False)
+    check_table(BACKBONE, backbone, backbone_json(c))
+    check_table(RELEASE, release, write_table(RELEASE, c))
+    if c["words"] and 256 + len(c["words"]) + len(TEXT_TOKENS) != c["text_vocab"]:
+        raise ValueError(
+            f"{release.path}: field traj_token_start_idx does not fit extra.words, "
+            f"{len(c['words'])} words"
+        )
+    return c
+
+
+def read_backbone(folder, name, defaults):
+    """vlm/config.json as Qwen3-VL first wrote it, or that of the 8B backbone of this name."""
+    path = os.path.join(folder, "vlm", "config.json")
+    if not os.path.exists(path):
+        if any(known in name for known in QWEN3_VL_8B):
+            return Json("built-in Qwen3-VL-8B", backbone_json(defaults))
+        raise FileNotFoundError(
+            f"{path}: missing, and config.json's vlm_name_or_path {name!r} is not "
+            + " or ".join(QWEN3_VL_8B)
+        )
+    backbone = read_json(path)
+    text = backbone["text_config"]
+    if not text.get("rope_scaling"):  # newer files have all of RoPE in one object
+        layout = text["rope_parameters"]
+        theta = text.get("rope_theta") or layout["rope_theta"]
+        backbone["text_config"] = text | {"rope_scaling": layout, "rope_theta": theta}
+    return backbone
+
+
+def read_extra(release, c, defaults):
+    """Put what stands under "extra" into c."""
+    extra = release.part("extra")
+    for name, value in extra.items():
+        if name == "max_pixels" and value == 0:
+            c |= {"min_pixels": 0, "max_pixels": 0}
+        elif name not in EXTRA:
+            raise ValueError(
+                f"{release.path}: field extra.{name} is unknown; known are {', '.join(EXTRA)}"
+            )
+        else:
+            c[name] = extra.as_field(name, Field(name), value, defaults[name])
+
+
+# --------------------------------------------------------------------------------------------------
+# JSON
+
+
+class Json(dict):
+    """An object of a JSON file. An error in it is one line that names file and field."""
+
+    def __init__(self, path, data, where=""):
+        super().__init__(data)
+        self.path = path
+        self.where = where  # the fields around it, each with a dot
+
+    def __missing__(self, key):
+        raise ValueError(f"{self.path}: field {self.where}{key} is missing")
+
+    def __getitem__(self, key):
+        value = super().__getitem__(key)
+        if value is None:
+            raise ValueError(f"{self.path}: field {self.where}{key} is null")
+        return Json(self.path, value, f"{self.where}{key}.") if isinstance(value, dict) else value
+
+    def part(self, key):
+        """The object at key; empty where there is none."""
+        value = self[key] if key in self else Json(self.path, {}, f"{self.where}{key}.")
+        if not isinstance(value, Json):
+            raise ValueError(f"{self.path}: field {self.where}{key} is {value!r}, not an object")
+        return value
+
+    def expect(self, key, value):
+        """Refuse another value, where there is one."""
+        if key in self and self[key] != value:
+            raise ValueError(
+                f"{self.path}: field {self.where}{key} is {self[key]!r}; this code knows {value!r}"
+            )
+
+    def as_field(self, key, field, value, default):
+        """The value at key as Config has it: of its default's type, and 0 only where it may be."""
+        kind = type(default)
+        try:
+            read = field.read(value)
+        except (TypeError, ValueError, LookupError):
+            read = None
+        if kind is tuple and isinstance(read, list):
+            read = tuple(read)
+        fits = isinstance(read, (int, float) if kind is float else kind)
+        if kind is int and fits:
+            fits = read > 0 or (read == 0 and field.name in MAY_BE_ZERO)
+        if not fits:
+            raise ValueError(
+                f"{self.path}: field {self.where}{key} is {value!r}, "
+                f"which cannot be {field.name} ({kind.__name__})"
+            )
+        return read
+
+
+def read_json(path, kind=dict):
+    """What a JSON file holds: an object, as Json, or with kind=list a list."""
+    try:
+        with open(path) as f:
+            data = json.load(f)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: not JSON: {e}") from None
+    if not isinstance(data, kind):
+        wanted = "a list" if kind is list else "an object of named fields"
+        raise ValueError(f"{path}: expected {wanted}, not {str(data)[:20]!r}")
+    return Json(path, data) if kind is dict else data
+
+
+def write_atomically(path, write):
+    """write(temporary path), then rename: a killed process leaves the old file or the new one."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    write(path + ".part")
+    os.replace(path + ".part", path)
+
+
+def write_json(path, data):
+    """Write a JSON file, whole or not at all."""
+
+    def write(part):
+        with open(part, "w") as f:
+            json.dump(data, f, indent=1)
+            f.write("\n")
+
+    write_atomically(path, write)
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights
+
+
+def shards_of(folder):
+    """Paths of the folder's safetensors files."""
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if os.path.exists(index):
+        files = set(read_json(index)["weight_map"].values())
+        return [os.path.join(folder, file) for file in sorted(files)]
+    one = os.path.join(folder, "model.safetensors")
+    if not os.path.exists(one):
+        raise FileNotFoundError(f"{one}: missing (and no model.safetensors.index.json)")
+    return [one]
+
+
+def load_weights(model, folder, dtype, device):
+    """Fill a model that was built on the meta device, one tensor at a time, onto the device.
+
+    The names are the release's, so nothing is renamed. The weights are in memory once. Any tensor
+    missing, unexpected, of another shape or not finite ends it with one line."""
+    buffers = dict(model.named_buffers())
+    wanted = dict(model.named_parameters()) | buffers
+    missing = set(wanted)
+    for path in shards_of(folder):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as f:
+                for name in f.keys():
+                    tensor = read_tensor(f, path, name, wanted)
+                    # Frequencies and moments stay float32: in bfloat16 sin(2 pi 60 x) is up to
+                    # 1/8 turn off at x = 1.
+                    tensor = tensor.to(torch.float32 if name in buffers else dtype)
+                    model.load_state_dict({name: tensor}, strict=False, assign=True)
+                    missing.discard(name)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: missing, though the index names it") from None
+        except SafetensorError as e:
+            raise ValueError(f"{path}: not a whole safetensors file ({e})") from None
+    if missing:
+        few = ", ".join(sorted(missing)[:3])
+        raise ValueError(
+            f"{folder}: {len(missing)} tensors are missing from its safetensors: {few}"
+        )
+
+
+def read_tensor(f, path, name, wanted):
+    """One tensor of an open safetensors file, checked."""
+    if name not in wanted:
+        raise ValueError(f"{path}: tensor {name} is unexpected; the config describes no such part")
+    have = tuple(f.get_slice(name).get_shape())
+    want = tuple(wanted[name].shape)
+    if have != want:
+        raise ValueError(f"{path}: tensor {name} has shape {have}, the config asks for {want}")
+    tensor = f.get_tensor(name)
+    if not all(x.isfinite() for x in tensor.aminmax()):  # tensor.isfinite() would copy it
+        raise ValueError(f"{path}: tensor {name} holds NaN or infinite values")
+    return tensor
+
+
+def save_weights(model, folder, dtype=None, shard_bytes=5 * 2**30):
+    """Write the model's tensors as one safetensors file, or as several and an index.
+
+    dtype: of the parameters on disk, as they are where not given; buffers stay as they are."""
+    buffers = dict(model.named_buffers())
+    shards = [{}]
+    room = shard_bytes
+    for name, tensor in model.state_dict().items():
+        if dtype and name not in buffers:
+            tensor = tensor.to(dtype)
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor.contiguous()
+        room -= tensor.nbytes
+
+    count = len(shards)
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+        save_tensors(os.path.join(folder, file), shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if count > 1:
+        write_json(index, {"metadata": {}, "weight_map": weight_map})
+    elif os.path.exists(index):
+        os.remove(index)  # of an earlier save in many shards, which loading would prefer
+
+
+def save_tensors(path, tensors, metadata):
+    """Write a safetensors file, whole or not at all."""
+    write_atomically(path, lambda part: save_file(tensors, part, metadata))
