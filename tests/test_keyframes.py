@@ -1,8 +1,9 @@
 """
-Motion in words and labels of one's own clips, on drives made up here.    python -m pytest tests/test_keyframes.py
+Motion in words and labels of one's own clips, on made-up drives.    pytest tests/test_keyframes.py
 
-A drive is a list of phases (seconds, speed at the end in m/s, heading at the end in degrees), between which both change
-smoothly, with noise on its poses like that of KITTI's: the plain second difference of positions reaches 5 m/s^2.
+A drive is a list of phases (seconds, speed at the end in m/s, heading at the end in degrees). Both
+change smoothly in between. Its poses have noise like KITTI's: the plain second difference of
+positions reaches 5 m/s^2.
 """
 import csv
 import json
@@ -23,14 +24,14 @@ from data import COMPONENTS, load
 from motion import LATERAL_META, LONGITUDINAL_META, key_frames, meta_actions, segments
 from tools.label import read_labels, write_labels
 
-NOISE = (0.008, 0.001)      # m, rad
+NOISE = (0.008, 0.001)  # m, rad
 
 
 def drive(phases, speed=10.0, noise=NOISE, seed=0):
     """xyz (T, 3), rot (T, 3, 3) at 10 Hz, from the origin along x, and then noise."""
     v, yaw = [speed], [0.0]
     for seconds, faster, heading in phases:
-        u = np.arange(1, round(100 * seconds) + 1) / round(100 * seconds)               # steps of 0.01 s
+        u = np.arange(1, round(100 * seconds) + 1) / round(100 * seconds)  # steps of 0.01 s
         ease = u * u * (3 - 2 * u)
         v += (v[-1] + (faster - v[-1]) * ease).tolist()
         yaw += (yaw[-1] + (math.radians(heading) - yaw[-1]) * ease).tolist()
@@ -39,7 +40,8 @@ def drive(phases, speed=10.0, noise=NOISE, seed=0):
     xyz, yaw = torch.from_numpy(step.cumsum(0) - step[0])[::10], torch.from_numpy(yaw)[::10]
     chance = torch.Generator().manual_seed(seed)
     xyz = xyz + noise[0] * torch.randn(xyz.shape, generator=chance, dtype=torch.float64)
-    return xyz, rot_of(yaw + noise[1] * torch.randn(yaw.shape, generator=chance, dtype=torch.float64))
+    yaw = yaw + noise[1] * torch.randn(yaw.shape, generator=chance, dtype=torch.float64)
+    return xyz, rot_of(yaw)
 
 
 def words(xyz, rot):
@@ -61,15 +63,17 @@ def seed():
     return int(torch.randint(1 << 30, ()))
 
 
-# With ease-in, 0.4 m/s^2 is reached about half a second into a change: key frames come near its beginning.
-STOP_AND_GO = [(6, 10, 0), (6, 0, 0), (5, 0, 0), (6, 10, 0), (8, 10, 0), (4, 4, 0), (3, 4, 0), (5, 12, 0), (6, 12, 0)]
+# With ease-in, 0.4 m/s^2 is reached about half a second into a change. Key frames are half a second
+# earlier, so near its beginning.
+STOP_AND_GO = [(6, 10, 0), (6, 0, 0), (5, 0, 0), (6, 10, 0), (8, 10, 0), (4, 4, 0), (3, 4, 0),
+               (5, 12, 0), (6, 12, 0)]
 
 
 def test_stop_and_go():
     for _ in range(10):
         xyz, rot = drive(STOP_AND_GO, seed=seed())
         raw = (xyz.diff(n=2, dim=0)[:, 0] / 0.01).abs()
-        assert 3 < raw.quantile(0.99) < 8                                   # noise as KITTI's, and the words are calm:
+        assert 3 < raw.quantile(0.99) < 8  # noise as KITTI's, and the words are calm:
         kinds = found(xyz, rot)
         assert set(kinds) == {"stop", "start", "slow down", "speed up"}, kinds
         for kind, begins in (("stop", 6), ("start", 17), ("slow down", 31), ("speed up", 38)):
@@ -78,8 +82,8 @@ def test_stop_and_go():
         longitudinal, lateral = words(xyz, rot)
         plain = [word.replace("gentle ", "").replace("strong ", "") for word in longitudinal]
         plain = [a for a, b in zip(plain, [None, *plain]) if a != b]
-        assert plain == ["maintain speed", "decelerate", "stop", "accelerate", "maintain speed", "decelerate",
-                         "maintain speed", "accelerate", "maintain speed"]
+        assert plain == ["maintain speed", "decelerate", "stop", "accelerate", "maintain speed",
+                         "decelerate", "maintain speed", "accelerate", "maintain speed"]
         assert lateral == ["go straight"]
 
 
@@ -87,26 +91,33 @@ def test_gentle_and_strong():
     longitudinal, _ = words(*drive([(3, 20, 0), (10, 12, 0), (4, 12, 0)], speed=20.0))
     assert longitudinal == ["maintain speed", "gentle decelerate", "maintain speed"]
     longitudinal, _ = words(*drive([(3, 20, 0), (4, 6, 0), (4, 6, 0)], speed=20.0))
-    assert longitudinal == ["maintain speed", "gentle decelerate", "strong decelerate", "gentle decelerate",
-                            "maintain speed"]
+    assert longitudinal == ["maintain speed", "gentle decelerate", "strong decelerate",
+                            "gentle decelerate", "maintain speed"]
 
 
 @pytest.mark.parametrize("side, word, other", [(1, "left", "right"), (-1, "right", "left")])
 def test_turns_bends_and_ways_out_of_the_lane(side, word, other):
     xyz, rot = drive([(6, 5, 0), (6, 5, 90 * side), (6, 5, 90 * side)], speed=5.0, seed=seed())
     assert found(xyz, rot) == {f"turn {word}": [pytest.approx(5.8, abs=0.5)]}
-    assert words(xyz, rot)[1] == ["go straight", f"steer {word}", f"sharp steer {word}", f"steer {word}", "go straight"]
+    assert words(xyz, rot)[1] == [
+        "go straight", f"steer {word}", f"sharp steer {word}", f"steer {word}", "go straight"]
     xyz, rot = drive([(6, 15, 0), (8, 15, 25 * side), (6, 15, 25 * side)], speed=15.0, seed=seed())
     assert found(xyz, rot) == {f"bend {word}": [pytest.approx(5.8, abs=0.6)]}
     assert words(xyz, rot)[1] == ["go straight", f"steer {word}", "go straight"]
-    # a turn that begins with a swing to the other side; one lane aside at 25 m/s; around something at 8 m/s
-    xyz, rot = drive([(6, 6, 0), (2, 6, -12 * side), (5, 6, 90 * side), (6, 6, 90 * side)], speed=6.0, seed=seed())
+    # a turn that begins with a swing to the other side
+    phases = [(6, 6, 0), (2, 6, -12 * side), (5, 6, 90 * side), (6, 6, 90 * side)]
+    xyz, rot = drive(phases, speed=6.0, seed=seed())
     assert found(xyz, rot) == {f"turn {word}": [pytest.approx(7.7, abs=0.5)]}
-    xyz, rot = drive([(6, 25, 0), (2.5, 25, 3.5 * side), (2.5, 25, 0), (6, 25, 0)], speed=25.0, seed=seed())
+    # one lane aside at 25 m/s
+    phases = [(6, 25, 0), (2.5, 25, 3.5 * side), (2.5, 25, 0), (6, 25, 0)]
+    xyz, rot = drive(phases, speed=25.0, seed=seed())
     assert found(xyz, rot) == {f"leave lane {word}": [pytest.approx(5.7, abs=0.5)]}
-    xyz, rot = drive([(6, 8, 0), (1.5, 8, 9 * side), (3, 8, -9 * side), (1.5, 8, 0), (6, 8, 0)], speed=8.0, seed=seed())
+    # around something at 8 m/s
+    phases = [(6, 8, 0), (1.5, 8, 9 * side), (3, 8, -9 * side), (1.5, 8, 0), (6, 8, 0)]
+    xyz, rot = drive(phases, speed=8.0, seed=seed())
     assert found(xyz, rot) == {f"leave lane {word}": [pytest.approx(5.6, abs=0.5)]}
-    assert words(xyz, rot)[1] == ["go straight", f"steer {word}", f"steer {other}", f"steer {word}", "go straight"]
+    assert words(xyz, rot)[1] == [
+        "go straight", f"steer {word}", f"steer {other}", f"steer {word}", "go straight"]
 
 
 def test_braking_and_turning_at_once_is_one_key_frame():
@@ -124,7 +135,7 @@ def test_noise_makes_no_storm(speed):
 
 
 def test_a_highway_wobbles_and_nothing_happens():
-    """30 m/s, plus and minus 0.8 m/s in a minute, and half a metre to and fro in the lane in 12 s."""
+    """30 m/s, plus and minus 0.8 m/s in a minute, half a metre to and fro in the lane in 12 s."""
     t = torch.arange(1800, dtype=torch.float64) / 10
     x = 30 * t + 0.8 * 60 / (2 * math.pi) * torch.sin(t * 2 * math.pi / 60)
     y = 0.25 * torch.sin(t * 2 * math.pi / 12)
@@ -141,7 +152,8 @@ def test_reversing():
     xyz, rot = drive(phases, 0.0, seed=seed())
     kinds = found(xyz, rot)
     assert set(kinds) == {"reverse", "stop", "start"}
-    assert kinds["reverse"] == [pytest.approx(5, abs=0.6)] and kinds["start"] == [pytest.approx(16, abs=0.6)]
+    assert kinds["reverse"] == [pytest.approx(5, abs=0.6)]
+    assert kinds["start"] == [pytest.approx(16, abs=0.6)]
     longitudinal, lateral = words(xyz, rot)
     assert longitudinal[:3] == ["stop", "reverse", "stop"] and "reverse" not in longitudinal[3:]
     assert lateral == ["go straight", "reverse right", "go straight"]
@@ -149,10 +161,12 @@ def test_reversing():
 
 def test_many_at_once_are_each_alone():
     """What a reward calls: a batch of short paths, float32, in the ego frame."""
-    drives = [drive(STOP_AND_GO, seed=i) for i in range(3)] + [drive([(6, 8, 0), (7, 5, 90), (36, -1, 90)], seed=9)]
+    drives = [drive(STOP_AND_GO, seed=i) for i in range(3)]
+    drives.append(drive([(6, 8, 0), (7, 5, 90), (36, -1, 90)], seed=9))
     length = min(len(xyz) for xyz, _ in drives) - 80
     at = torch.randint(length, (4, 6)).tolist()
-    xyz = torch.stack([torch.stack([drives[i][0][a:a + 80] for a in at[i]]) for i in range(4)])     # (4, 6, 80, 3)
+    # (4, 6, 80, 3) and (4, 6, 80, 3, 3)
+    xyz = torch.stack([torch.stack([drives[i][0][a:a + 80] for a in at[i]]) for i in range(4)])
     rot = torch.stack([torch.stack([drives[i][1][a:a + 80] for a in at[i]]) for i in range(4)])
     together = meta_actions(xyz.float(), rot.float())
     assert together[0].shape == together[1].shape == (4, 6, 80)
@@ -167,7 +181,8 @@ def test_the_frame_does_not_matter():
     turn = rot_of(torch.tensor(2.5, dtype=torch.float64))
     moved = xyz @ turn.T + torch.tensor([5e5, -4e6, 100.0])
     assert key_frames(moved, turn @ rot) == key_frames(xyz, rot)
-    assert all(torch.equal(a, b) for a, b in zip(meta_actions(moved, turn @ rot), meta_actions(xyz, rot)))
+    for a, b in zip(meta_actions(moved, turn @ rot), meta_actions(xyz, rot)):
+        assert torch.equal(a, b)
 
 
 def test_the_clock_does_not_matter():
@@ -180,20 +195,23 @@ def test_the_clock_does_not_matter():
 
 
 def test_a_path_of_a_model_after_its_history():
-    """1.6 s of history, then 6.4 s of controls rolled out: the words are those of the controls, from t0 on."""
+    """1.6 s of history, then 6.4 s of controls: from t0 on the words are those of the controls."""
     v0, past = 8.0, torch.arange(-15, 1) / 10
     history = torch.stack([v0 * past, 0 * past, 0 * past], -1), torch.eye(3).expand(16, 3, 3)
-    for accel, curvature, long, late in ((0, 0, 4, 6), (1, 0, 0, 6), (-1, 0, 2, 6), (2.5, 0, 1, 6), (-3, 0, 5, 6),
-                                         (0, 0.02, 4, 0), (0, -0.02, 4, 1), (0, 0.1, 4, 2), (0, -0.1, 4, 3)):
+    for accel, curvature, long, late in (
+            (0, 0, 4, 6), (1, 0, 0, 6), (-1, 0, 2, 6), (2.5, 0, 1, 6), (-3, 0, 5, 6),
+            (0, 0.02, 4, 0), (0, -0.02, 4, 1), (0, 0.1, 4, 2), (0, -0.1, 4, 3)):
         accels = torch.full((64,), float(accel))
         if accel == -3:
-            accels[26:], accels[26] = 0, -2.0                               # to a halt and no further
-        xyz, rot = roll_out(torch.stack([accels, torch.full((64,), float(curvature))], -1), torch.tensor(v0))
-        longitudinal, lateral = meta_actions(torch.cat([history[0], xyz]), torch.cat([history[1], rot]))
+            accels[26:], accels[26] = 0, -2.0  # to a halt and no further
+        actions = torch.stack([accels, torch.full((64,), float(curvature))], -1)
+        xyz, rot = roll_out(actions, torch.tensor(v0))
+        path = torch.cat([history[0], xyz]), torch.cat([history[1], rot])
+        longitudinal, lateral = meta_actions(*path)
         assert longitudinal[:10].tolist() == [4] * 10 and lateral[:10].tolist() == [6] * 10
         assert longitudinal[48:].tolist() == [long] * 32 and lateral[20:].tolist() == [late] * 60
         if accel == -3:
-            assert longitudinal[20:38].tolist() == [3] * 18                 # strong decelerate, then stop
+            assert longitudinal[20:38].tolist() == [3] * 18  # strong decelerate, then stop
         else:
             assert longitudinal[20:].tolist() == [long] * 60
 
@@ -204,11 +222,11 @@ def test_poses_of_a_wrong_shape():
 
 
 def test_fit_survives_noise():
-    """The least-squares fit in windows of 6.4 s, over a noisy stop and go with a turn: within bounds, on the path."""
+    """Least-squares fits of 6.4 s on a noisy stop and go with a turn: in bounds, on the path."""
     xyz, rot = drive([*STOP_AND_GO, (5, 5, 90), (5, 10, 90)], seed=seed())
     start = torch.arange(15, len(xyz) - 65, 5)
-    steps = start[:, None] + torch.arange(-15, 65)                          # (B, 80)
-    local = (xyz[steps] - xyz[start, None]) @ rot[start]                    # in the ego frame at t0, itself noisy
+    steps = start[:, None] + torch.arange(-15, 65)  # (B, 80)
+    local = (xyz[steps] - xyz[start, None]) @ rot[start]  # in the ego frame at t0, itself noisy
     turned = rot[start].mT[:, None] @ rot[steps]
     history, future = (local[:, :16], turned[:, :16]), (local[:, 16:], turned[:, 16:])
     actions = fit_actions(*history, *future)
@@ -234,8 +252,9 @@ def write_clip(clip, xyz, rot):
 
 
 def run(*arguments):
-    done = subprocess.run([sys.executable, "-m", "tools.label", *map(str, arguments)], cwd=ROOT, capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "tools.label", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout, done.stderr
 
 
@@ -243,7 +262,8 @@ def fill(file, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-LIGHT = [{"component": "traffic light", "description": "the light ahead turns red", "uncertainty": "low"}]
+LIGHT = [{"component": "traffic light", "description": "the light ahead turns red",
+          "uncertainty": "low"}]
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +278,8 @@ def prepared(tmp_path_factory):
 def test_labels_go_round(prepared):
     clip, labels = prepared / "mine", prepared / "labels"
     frames = json.loads((labels / "keyframes.json").read_text())["key_frames"]
-    assert [frame["kinds"] for frame in frames] == [["stop"], ["start"], ["slow down"], ["speed up"]]
+    kinds = [frame["kinds"] for frame in frames]
+    assert kinds == [["stop"], ["start"], ["slow down"], ["speed up"]]
     assert all(frame["label"] for frame in frames)
     with Image.open(labels / "motion.png") as picture:
         assert picture.size[0] > 600
@@ -268,12 +289,16 @@ def test_labels_go_round(prepared):
     now = round(10 * frames[0]["time"])
     for stage, ages in (("stage_1", range(-20, 1, 5)), ("stage_2", range(5, 61, 5))):
         pictures = sorted((stop / stage).glob("*.jpg"))
-        greys = [np.array(Image.open(picture))[8, 16, 0] for picture in pictures]       # image i has the grey i
+        # image i has the grey i
+        greys = [np.array(Image.open(picture))[8, 16, 0] for picture in pictures]
         assert greys == pytest.approx([now + age for age in ages], abs=2)
-    first, second = [json.loads((stop / stage / "label.json").read_text()) for stage in ("stage_1", "stage_2")]
-    assert first["allowed"]["component"] == list(COMPONENTS) and "none" in second["allowed"]["lateral"]
+    first, second = [json.loads((stop / stage / "label.json").read_text())
+                     for stage in ("stage_1", "stage_2")]
+    assert first["allowed"]["component"] == list(COMPONENTS)
+    assert "none" in second["allowed"]["lateral"]
     assert "future" not in first and "meta_actions" not in first
-    assert len(first["history"]) == 4 and re.match(r"\+0.0 s: speed (9.[89]|10.[0-2]) m/s, ", first["history"][-1])
+    assert len(first["history"]) == 4
+    assert re.match(r"\+0.0 s: speed (9.[89]|10.[0-2]) m/s, ", first["history"][-1])
     assert any("stop" in line for line in second["meta_actions"]["longitudinal"])
 
     code, out, err = run("--read", labels)
@@ -281,7 +306,8 @@ def test_labels_go_round(prepared):
     assert not (clip / "reasoning.json").exists()
     text = "Stop and keep lane since the light ahead turns red."
     fill(stop / "stage_1" / "label.json", critical_components=LIGHT)
-    fill(stop / "stage_2" / "label.json", exclude="no", longitudinal="stop", lateral="none", reasoning=text)
+    fill(stop / "stage_2" / "label.json", exclude="no", longitudinal="stop", lateral="none",
+         reasoning=text)
     fill(start / "stage_2" / "label.json", exclude="no decision")
     (clip / "reasoning.json").write_text(json.dumps([{"time": 3.0, "text": "Old."},
                                                      {"time": frames[0]["time"], "text": "Old."}]))
@@ -300,23 +326,35 @@ def light(**fields):
 
 
 @pytest.mark.parametrize("first, second, message", [
-    ({"critical_components": []}, {}, "stage_1/label.json: critical_components is [], expected one or more"),
-    ({}, {"exclude": "yes"}, 'stage_2/label.json: exclude is "yes", expected one of no, unsafe, no decision'),
-    ({}, {"exclude": None}, "stage_2/label.json: exclude is null, expected one of no, unsafe, no decision"),
+    ({"critical_components": []}, {},
+     "stage_1/label.json: critical_components is [], expected one or more"),
+    ({}, {"exclude": "yes"},
+     'stage_2/label.json: exclude is "yes", expected one of no, unsafe, no decision'),
+    ({}, {"exclude": None},
+     "stage_2/label.json: exclude is null, expected one of no, unsafe, no decision"),
     ({}, {"longitudinal": "brake"}, 'longitudinal is "brake", expected one of yield, stop, follow'),
     ({}, {"lateral": None}, "lateral is null, expected one of keep lane"),
-    ({}, {"longitudinal": "none", "lateral": "none"}, 'longitudinal, as lateral, is "none", expected one decision'),
+    ({}, {"longitudinal": "none", "lateral": "none"},
+     'longitudinal, as lateral, is "none", expected one decision'),
     ({}, {"longitudinal": "yield"}, 'expected a line "Yield and keep lane since <reasons>."'),
     ({}, {"longitudinal": ["stop"]}, 'longitudinal is ["stop"], expected one of'),
-    ({}, {"reasoning": None}, 'reasoning is null, expected a line "Stop and keep lane since <reasons>."'),
-    ({}, {"reasoning": "The light is red."}, 'expected a line "Stop and keep lane since <reasons>."'),
-    ({}, {"reasoning": "Stop and keep lane since ."}, 'expected a line "Stop and keep lane since <reasons>."'),
-    ({}, {"reasoning": "Stop and keep lane since a pedestrian crosses at the light."}, "which 'pedestrian' is not"),
-    ({}, {"reasoning": "Stop and keep lane since one must."}, "expected reasons in words of the critical_components"),
-    (light(component="lamp"), {}, 'critical_components[0].component is "lamp", expected one of critical object, tr'),
-    (light(uncertainty=0.5), {}, "critical_components[0].uncertainty is 0.5, expected one of low, high"),
+    ({}, {"reasoning": None},
+     'reasoning is null, expected a line "Stop and keep lane since <reasons>."'),
+    ({}, {"reasoning": "The light is red."},
+     'expected a line "Stop and keep lane since <reasons>."'),
+    ({}, {"reasoning": "Stop and keep lane since ."},
+     'expected a line "Stop and keep lane since <reasons>."'),
+    ({}, {"reasoning": "Stop and keep lane since a pedestrian crosses at the light."},
+     "which 'pedestrian' is not"),
+    ({}, {"reasoning": "Stop and keep lane since one must."},
+     "expected reasons in words of the critical_components"),
+    (light(component="lamp"), {},
+     'critical_components[0].component is "lamp", expected one of critical object, tr'),
+    (light(uncertainty=0.5), {},
+     "critical_components[0].uncertainty is 0.5, expected one of low, high"),
     (light(description=" "), {}, 'critical_components[0].description is " ", expected a few words'),
-    ({"critical_components": ["a light"]}, {}, 'critical_components[0] is "a light", expected an object'),
+    ({"critical_components": ["a light"]}, {},
+     'critical_components[0] is "a light", expected an object'),
     ({"critical_components": "a light"}, {}, 'critical_components is "a light", expected a list'),
 ])
 def test_a_wrong_label_is_told_in_a_line(prepared, tmp_path, first, second, message):
@@ -327,7 +365,8 @@ def test_a_wrong_label_is_told_in_a_line(prepared, tmp_path, first, second, mess
     for stage, fields in (("stage_1", light() | first), ("stage_2", good | second)):
         folder = tmp_path / label / stage
         folder.mkdir(parents=True)
-        (folder / "label.json").write_text((prepared / "labels" / label / stage / "label.json").read_text())
+        original = prepared / "labels" / label / stage / "label.json"
+        (folder / "label.json").write_text(original.read_text())
         fill(folder / "label.json", **fields)
     frames["key_frames"] = frames["key_frames"][3:]
     (tmp_path / "keyframes.json").write_text(json.dumps(frames | {"clip": str(tmp_path)}))
@@ -352,10 +391,11 @@ def test_broken_label_files_are_all_told(prepared, tmp_path):
     code, _, err = run("--read", tmp_path)
     lines = err.strip().splitlines()
     assert code == 1 and len(lines) == 3 and "Traceback" not in err
-    assert "stage_1/label.json: not JSON" in lines[0] and "stage_2/label.json: it is []" in lines[1]
+    assert "stage_1/label.json: not JSON" in lines[0]
+    assert "stage_2/label.json: expected an object" in lines[1]
     assert "stage_2/label.json: longitudinal is null, expected to be there" in lines[2]
     (labels[0] / "stage_1" / "label.json").unlink()
-    with pytest.raises(ValueError, match="stage_1/label.json: it is null, expected an object"):
+    with pytest.raises(ValueError, match="stage_1/label.json: missing"):
         read_labels(tmp_path)
     with pytest.raises(FileNotFoundError, match="nothing: no keyframes.json in it"):
         read_labels(tmp_path / "nothing")
@@ -364,10 +404,14 @@ def test_broken_label_files_are_all_told(prepared, tmp_path):
     with pytest.raises(ValueError, match="labels do not go into the clip's own folder"):
         write_labels(prepared / "mine", prepared / "mine" / "labels")
     (tmp_path / "keyframes.json").write_text(json.dumps(frames | {"clip": str(tmp_path / "gone")}))
-    with pytest.raises(FileNotFoundError, match="keyframes.json: clip is .*gone, where nothing is any more"):
+    gone = "keyframes.json: clip is .*gone, where nothing is any more"
+    with pytest.raises(FileNotFoundError, match=gone):
         read_labels(tmp_path)
     (tmp_path / "keyframes.json").write_text("[]")
-    with pytest.raises(ValueError, match="keyframes.json: expected clip and key_frames"):
+    with pytest.raises(ValueError, match="keyframes.json: expected an object of named fields"):
+        read_labels(tmp_path)
+    (tmp_path / "keyframes.json").write_text("{}")
+    with pytest.raises(ValueError, match="keyframes.json: field clip is missing"):
         read_labels(tmp_path)
 
 

@@ -1,289 +1,410 @@
 """
 Labels of one's own clips: a file to fill in for each key frame, read back into reasoning.json.
+
+    python -m tools.label CLIP --out labels     # find the key frames, prepare their labels
+    python -m tools.label --read labels         # check them, write CLIP/reasoning.json
+
+There are two stages, as for the paper's annotators (Sec. 4.3). The first shows two seconds up to
+the key frame and asks what matters there. The second shows six seconds after it and asks what was
+decided and why. A reason may name only what the first stage did, so that no reason rests on what
+could not be seen in time.
 """
 import argparse
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from alpamayo import DT
-from release import write_json
-from clips import CAMERAS, ClipScenes, read_clips, read_json, read_reasoning
-from data import COMPONENTS, LATERAL, LONGITUDINAL, decisions
-from motion import LATERAL_META, LEAD, LONGITUDINAL_META, key_frames, meta_actions, segments, smooth_motion
-from world import PAST
+from clips import CAMERAS, ClipScenes, read_clips, read_reasoning
+from data import COMPONENTS, LATERAL, LONGITUDINAL, decisions, run
+from motion import (
+    LATERAL_META,
+    LEAD,
+    LONGITUDINAL_META,
+    key_frames,
+    meta_actions,
+    segments,
+    smooth_motion,
+)
+from release import read_json, write_json
 
-#
-# In two stages, as the paper's annotators work (Sec. 4.3). In the first one sees the two seconds up to the key frame
-# and names what matters there. Only in the second one sees what happened then, tells what had been decided, and says
-# why, with what the first stage named and nothing else: so no reason rests on what could not be seen in time.
-
-UNCERTAINTY = ("low", "high")
-EXCLUDE = ("no", "unsafe", "no decision")       # ours, after the paper's safety exclusion
-SEEN, AFTER, LOOK_EVERY = 2.0, 6.0, 0.5         # s: history and future of a labeller (Table 3), images at 2 Hz
-# A reason may name only what stage 1 did. These words a rule can look for; they are ours, a row has one meaning.
-THINGS = ("lights?", "signs?", "pedestrians?|persons?|people|child|children", "cyclists?|bicycles?|bikes?",
-          "cars?|vehicles?|vans?|trucks?|lorry|lorries|bus|buses|taxis?|queue|traffic", "trams?|trains?|rails?",
-          "motorcycles?|motorbikes?", "ambulances?|police|firefighters?", "animals?|dogs?",
-          "cones?|barriers?|construction|roadworks?", "crosswalks?", "bumps?", "curves?|bends?",
-          "junctions?|intersections?|roundabouts?", "ramps?", "rain|snow|fog|ice", "obstacles?|debris", "schools?")
-
+BEFORE = np.arange(-2, 0.1, 0.5)  # s from a key frame to what a labeller sees in stage 1 (Table 3)
+AFTER = np.arange(0.5, 6.1, 0.5)  # and in stage 2
+EVERY = 5  # tenths of a second between lines about the motion
+SEEN = {  # what a critical component may be
+    "component": COMPONENTS,
+    "uncertainty": ("low", "high"),
+}
+DECIDED = {  # what may have been decided
+    "longitudinal": (*LONGITUDINAL, "none"),
+    "lateral": (*LATERAL, "none"),
+    "exclude": ("no", "unsafe", "no decision"),  # ours, after the paper's safety exclusion
+}
+# A reason may name only what stage 1 did. These are words that a rule can look for, ours. A row has
+# one meaning.
+THINGS = """
+lights?
+signs?
+pedestrians?|persons?|people|child|children
+cyclists?|bicycles?|bikes?
+cars?|vehicles?|vans?|trucks?|lorry|lorries|bus|buses|taxis?|queue|traffic
+trams?|trains?|rails?
+motorcycles?|motorbikes?
+ambulances?|police|firefighters?
+animals?|dogs?
+cones?|barriers?|construction|roadworks?
+crosswalks?
+bumps?
+curves?|bends?
+junctions?|intersections?|roundabouts?
+ramps?
+rain|snow|fog|ice
+obstacles?|debris
+schools?
+""".split()
 STAGE_1 = (
-    "You see the two seconds up to a moment at which the driver decides something, and not what follows: `history` and "
-    "the images in this folder, named by camera, number and seconds.",
-    "Fill in critical_components: what could directly cause the decision, the most important first, each as "
-    '{"component": one of allowed.component, "description": what it is, where and how it moves in a few plain words, '
-    '"uncertainty": one of allowed.uncertainty}.',
-    "If there is nothing, name the lane or the route that the driver keeps to. Do all this before you look at stage_2, "
-    "motion.png or keyframes.json.")
+    "You see the two seconds up to a moment at which the driver decides something, and not what "
+    "follows: `history` and the images in this folder, named by camera, number and seconds.",
+    "Fill in critical_components: what could directly cause the decision, the most important "
+    'first, each as {"component": one of allowed.component, "description": what it is, where and '
+    'how it moves in a few plain words, "uncertainty": one of allowed.uncertainty}.',
+    "If there is nothing, name the lane or the route that the driver keeps to. Do all this before "
+    "you look at stage_2, motion.png or keyframes.json.",
+)
 STAGE_2 = (
-    "Fill in ../stage_1 first. You see the six seconds after: `future`, `meta_actions` and the images in this folder.",
-    'exclude: one of allowed.exclude. "unsafe" is driving that nobody should learn, "no decision" a key frame at which '
-    "nothing was decided; leave the other fields of these null.",
-    "longitudinal, lateral: the first decision of each kind after the key frame, one of allowed; none if no new one.",
-    'reasoning: one sentence "<longitudinal> and <lateral> since <reasons>." with the decisions above; in place of a '
-    'none it says "keep speed" or "keep lane". The reasons are components of stage 1, in the words used there, and '
-    "nothing that was only seen later.")
+    "Fill in ../stage_1 first. You see the six seconds after: `future`, `meta_actions` and the "
+    "images in this folder.",
+    'exclude: one of allowed.exclude. "unsafe" is driving that nobody should learn, "no decision" '
+    "a key frame at which nothing was decided; leave the other fields of these null.",
+    "longitudinal, lateral: the first decision of each kind after the key frame, one of allowed; "
+    "none if no new one.",
+    'reasoning: one sentence "<longitudinal> and <lateral> since <reasons>." with the decisions '
+    'above; in place of a none it says "keep speed" or "keep lane". The reasons are components of '
+    "stage 1, in the words used there, and nothing that was only seen later.",
+)
+META = {"longitudinal": LONGITUDINAL_META, "lateral": LATERAL_META}
+COLOURS = {
+    "longitudinal": "#c3e6c0 #5fb35a #f8cdb0 #e0703f none #9a9a9a #cda6e0".split(),
+    "lateral": "#bcd6f2 #f3e3a4 #5f9bdc #dcb53f #d6b6e6 #e6b6d6 none".split(),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Preparing
+
+
+class Drive:
+    """A clip's motion at whole tenths of a second: times in s, speed, ..., (T,) each."""
+
+    def __init__(self, motion):
+        first = math.ceil(motion.first / DT - 1e-6)
+        last = math.floor(motion.last / DT + 1e-6)
+        self.times = DT * np.arange(first, last + 1)
+        xyz, rot, _ = map(torch.from_numpy, motion.pose(self.times))
+        self.speed, self.acceleration, _, self.turn_rate = smooth_motion(xyz, rot)
+        self.meta = dict(zip(META, meta_actions(xyz, rot)))  # indices into META
+        self.key_frames = key_frames(xyz, rot)  # [(step, kinds)]
+
+    def words(self, step):
+        """The longitudinal and the lateral meta-action at a step."""
+        return [META[kind][labels[step]] for kind, labels in self.meta.items()]
 
 
 def write_labels(path, folder):
     """
-    Prepare the labelling of the clips at `path`, any that load_clips reads, in `folder` (with a folder for each clip
-    in it, if they are several). Returns [(folder, key frames)] with keyframes.json's list.
+    Prepare the labelling of the clips at `path`, in any layout, in `folder`, with a folder for each
+    clip in it if they are several. Returns [(folder, key frames)] with keyframes.json's list.
 
-        keyframes.json      {"clip", "name", "key_frames": [{"time": s, "kinds", "before", "after": [longitudinal,
-                            lateral meta-action], "label": its folder, null where no Scene can be cut, "why" not}]}
-        motion.png          speed and turn rate over time, meta-actions as bands, key frames as lines
-        0012.3/stage_1/     of the key frame at 12.3 s: label.json to fill in, and images of every camera
+        keyframes.json      {"clip", "name", "key_frames": [{"time": s, "kinds", "before", "after":
+                            [longitudinal, lateral meta-action], "label": its folder, null where no
+                            Scene can be cut, "why" not}]}
+        motion.png          speed and turn rate, meta-actions as bands, key frames as lines
+        0012.3/stage_1/     of the key frame at 12.3 s: label.json to fill in, images of all cameras
         0012.3/stage_2/     the same of what came after
 
     A label.json that is there already is kept.
     """
-    clips, written = read_clips(path), []
-    if Path(path).resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
-        raise ValueError(f"{folder}: labels do not go into the clip's own folder {path}, choose another --out")
+    clips = read_clips(path)
+    folder = Path(folder)
+    source = Path(path).resolve()
+    if folder.resolve().is_relative_to(source):
+        raise ValueError(
+            f"{folder}: labels do not go into the clip's own folder {path}, choose another --out")
+    written = []
     for clip in clips:
-        home = Path(folder) / clip.name if len(clips) > 1 else Path(folder)
+        home = folder / clip.name if len(clips) > 1 else folder
         home.mkdir(parents=True, exist_ok=True)
-        first, last = clip.motion.times[[0, -1]] / DT
-        times = DT * np.arange(math.ceil(first - 1e-6), math.floor(last + 1e-6) + 1)    # (T,), whole tenths of a second
-        xyz, rot, _ = (torch.from_numpy(values) for values in clip.motion.pose(times))
-        meta, frames = meta_actions(xyz, rot), []
-        for step, kinds in key_frames(xyz, rot):
-            t0 = round(float(times[step]), 1)
-            after = min(step + round(2 * LEAD / DT), len(times) - 1)
-            frame = {"time": t0, "kinds": kinds, "before": meta_words(meta, step), "after": meta_words(meta, after),
-                     "label": f"{t0:06.1f}"}
-            try:
-                ClipScenes([clip], t0, None, 4, DT, None, None, True)
-            except ValueError as error:
-                frame.update(label=None, why=str(error))
-            else:
-                end = step + round(AFTER / DT)
-                write_stages(clip, t0, [channel[step:end + 1] for channel in smooth_motion(xyz, rot)],
-                             [channel[step:end] for channel in meta], home / frame["label"])
-            frames.append(frame)
-        listed = {"clip": str(Path(path).resolve()), "name": clip.name, "key_frames": frames}
-        write_json(f"{home}/keyframes.json", listed)
-        draw_motion(home / "motion.png", clip.name, times, xyz, rot)
+        drive = Drive(clip.motion)
+        frames = [write_frame(home, clip, drive, *frame) for frame in drive.key_frames]
+        write_json(
+            f"{home}/keyframes.json",
+            {"clip": str(source), "name": clip.name, "key_frames": frames})
+        draw_motion(home / "motion.png", clip.name, drive)
         written.append((home, frames))
     return written
 
 
-def meta_words(meta, step):
-    """The names of both meta-actions, each (T,), at a step."""
-    return [names[int(labels[step])] for names, labels in zip((LONGITUDINAL_META, LATERAL_META), meta)]
+def write_frame(home, clip, drive, step, kinds):
+    """A key frame's entry in keyframes.json. Its label is written if a Scene can be cut there."""
+    t0 = round(float(drive.times[step]), 1)
+    after = min(step + round(2 * LEAD / DT), len(drive.times) - 1)
+    frame = {
+        "time": t0, "kinds": kinds, "before": drive.words(step), "after": drive.words(after),
+        "label": f"{t0:06.1f}"}
+    try:
+        ClipScenes([clip], t0)
+    except ValueError as error:
+        return frame | {"label": None, "why": str(error)}
+    folder = home / frame["label"]
+    write_stage(folder / "stage_1", clip, t0 + BEFORE, stage_1(clip, t0))
+    write_stage(folder / "stage_2", clip, t0 + AFTER, stage_2(clip, t0, drive, step))
+    return frame
 
 
-def write_stages(clip, t0, motion, meta, folder):
-    """Both stages of the key frame at t0; motion, of smooth_motion, and meta go on from there."""
-    from PIL import Image                                                   # matplotlib, which draws too, brings it
-    past = list(enumerate(clip.motion.kinematics(t0), start=1 - PAST))[::-5][::-1]          # knows nothing after t0
-    history = [f"{DT * step:+.1f} s: speed {v:.1f} m/s, acceleration {a:+.1f} m/s^2, steering {s:+.3f} rad (left +)"
-               + f", signal {('off', 'left', 'right')[int(signal)]}" * ("turn_signal" in clip.motion.measured)
-               for step, (v, a, s, signal) in past]
-    future = [f"{DT * step:+.1f} s: speed {v:.1f} m/s, acceleration {a:+.1f} m/s^2, turn rate {w:+.2f} rad/s (left +)"
-              for step, (v, a, _, w) in enumerate(zip(*(channel.tolist() for channel in motion)))][::5]
-    told = [[f"{DT * a:.1f} to {DT * b:.1f} s: {names[label]}" for label, a, b in segments(labels)]
-            for names, labels in zip((LONGITUDINAL_META, LATERAL_META), meta)]
-    told = dict(zip(("longitudinal", "lateral"), told))
-    stages = {
-        "stage_1": dict(instructions=STAGE_1, allowed=dict(component=COMPONENTS, uncertainty=UNCERTAINTY),
-                        clip=clip.name, time=t0, history=history, critical_components=[]),
-        "stage_2": dict(instructions=STAGE_2,
-                        allowed=dict(longitudinal=(*LONGITUDINAL, "none"), lateral=(*LATERAL, "none"), exclude=EXCLUDE),
-                        clip=clip.name, time=t0, future=future, meta_actions=told,
-                        exclude=None, longitudinal=None, lateral=None, reasoning=None)}
-    first, last = clip.motion.times[[0, -1]]
-    for stage, begin, end in (("stage_1", -SEEN, 0), ("stage_2", LOOK_EVERY, AFTER)):
-        ages = np.arange(begin, end + DT, LOOK_EVERY)
-        (folder / stage).mkdir(parents=True, exist_ok=True)
-        for name, camera in ((name, clip.cameras[i]) for name, i in CAMERAS.items() if i in clip.cameras):
-            # NVIDIA's cameras do not say when they begin and end: where there are poses, less a tenth of a second.
-            there = (t0 + ages >= max(camera.first, first + DT)) & (t0 + ages <= min(camera.last, last - DT))
-            for i, image in zip(np.flatnonzero(there), camera.read(t0 + ages[there]) if there.any() else []):
-                Image.fromarray(image).save(folder / stage / f"{name}_{i:02d}_{ages[i]:+.1f}s.jpg", quality=92)
-        if not (folder / stage / "label.json").exists():
-            write_json(f"{folder}/{stage}/label.json", stages[stage])
+def stage_1(clip, t0):
+    """The fields of stage 1's label.json: what led to the key frame at t0."""
+    history = []
+    kinematics = clip.motion.kinematics(t0)  # (20, 4), the last row at t0; knows nothing after it
+    for step in range(-15, 1, EVERY):
+        speed, acceleration, steering, signal = kinematics[step - 1]
+        line = (f"{DT * step:+.1f} s: speed {speed:.1f} m/s, acceleration "
+                f"{acceleration:+.1f} m/s^2, steering {steering:+.3f} rad (left +)")
+        if "turn_signal" in clip.motion.measured:
+            line += f", signal {('off', 'left', 'right')[int(signal)]}"
+        history.append(line)
+    return dict(
+        instructions=STAGE_1, allowed=SEEN, clip=clip.name, time=t0, history=history,
+        critical_components=[])
 
 
-def draw_motion(file, title, times, xyz, rot):
-    """Speed and turn rate over times (T,) of a drive, meta-actions as bands, key frames as lines."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    speed, _, _, turn_rate = smooth_motion(xyz, rot)
-    meta, marks = meta_actions(xyz, rot), key_frames(xyz, rot)
-    colours = (dict(zip(LONGITUDINAL_META, ("#c3e6c0", "#5fb35a", "#f8cdb0", "#e0703f", "none", "#9a9a9a", "#cda6e0"))),
-               dict(zip(LATERAL_META, ("#bcd6f2", "#f3e3a4", "#5f9bdc", "#dcb53f", "#d6b6e6", "#e6b6d6", "none"))))
-    rows = math.ceil(len(times) * DT / 60)                                  # a minute in each
-    figure, grid = plt.subplots(2 * rows, figsize=(14, 5 * rows), squeeze=False, layout="constrained")
-    for row, axes in enumerate(grid.reshape(rows, 2)):
-        begin = times[0] + 60 * row
-        for ax, values, labels, colour in zip(axes, (speed, turn_rate), meta, colours):
-            for label, a, b in segments(labels):
-                ax.axvspan(times[a], times[min(b, len(times) - 1)], color=list(colour.values())[label], lw=0)
-            for word, fill in colour.items():
-                ax.fill_between([], [], color=fill, label=word)
-            ax.plot(times, values, "k", lw=1)
-            ax.legend(ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8, frameon=False)
-            ax.set_xlim(begin, min(begin + 60, times[-1]) if rows == 1 else begin + 60)
-        axes[0].set_ylabel("speed, m/s")
-        axes[1].set(ylabel="turn rate, rad/s (left +)", xlabel=f"{title}: s")
-        low, high = axes[1].get_ylim()
-        axes[1].set_ylim(min(low, -0.1), max(high, 0.1))                    # a straight road looks straight
-        for step, kinds in marks:
-            for ax in axes:
-                ax.axvline(times[step], color="C3", lw=0.8)
-            axes[1].annotate(f"{times[step]:.1f} {', '.join(kinds)}", (times[step], 0.98), rotation=90, ha="right",
-                             va="top", xycoords=("data", "axes fraction"), fontsize=7, annotation_clip=True)
+def stage_2(clip, t0, drive, step):
+    """The fields of stage 2's label.json: what came after the key frame at this step."""
+    end = step + round(AFTER[-1] / DT)
+    future = [
+        f"{DT * (i - step):+.1f} s: speed {drive.speed[i]:.1f} m/s, acceleration "
+        f"{drive.acceleration[i]:+.1f} m/s^2, turn rate {drive.turn_rate[i]:+.2f} rad/s (left +)"
+        for i in range(step, end + 1, EVERY)
+    ]
+    meta = {}
+    for kind, labels in drive.meta.items():
+        runs = segments(labels[step:end])
+        meta[kind] = [f"{DT * a:.1f} to {DT * b:.1f} s: {META[kind][i]}" for i, a, b in runs]
+    return dict(
+        instructions=STAGE_2, allowed=DECIDED, clip=clip.name, time=t0, future=future,
+        meta_actions=meta, exclude=None, longitudinal=None, lateral=None, reasoning=None)
+
+
+def write_stage(folder, clip, times, label):
+    """A stage's folder: label.json, unless there is one, and all cameras' images at times in s."""
+    from PIL import Image  # matplotlib, which draws too, brings it
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "label.json").exists():
+        write_json(f"{folder}/label.json", label)
+    for camera_id, camera in clip.cameras.items():
+        # NVIDIA's cameras do not say when they begin and end: where there are poses, less 0.1 s.
+        begin = max(camera.first, clip.motion.first + DT)
+        end = min(camera.last, clip.motion.last - DT)
+        there = np.flatnonzero((begin <= times) & (times <= end))
+        for i, image in zip(there, camera.read(times[there]) if len(there) else ()):
+            name = f"{CAMERAS[camera_id]}_{i:02d}_{times[i] - label['time']:+.1f}s.jpg"
+            Image.fromarray(image).save(folder / name, quality=92)
+
+
+def draw_motion(file, title, drive):
+    """Speed and turn rate of a Drive over time, a minute in each row."""
+    plt = pyplot()
+    rows = math.ceil(len(drive.times) * DT / 60)
+    figure = plt.figure(figsize=(14, 5 * rows), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(2 * rows).reshape(rows, 2)
+    for row, (top, bottom) in enumerate(axes):
+        draw_channel(top, drive, row, "longitudinal", drive.speed, "speed, m/s")
+        draw_channel(bottom, drive, row, "lateral", drive.turn_rate, "turn rate, rad/s (left +)")
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
+def draw_channel(ax, drive, row, kind, values, label):
+    """Values (T,) in this row's minute, meta-actions of a kind as bands, key frames as lines."""
+    times = drive.times
+    for i, first, end in segments(drive.meta[kind]):
+        end = min(end, len(times) - 1)
+        ax.axvspan(times[first], times[end], color=COLOURS[kind][i], lw=0)
+    for word, colour in zip(META[kind], COLOURS[kind]):
+        ax.fill_between([], [], color=colour, label=word)
+    ax.legend(ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8, frameon=False)
+    ax.plot(times, values, "k", lw=1)
+    begin = times[0] + 60 * row
+    end = begin + min(60, times[-1] - times[0])
+    low, high = ax.get_ylim()
+    high = max(high, 0.1)  # a straight road looks straight
+    ax.set(xlim=(begin, end), ylim=(min(low, -0.1), high), xlabel="s", ylabel=label)
+    for step, kinds in drive.key_frames:
+        time = times[step]
+        ax.axvline(time, color="C3", lw=0.8)
+        words = f"{time:.1f} {', '.join(kinds)}"
+        ax.text(time, high, words, rotation=90, ha="right", va="top", fontsize=7, clip_on=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading back
+
+
 def read_labels(folder):
     """
-    Check the labels in `folder`, filled in since write_labels, and put their texts into their clips' reasoning.json.
+    Check the labels in `folder`, filled in since write_labels, and put their texts into their
+    clips' reasoning.json.
 
-    An entry there of the same time is replaced, others stay. The clip of NVIDIA's layout has no place for it: its
-    reasoning.json is then written beside keyframes.json. Returns a line for each clip on what was done. Raises
-    ValueError, a line for each label that is wrong, before anything is written.
+    An entry there of the same time is replaced, others stay. A clip in NVIDIA's layout has no place
+    for it: its reasoning.json is written beside keyframes.json. Returns a line for each clip: what
+    was done. Raises ValueError, a line for each wrong label, before anything is written.
     """
-    homes = [home for home in (Path(folder), *sorted(Path(folder).glob("*"))) if (home / "keyframes.json").exists()]
-    if not homes:
-        raise FileNotFoundError(f"{folder}: no keyframes.json in it or in its folders, make it with --keyframes CLIP")
-    wrong, jobs, lines = [], [], []
-    for home in homes:
-        listed, texts, waiting = read_json(home / "keyframes.json"), {}, 0
-        if not isinstance(listed, dict) or not {"clip", "key_frames"} <= listed.keys():
-            raise ValueError(f"{home / 'keyframes.json'}: expected clip and key_frames, as --keyframes writes them")
-        if not Path(listed["clip"]).is_dir():
-            raise FileNotFoundError(f"{home / 'keyframes.json'}: clip is {listed['clip']}, where nothing is any more")
+    files = sorted(Path(folder).rglob("keyframes.json"))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder}: no keyframes.json in it or in its folders, python -m tools.label makes it")
+    wrong = []
+    clips = []
+    for file in files:
+        listed = read_json(file)
+        clip = Path(listed["clip"])
+        if not clip.is_dir():
+            raise FileNotFoundError(f"{file}: clip is {clip}, where nothing is any more")
+        texts = {}
         for frame in listed["key_frames"]:
-            if frame["label"]:
-                try:
-                    text = read_label(home / frame["label"])
-                except (ValueError, OSError) as error:
-                    wrong.append(str(error))
-                    continue
-                if text is None:
-                    waiting += 1
-                else:
-                    texts[frame["time"]] = text
-        jobs.append((home, Path(listed["clip"]), texts, waiting))
+            try:
+                if frame["label"]:
+                    texts[frame["time"]] = read_label(file.parent / frame["label"])
+            except (ValueError, OSError) as error:
+                wrong.append(str(error))
+        clips.append((file.parent, clip, texts))
     if wrong:
         raise ValueError("\n".join(wrong))
-    for home, clip, texts, waiting in jobs:
-        file = (home if (clip / "features.csv").exists() else clip) / "reasoning.json"
-        kept = {t: text for t, text in read_reasoning(file).items() if all(abs(t - t0) > DT / 2 for t0 in texts)}
-        entries = sorted((kept | {t: text for t, text in texts.items() if text}).items())
-        if texts:
-            write_json(str(file), [{"time": t, "text": text} for t, text in entries])
-        told = sum(map(bool, texts.values()))
-        lines.append(f"{home}: {told} labels, {len(texts) - told} excluded, {waiting} to be filled in"
-                     + (f"; {len(entries)} in {file}" if texts else ""))
-    return lines
+    return [write_reasoning(*clip) for clip in clips]
+
+
+def write_reasoning(home, clip, texts):
+    """Put texts {time in s: read_label} into the clip's reasoning.json. Returns a line about it."""
+    file = (home if (clip / "features.csv").exists() else clip) / "reasoning.json"
+    done = {time: text for time, text in texts.items() if text is not None}
+    entries = {time: text for time, text in done.items() if text}
+    line = (f"{home}: {len(entries)} labels, {len(done) - len(entries)} excluded, "
+            f"{len(texts) - len(done)} to be filled in")
+    if not done:
+        return line
+    for old, text in read_reasoning(file).items():
+        if all(abs(old - time) > DT / 2 for time in done):
+            entries[old] = text
+    write_json(f"{file}", [{"time": time, "text": text} for time, text in sorted(entries.items())])
+    return f"{line}; {len(entries)} in {file}"
 
 
 def read_label(folder):
     """
-    The text of a key frame's label, "" if it is excluded, None if one of its stages has not been filled in. ValueError:
-    the file, the field and what was expected.
+    The text of a key frame's label, "" if it is excluded, None if stage 2 has not been filled in.
+
+    ValueError: the file, the field and what was expected.
     """
-    files = [folder / stage / "label.json" for stage in ("stage_1", "stage_2")]
-    first, second = [read_json(file) for file in files]
-
-    def require(valid, file, field, expected, value):
-        if not valid:
-            raise ValueError(f"{file}: {field} is {json.dumps(value)}, expected {expected}")
-
-    def one_of(allowed, file, field, value):
-        require(value in allowed, file, field, "one of " + ", ".join(allowed), value)
-
-    for file, label, fields in zip(files, (first, second), (("critical_components",),
-                                                            ("exclude", "longitudinal", "lateral", "reasoning"))):
-        require(isinstance(label, dict), file, "it", "an object in braces", label)
-        for field in fields:
-            require(field in label, file, field, "to be there", None)
-    components = first["critical_components"]
-    require(isinstance(components, list), files[0], "critical_components", "a list", components)
-    for i, entry in enumerate(components):
-        name = f"critical_components[{i}]"
-        require(isinstance(entry, dict), files[0], name, "an object with component, description, uncertainty", entry)
-        one_of(COMPONENTS, files[0], name + ".component", entry.get("component"))
-        one_of(UNCERTAINTY, files[0], name + ".uncertainty", entry.get("uncertainty"))
-        text = entry.get("description")
-        require(isinstance(text, str) and text.strip(), files[0], name + ".description", "a few words", text)
-    exclude, longitudinal, lateral, reasoning = [second[field] for field in fields]
-    if exclude is None and longitudinal is None and lateral is None and not reasoning:
+    first, second = folder / "stage_1/label.json", folder / "stage_2/label.json"
+    (components,) = read_fields(first, ["critical_components"]).values()
+    check_components(f"{first}: critical_components", components)
+    label = read_fields(second, [*DECIDED, "reasoning"])
+    longitudinal, lateral, exclude, reasoning = label.values()
+    if not any(label.values()):
         return None
-    one_of(EXCLUDE, files[1], "exclude", exclude)
+    require_one_of(f"{second}: ", label, {"exclude": DECIDED["exclude"]})
     if exclude != "no":
         return ""
-    one_of((*LONGITUDINAL, "none"), files[1], "longitudinal", longitudinal)
-    one_of((*LATERAL, "none"), files[1], "lateral", lateral)
-    require((longitudinal, lateral) != ("none", "none"), files[1], "longitudinal, as lateral,",
-            'one decision; where there is none, exclude is "no decision"', "none")
-    require(components, files[0], "critical_components", "one or more, as stage_2 is filled in", components)
+    require_one_of(f"{second}: ", label, DECIDED)
+    require({longitudinal, lateral} != {"none"}, f"{second}: longitudinal, as lateral,", "none",
+            'one decision; where there is none, exclude is "no decision"')  # fmt: skip
+    require(components, f"{first}: critical_components", components,
+            "one or more, as stage_2 is filled in")  # fmt: skip
     pair = longitudinal.replace("none", "keep speed"), lateral.replace("none", "keep lane")
-    begin = "{} and {} since ".format(*pair).capitalize()
-    reasons = reasoning.partition(" since ")[2].lower() if isinstance(reasoning, str) else ""
-    require(reasons.strip(" .") and decisions(reasoning) == pair and "\n" not in reasoning, files[1], "reasoning",
-            f'a line "{begin}<reasons>."', reasoning)
-    named = " ".join(f"{entry['component']} {entry['description']}" for entry in components).lower()
-    for thing in THINGS:
-        found = re.search(rf"\b({thing})\b", reasons)
-        require(not found or re.search(rf"\b({thing})\b", named), files[1], "reasoning",
-                f"only what {files[0]} names, which {found and found[0]!r} is not", reasoning)
-    require(set(re.findall(r"\w{4,}", reasons)) & set(re.findall(r"\w{4,}", named)), files[1], "reasoning",
-            f"reasons in words of the critical_components of {files[0]}", reasoning)
+    check_reasoning(f"{second}: reasoning", reasoning, pair, first, components)
     return reasoning.strip()
 
 
+def read_fields(file, fields):
+    """These fields of a label.json, which must be there."""
+    label = read_json(file)
+    for field in fields:
+        require(field in label, f"{file}: {field}", None, "to be there")
+    return {field: label.get(field) for field in fields}
+
+
+def check_components(where, components):
+    """Each has a component and an uncertainty of a closed set, and a description."""
+    require(isinstance(components, list), where, components, "a list")
+    for i, entry in enumerate(components):
+        require(isinstance(entry, dict), f"{where}[{i}]", entry,
+                "an object with component, description, uncertainty")  # fmt: skip
+        require_one_of(f"{where}[{i}].", entry, SEEN)
+        text = entry.get("description")
+        require(isinstance(text, str) and text.strip(), f"{where}[{i}].description", text,
+                "a few words")  # fmt: skip
+
+
+def check_reasoning(where, reasoning, pair, first, components):
+    """It is a line "<decisions> since <reasons>."; reasons are components of the file `first`."""
+    _, _, reasons = str(reasoning).lower().partition(" since ")
+    begin = f"{pair[0]} and {pair[1]} since ".capitalize()
+    told = isinstance(reasoning, str) and decisions(reasoning) == pair and "\n" not in reasoning
+    require(told and reasons.strip(" ."), where, reasoning, f'a line "{begin}<reasons>."')
+    named = " ".join(f"{entry['component']} {entry['description']}" for entry in components).lower()
+    for thing in THINGS:
+        thing = re.compile(rf"\b({thing})\b")
+        found = thing.search(reasons)
+        require(not found or thing.search(named), where, reasoning,
+                f"only what {first} names, which {found and found[0]!r} is not")  # fmt: skip
+    words = set(re.findall(r"\w{4,}", reasons)) & set(re.findall(r"\w{4,}", named))
+    require(words, where, reasoning, f"reasons in words of the critical_components of {first}")
+
+
+def require(valid, where, value, expected):
+    """ValueError in one line unless valid; where: the file and the field."""
+    if not valid:
+        raise ValueError(f"{where} is {json.dumps(value)}, expected {expected}")
+
+
+def require_one_of(where, fields, allowed):
+    """Each field of `allowed` must be one of its names; where: the file and what is around them."""
+    for field, names in allowed.items():
+        value = fields.get(field)
+        require(value in names, f"{where}{field}", value, "one of " + ", ".join(names))
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Find the key frames of clips and prepare their labelling.")
-    parser.add_argument("clip", nargs="?", metavar="CLIP", help="clips in any layout that data.py reads")
-    parser.add_argument("--out", default="labels", metavar="FOLDER", help="where the labels go")
-    parser.add_argument("--read", metavar="FOLDER", help="check its labels, make the clips' reasoning.json")
+    parser = argparse.ArgumentParser(
+        description="Find the key frames of clips and prepare their labelling, or read it back.")
+    parser.add_argument("folder", help="clips in any layout of clips.py; with --read, their labels")
+    parser.add_argument("--out", default="labels", metavar="LABELS", help="where the labels go")
+    parser.add_argument(
+        "--read", action="store_true", help="check labels, write their clips' reasoning.json")
     args = parser.parse_args()
-    if not args.clip and not args.read:
-        parser.error("expected CLIP to prepare, or --read FOLDER")
-    if args.clip:
-        for home, frames in write_labels(args.clip, args.out):
-            for f in frames:
-                print(f"{f['time']:7.1f} s  {', '.join(f['kinds']):24}  {f['label'] or f['why']}")
-            print(f"{home}: {len(frames)} key frames, {sum(bool(f['label']) for f in frames)} to be labelled")
     if args.read:
-        print(*read_labels(args.read), sep="\n")
+        print(*read_labels(args.folder), sep="\n")
+        return
+    for home, frames in write_labels(args.folder, args.out):
+        for f in frames:
+            print(f"{f['time']:7.1f} s  {', '.join(f['kinds']):24}  {f['label'] or f['why']}")
+        ready = sum(bool(f["label"]) for f in frames)
+        print(f"{home}: {len(frames)} key frames, {ready} to be labelled")
+
+
+def pyplot():  # until draw.py has it
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"tools.label: {error}")
+    run(main)
