@@ -1,79 +1,315 @@
 """
-Training in less memory: adapters in place of the language model's matrices, and activations computed twice.
+Training in less memory, and a plan of how much a run needs.
+
+    adapters         the language model's matrices are frozen; beside each learns a change of low
+                     rank (LoRA)
+    checkpointing    activations are computed again in the backward pass instead of being kept
+    the plan         what a run will need, before it runs: train.py --plan
+
+    python train.py --plan                                              nano from scratch, on a GPU
+    python train.py --plan cpu --preset mini --size 128 256 --batch 8   mini on a CPU
+    python train.py --plan --preset alpamayo-r1-10b --stage rl --lora 16 --dtype bfloat16 \\
+        --checkpointing --accumulate 16                                 the 10B
+
+The plan has no formula that could go stale. It runs the training code (forward, backward,
+optimisers) on tensors that have shape and type but no contents, PyTorch's FakeTensor, and counts
+every storage from birth to death. A GPU is planned as a CPU with bfloat16 matrix products, whose
+optimisers update all tensors at once, as a GPU's do.
+
+Not counted: scratch memory inside kernels, CUDA's own share, fragmentation. On a GPU leave a tenth
+and one GiB for these. The plan is for one process. Under torchrun each process needs all of it for
+its share of the batch, and its gradients once more while they are averaged.
 """
+import weakref
+from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401, train.py's
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from alpamayo import Layer, Triplane, VisionBlock
+import data
+from alpamayo import (
+    HORIZON,
+    ActionSpace,
+    Alpamayo,
+    Layer,
+    Past,
+    Rollout,
+    Triplane,
+    VisionBlock,
+    pick,
+    rope,
+)
+from release import Vocabulary, split_words
+
+# --------------------------------------------------------------------------------------------------
+# Adapters
 
 
 class Adapted(nn.Module):
-    """A matrix W that stays and a change of rank r that learns: y = W x + B (A x), with A (r, in), B (out, r) in float32
-    (LoRA, arXiv 2106.09685). B starts at zero, so that the model starts as it was. LoRA's factor alpha / r is 1 here: to
-    Adam, which forgets the size of gradients, another one is little else than another learning rate. Neither the paper
-    nor the release adapts in this way: rank, matrices and learning rate are the user's to try.
+    """y = W x + B (A x): a frozen matrix W, and a change of rank r that learns.
 
-    In a state_dict it is the one matrix W + B A: what is saved is a checkpoint like any other, without adapters."""
+    LoRA, arXiv 2106.09685. A (r, in) and B (out, r) are float32. B starts at zero, so the model
+    starts unchanged. LoRA's factor alpha / r is 1 here: Adam normalises gradients, so another one
+    would act like another learning rate. Adapters are in neither the paper nor the release.
+
+    In a state_dict this is one matrix, W + B A. A saved checkpoint therefore has no adapters."""
 
     def __init__(self, linear, rank, generator=None):
         super().__init__()
-        out, size = linear.weight.shape
-        like = dict(device=linear.weight.device, dtype=torch.float32)
-        self.weight, self.on = linear.weight, True
-        a = torch.randn(rank, size, generator=generator) * size**-0.5  # on the CPU: the same on any device
-        self.lora_A, self.lora_B = nn.Parameter(a.to(**like)), nn.Parameter(torch.zeros(out, rank, **like))
+        rows, columns = linear.weight.shape
+        device = linear.weight.device
+        self.weight = linear.weight
+        self.on = True
+        a = torch.randn(rank, columns, generator=generator)  # on the CPU: the same for any device
+        self.lora_A = nn.Parameter((a * columns**-0.5).to(device))
+        self.lora_B = nn.Parameter(torch.zeros(rows, rank, device=device))
 
     def forward(self, x):
         y = F.linear(x, self.weight)
-        return y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) if self.on else y
+        if not self.on:
+            return y
+        low = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
+        return y + F.linear(low, self.lora_B.to(x.dtype))
 
     @torch.no_grad()
     def merged(self):
-        return (self.weight.float() + self.lora_B @ self.lora_A).to(self.weight.dtype)
+        """W + B A, (out, in)."""
+        change = self.lora_B @ self.lora_A
+        return (self.weight.float() + change).to(self.weight.dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[prefix + "weight"] = self.merged().cpu()  # all of them would not fit beside a large model
+        # On the CPU: a GPU may have no room for a second copy.
+        destination[prefix + "weight"] = self.merged().cpu()
 
 
 def add_adapters(model, rank, generator=None):
-    """Adapters of this rank in place of the language model's seven matrices a layer: q, k, v, o, gate, up, down."""
+    """Adapts the language model's seven matrices a layer: q, k, v, o, gate, up, down."""
     for layer in model.vlm.model.language_model.layers:
         for part in (layer.self_attn, layer.mlp):
-            for name, linear in list(part.named_children()):
-                if isinstance(linear, nn.Linear):
-                    setattr(part, name, Adapted(linear, rank, generator))
+            for name, child in list(part.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(part, name, Adapted(child, rank, generator))
 
 
 @contextmanager
 def without_adapters(model):
-    """The model as it was before its adapters learned anything: RL's reference, which so costs no second model. Without
-    gradients, for a layer that is computed again in a later backward pass would have its adapters again."""
-    adapted = [m for m in model.modules() if isinstance(m, Adapted)]
-    for m in adapted:
-        m.on = False
+    """The reference policy without a second copy of the weights: the model, adapters switched off.
+
+    Gradients are off: a checkpointed layer recomputed in backward would run with adapters on."""
+    adapters = [m for m in model.modules() if isinstance(m, Adapted)]
+    for adapter in adapters:
+        adapter.on = False
     try:
         with torch.no_grad():
             yield model
     finally:
-        for m in adapted:
-            m.on = True
+        for adapter in adapters:
+            adapter.on = True
+
+
+# --------------------------------------------------------------------------------------------------
+# Activation checkpointing
 
 
 def checkpoint_activations(model):
-    """From now on every block and layer keeps what it was given and what it returns (the cache too), and in the backward
-    pass computes again what lies between: the memory of one layer at a time, for the time of a second forward pass."""
+    """Every block and layer keeps only its inputs and outputs, the key-value cache among them.
 
-    def twice(forward):
-        again = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)  # nothing inside is random
-        return lambda *args, **more: (again if torch.is_grad_enabled() else forward)(*args, **more)
-
+    The backward pass computes the rest again: the memory of one layer at a time, for the time of a
+    second forward pass."""
+    options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing inside is random
     for m in model.modules():
-        if isinstance(m, (VisionBlock, Layer)):
-            m.forward = twice(m.forward)
+        if isinstance(m, VisionBlock | Layer):
+            m.forward = partial(checkpoint, m.forward, **options)
         elif isinstance(m, Triplane):
-            m.update = twice(m.update)  # a slab of cells, of which there are many
+            m.update = partial(checkpoint, m.update, **options)  # of one slab of its cells
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan: counting
+
+
+class Tracker(TorchDispatchMode):
+    """Bytes of all storages alive, by kind: `now`, and when the total was largest, `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = {}  # id of a storage: (kind, bytes)
+        self.now = Counter()
+        self.peak = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten.index.Tensor:
+            indices = []
+            for index in args[1]:  # boolean indexing depends on the data; use nonzero()
+                is_mask = torch.is_tensor(index) and index.dtype == torch.bool
+                indices += index.nonzero().unbind(1) if is_mask else [index]
+            args = (args[0], indices)
+        out = op(*args, **(kwargs or {}))
+        self.count(out)
+        return out
+
+    def count(self, tensors, kind=None):
+        """Counts the storages of nested tensors. Without a kind, new ones are activations."""
+        for t in tree_leaves(tensors):
+            if torch.is_tensor(t):
+                self.count_storage(t.untyped_storage(), kind)
+        if self.now.total() > self.peak.total():
+            self.peak = self.now.copy()
+
+    def count_storage(self, storage, kind):
+        key = id(storage)
+        if key not in self.alive:
+            weakref.finalize(storage, self.forget, key)
+        elif kind:
+            self.forget(key)  # to count it anew, as this kind
+        else:
+            return
+        kind = kind or "activations"
+        self.alive[key] = (kind, storage.nbytes())
+        self.now[kind] += storage.nbytes()
+
+    def forget(self, key):
+        kind, size = self.alive.pop(key)
+        self.now[kind] -= size
+
+
+def peaks(run, phases):
+    """{phase: Counter of bytes by kind, at the phase's peak} of a step of train.py's Run.
+
+    phases: {name: function} in their order, the last is "update". The first update only makes the
+    optimisers' moments; the step after it is measured. Works for real tensors as for fake ones."""
+    for p in run.params:
+        p.grad = torch.zeros_like(p)
+    phases["update"]()
+    found = {}
+    with Tracker() as tracker:
+        hooks = name_kinds(tracker, run)
+        for name, phase in phases.items():
+            tracker.peak = Counter()
+            phase()
+            found[name] = tracker.peak
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def name_kinds(tracker, run):
+    """Tells the tracker what is what, now and, by the hooks returned, as gradients come."""
+    frozen = [p for p in run.model.parameters() if not p.requires_grad]
+    tracker.count([frozen, list(run.model.buffers())], "weights that stay")
+    tracker.count(run.params, "weights that learn")
+    for optimiser, _ in run.optimisers:
+        tracker.count(list(optimiser.state.values()), "optimiser")
+    models = {run.model, run.reference or run.model}
+    for reference in models - {run.model}:
+        tracker.count(list(reference.parameters()), "reference model")
+
+    def count_gradient(p):
+        tracker.count(p.grad, "gradients")
+
+    def count_cache(lm, args, out):
+        tracker.count(out[1], "keys and values")
+
+    hooks = [p.register_post_accumulate_grad_hook(count_gradient) for p in run.params]
+    for model in models:
+        hooks.append(model.vlm.model.language_model.register_forward_hook(count_cache))
+    return hooks
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan: a model and a scene without contents
+
+
+def model_without_weights(cfg, fake, dtype=torch.float32):
+    """The model with fake weights. Its vocabulary takes a word for a token: no tokenizer needed."""
+    vocabulary = Vocabulary(replace(cfg, chat=False))
+    vocabulary.text.encode = lambda text: [0] * len(split_words(text))
+    with fake:
+        model = Alpamayo(cfg, vocabulary)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    model.action_space = ActionSpace(cfg)  # real: its four numbers make actions real, too
+    return model
+
+
+def made_up_scene(cfg, batch, size, text):
+    """A Scene of the world, `batch` times, with black images of `size` (H, W), reasoning `text`."""
+    scene = data.make_scenes([0], **data.view_of(cfg, (2, 4)))
+    for key, value in scene.items():
+        scene[key] = torch.cat([value] * batch) if torch.is_tensor(value) else value * batch
+    # Zeros that nobody writes to take no memory.
+    scene["images"] = torch.zeros(batch, len(cfg.cameras), cfg.frames, 3, *size, dtype=torch.uint8)
+    return scene | {"reasoning": [text] * batch, "route": ["turn left"] * batch}
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan: rollouts of stage rl
+
+
+@torch.no_grad()
+def last_token(model, scene, group, count):
+    """The last of `count` tokens of every rollout, when the caches are largest, as in `sample`.
+
+    `sample` itself cannot run without contents: they decide when its loop ends."""
+    lm = model.vlm.model.language_model
+    prefix = model.prefill(model.embed_prompt(scene))
+    token = torch.zeros(len(prefix.x) * group, 1, dtype=torch.long)
+    past = []
+    for k, v in prefix.layers:
+        tail = k.new_zeros(len(token), k.shape[1], count - 1, k.shape[3])
+        past.append(Past((k, v), (tail, tail.clone())))
+    position = torch.full((3, 1, 1), prefix.end + count - 1)
+    x, tails = lm(lm.embed_tokens(token), *rope(position, model.cfg, prefix.x.dtype), past)
+    pick(model.vlm.lm_head(x[:, -1]).float(), 0.6, 0.98)
+
+
+def made_up_rollout(model, scenes, group, thought, steps):
+    """A Rollout of `thought` reasoning tokens and flow steps; steps 0: of 128 action tokens."""
+    actions = 0 if steps else 2 * HORIZON
+    tokens = torch.full((scenes, group, thought + actions), model.vocabulary.first_action)
+    tokens[..., :thought] = 0
+    tokens[..., thought - 1] = model.vocabulary["traj_future_start"]
+    flow = torch.zeros(steps + 1, scenes, group, HORIZON, 2)
+    chosen = torch.ones_like(tokens, dtype=torch.bool)
+    log_probs = torch.full(tokens.shape, -1.0)
+    return Rollout([], tokens, chosen, log_probs, flow[0], None, None, flow, {}, eta=0.5)
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan: its table
+
+KINDS = (
+    "weights that stay",
+    "weights that learn",
+    "reference model",
+    "gradients",
+    "optimiser",
+    "keys and values",
+    "activations",
+)
+
+
+def table(found):
+    """What `peaks` found, in GiB: a column a phase, at the phase's peak."""
+
+    def row(name, cells):
+        return f"{name:20}" + "".join(f"{cell:>14}" for cell in cells)
+
+    def in_gib(name, sizes):
+        return row(name, [f"{size / 2**30:.3f}" for size in sizes])
+
+    peaks = found.values()
+    lines = [row("GiB, at the peak of", found)]
+    for kind in KINDS:
+        if any(peak[kind] for peak in peaks):
+            lines.append(in_gib(kind, [peak[kind] for peak in peaks]))
+    lines.append(in_gib("total", [peak.total() for peak in peaks]))
+    return "\n".join(lines)

@@ -1,216 +1,555 @@
 """
-Train: the paper's stages, from scratch, from a checkpoint, or on from where a run was stopped (Sec. 5).
+Train: the paper's three stages (Sec. 5), from scratch, from a checkpoint, or on after a kill.
 
-    python train.py                                        nano from nothing in the built-in world: a laptop, minutes
-    torchrun --nproc_per_node 8 train.py --preset mini ... the same for several GPUs, or processes of a CPU
-    python train.py --resume out/nano                      go on after a kill; the losses are those of an unbroken run
-    python train.py --stage reason --init FOLDER --data CLIPS --steps 500      fine-tune a checkpoint on your own clips
-    python train.py --stage rl                             from the shipped nano: try out, be rewarded, do better
-    python train.py --vision flex --flex-tokens 8          another way to see; --keep 0.5: with half of what it sees
-    python train.py --plan --preset alpamayo-r1-10b ...    what this would need of a GPU's memory; runs and allocates nothing
+    python train.py                                      nano from scratch in the built-in world
+    torchrun --nproc_per_node 8 train.py --preset mini   several GPUs, or processes of a CPU
+    python train.py --resume out/nano                    after a kill: the losses of an unbroken run
+    python train.py --stage reason --init FOLDER --data CLIPS --steps 500       your own clips
+    python train.py --stage rl                           the shipped nano, by reinforcement learning
+    python train.py --vision flex --flex-tokens 8        another vision encoder
+    python train.py --plan --preset alpamayo-r1-10b      the GPU memory it would take (memory.py)
 
-Stage `action` teaches the language model the 128 action tokens and the expert flow matching; stage `reason` puts the
-Chain of Causation in front of both; `all` runs one after the other. The loss is
+Stage `action` teaches the language model the 128 action tokens, and the expert flow matching. Stage
+`reason` puts the Chain of Causation in front of both. `all` runs one after the other. Their loss is
 
-    text + --action-weight * action + flow + --path-weight * ade    nats a token, nats a token, mean squared velocity, m
+    text + --action-weight * action + flow + --path-weight * ade
 
-Stage `rl` (rl.py) is reinforcement learning, with losses and flags of its own.
+in nats a token, nats a token, mean squared velocity, and metres. Stage `rl` is reinforcement
+learning, whose rewards, step and flags are in rl.py.
 
-Everything random (the order of scenes, noise, flow times, rollouts) is a function of the seed and the step, so a run
-needs no random state to go on, only its weights and its optimiser's moments.
+Whatever is random (order of scenes, noise, flow times, rollouts) is a function of seed and step. So
+a run goes on after a kill without any random state, from its weights and optimisers' moments alone.
+
+The page reads: flags; a run from start to end; model and optimisers; scenes; a step; stage rl;
+validation; checkpoints; the plan.
 """
 import argparse
 import json
 import os
 import sys
 import time
-from dataclasses import replace
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 import data
-import plan
+import memory
 import rl
 import world
-from alpamayo import OF_EXPERT, PRESETS, Alpamayo, Vocabulary, read_config, with_words
-from memory import add_adapters, checkpoint_activations
-from release import write_atomically
+from alpamayo import NANO, OF_EXPERT, PRESETS, Alpamayo, ade, read_config, with_words
+from release import Vocabulary, save_tensors
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flags
 
 
 def parse_flags():
-    p = argparse.ArgumentParser(description="Train Alpamayo-R1.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = p.add_argument
-    add("--stage", choices=("action", "reason", "all", "rl"), default="all",
-        help="action tokens and expert | reasoning in front of them | one after the other | reinforcement learning, with "
-        + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in rl.DEFAULTS.items()) + " where not given")
-    add("--preset", choices=tuple(PRESETS), default="nano", help="size of a model from scratch; the largest is for --plan")
-    add("--init", metavar="FOLDER", help="start from the weights of this checkpoint, ours or the release's")
-    add("--resume", metavar="FOLDER", help="go on with the run that was writing FOLDER; takes no other flag")
-    add("--out", metavar="FOLDER", help="where checkpoints and log.jsonl go (default: out/PRESET, or out/INIT-STAGE)")
-    add("--data", default="world", help="`world`, or a folder of clips that data.py can read")
-    add("--scenes", type=int, default=8000, help="training scenes of the world, rendered once to disk")
-    add("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="pixels of the world's images")
-    same = dict(default=argparse.SUPPRESS)  # those not given stay what --init's config or the preset's says
-    add("--vision", choices=("image", "triplane", "flex"),
-        help="each image its own tokens | planes of space | scene tokens; another one than --init's starts untrained, "
-        "behind its tower (default: --init's, or image)", **same)
-    add("--planes-patch", type=int, nargs=3, metavar=("X", "Y", "Z"), help="with --vision triplane: cells to a token",
-        **same)
-    add("--flex-tokens", type=int, help="with --vision flex: scene tokens", **same)
-    add("--keep", type=float, help="share of the image tokens that is kept; the least looked at are pruned", **same)
-    add("--cache", metavar="FOLDER", default="data", help="where rendered scenes are kept")
-    add("--steps", type=int, default=600, help="optimiser steps")
-    add("--batch", type=int, default=32, help="scenes a step, over all processes")
-    add("--accumulate", type=int, default=1,
-        help="split each process's share of the batch into so many pieces, to save memory")
-    add("--action-share", type=float, default=0.1, help="share of the steps that stage `all` spends in stage `action`")
-    add("--lr", type=float, default=2e-3, help="AdamW's learning rate: embeddings, heads, norms, biases")
-    add("--muon-lr", type=float, default=0.01, help="Muon's learning rate: matrices inside the layers; 0: AdamW for all")
-    add("--weight-decay", type=float, default=0.05, help="of matrices")
-    add("--warmup", type=int, default=40, help="steps of linear warm-up")
-    add("--decay", type=float, default=0.4, help="share of the steps, at the end, over which the rates fall to 0")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
-    add("--action-weight", type=float, default=0.5, help="weight of the action tokens' loss")
-    add("--path-weight", type=float, default=0.2,
-        help="weight of the metres between the path that the flow points at and the driven one; the paper has none")
-    add("--action-every", type=int, default=2, help="the 128 action tokens join every so many steps; 1: always")
-    add("--hide-actions", type=float, default=0.5,
-        help="share of the scenes whose action tokens are not read back, see forward")
-    add("--drive-every", type=int, default=8,
-        help="in stage `reason` one step in so many has no reasoning, so that the model can also drive at once; 0: none")
-    add("--front-only", type=float, default=0.1,
-        help="share of the steps that show the front cameras alone, for rigs that have no others")
-    add("--routes", type=float, default=0.5, help="share of the steps that tell the route, so that a model can do without")
-    add("--blind", action="store_true", help="grey images: what can be known without looking")
-    add("--flow-samples", type=int, default=2, help="noise levels a scene, which share its cache")
-    add("--train", choices=("all", "vlm", "expert"), default="all",
-        help="what learns; the release trains first vlm, then expert")
-    add("--lora", type=int, default=0, metavar="RANK", help="of the vlm only adapters of this rank learn, in the language model's "
-        "layers; checkpoints have them merged. The expert learns as --train says. 0: everything, in full")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of weights that do not learn; what learns is always float32. --init's are rounded to it")
-    add("--checkpointing", action="store_true", help="compute activations again in backward instead of keeping them")
-    add("--plan", choices=("gpu", "cpu"), nargs="?", const="gpu",
-        help="print the memory that these flags need, of a GPU (bfloat16 arithmetic) or a CPU (float32), and stop")
-    add("--val-every", type=int, default=200, help="steps between validation passes")
-    add("--val-scenes", type=int, default=128, help="scenes of a validation pass")
-    add("--save-every", type=int, default=200, help="steps between checkpoints")
-    add("--seed", type=int, default=0, help="of weights, order and noise")
-    add("--threads", type=int, default=0, help="CPU threads of each process; 0: PyTorch's choice")
-    rl.add_flags(p)
-    if p.parse_known_args()[0].stage == "rl":
-        p.set_defaults(**rl.DEFAULTS)
-    flags = p.parse_args()
+    """The run's flags, checked. With --resume they are those of the stopped run."""
+    parser = argparse.ArgumentParser(description="Train Alpamayo-R1.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_run_flags(group(parser, "run"))
+    add_model_flags(group(parser, "model"))
+    add_data_flags(group(parser, "data"))
+    add_learning_flags(group(parser, "what learns"))
+    add_optimiser_flags(group(parser, "optimiser"))
+    add_loss_flags(group(parser, "losses of stages action and reason"))
+    rl.add_flags(parser)
+    if parser.parse_known_args()[0].stage == "rl":
+        parser.set_defaults(**rl.DEFAULTS)
+    flags = parser.parse_args()
     if flags.resume:
-        if len(sys.argv) != (2 if "=" in sys.argv[1] else 3):
-            p.error("--resume takes no other flag: the run's own settings hold")
-        path = os.path.join(flags.resume, "training.safetensors")
-        try:
-            with safe_open(path, "pt") as f:
-                saved = json.loads(f.metadata()["flags"])
-        except (OSError, SafetensorError, TypeError, KeyError) as e:
-            p.error(f"{path}: no run to resume ({e})")
-        return argparse.Namespace(**{**vars(flags), **saved, "resume": flags.resume, "out": flags.resume})
-    if flags.lora < 0 or (flags.lora and flags.train == "expert"):
-        p.error(f"--lora {flags.lora} --train {flags.train}: expected a rank of 1 or more, and the vlm among what learns")
-    if not flags.plan:
-        if flags.preset == "alpamayo-r1-10b":
-            p.error(f"--preset {flags.preset}: this can only be planned, with --plan; start from the release with --init")
-        if flags.stage == "reason" and not flags.init:
-            p.error("--stage reason starts from a checkpoint of stage action: give it with --init, or run --stage all")
-        if flags.stage == "rl" and not flags.init and flags.preset != "nano":
-            p.error("--stage rl starts from a checkpoint of stage reason: give it with --init")
-        if flags.stage == "rl" and not flags.init:
-            flags.init = os.path.join(os.path.dirname(os.path.abspath(__file__)), "checkpoints", "nano")
-        if flags.stage == "rl":
-            rl.check_flags(flags, p.error)
-        if flags.lora and not flags.init:
-            p.error("--lora adapts a model that has learned: give it with --init")
-    for k in ("steps", "batch", "accumulate", "action_every", "flow_samples", "val_every", "val_scenes", "save_every"):
-        if getattr(flags, k) < 1:
-            p.error(f"--{k.replace('_', '-')} {getattr(flags, k)}: expected 1 or more")
-    name = f"{os.path.basename(os.path.abspath(flags.init))}-{flags.stage}" if flags.init else flags.preset
+        return flags_of_stopped_run(flags, parser.error)
+    if flags.stage == "rl" and flags.preset == "nano" and not flags.plan:
+        flags.init = flags.init or NANO
+    name = f"{Path(flags.init).resolve().name}-{flags.stage}" if flags.init else flags.preset
     flags.out = flags.out or os.path.join("out", name)
-    if flags.lora and flags.init and os.path.realpath(flags.init) == os.path.realpath(flags.out):
-        p.error(f"--out {flags.out}: must be another folder than --init, whose weights a run with --lora needs to go on")
+    check_flags(flags, parser.error)
     return flags
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimiser: Muon for the matrices inside the layers, AdamW for the rest
+def group(parser, title):
+    """add(name, default, help, ...) for a group of flags. A flag's type is its default's."""
+    flags = parser.add_argument_group(title)
+
+    def add(name, default, help, **more):
+        if default is False:
+            more["action"] = "store_true"
+        elif default is not None:
+            more.setdefault("type", type(default))
+        flags.add_argument(name, default=default, help=help, **more)
+
+    return add
 
 
-def orthogonalise(m, steps=5):
-    """Newton-Schulz: matrices (..., r, c) to nearly orthogonal ones, U V^T of their singular value decompositions.
-    The quintic's coefficients are Keller Jordan's (github.com/KellerJordan/Muon)."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = m.shape[-2] > m.shape[-1]
-    x = m.mT if tall else m
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+def add_run_flags(add):
+    others = ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in rl.DEFAULTS.items())
+    add("--stage", "all", "action tokens and expert | reasoning in front of them | one after the "
+        f"other | reinforcement learning, with {others} where not given",
+        choices=("action", "reason", "all", "rl"))
+    add("--steps", 600, "optimiser steps")
+    add("--action-share", 0.1, "share of the steps that stage `all` spends in stage `action`")
+    add("--resume", None, "go on with the run that wrote FOLDER; takes no other flag",
+        metavar="FOLDER")
+    add("--out", None, "for checkpoints and log.jsonl (default: out/PRESET, or out/INIT-STAGE)",
+        metavar="FOLDER")
+    add("--val-every", 200, "steps between validation passes")
+    add("--save-every", 200, "steps between checkpoints")
+    add("--seed", 0, "of weights, order and noise")
+    add("--threads", 0, "CPU threads of each process; 0: PyTorch's choice")
+    add("--plan", None, "print the memory that these flags need, of a GPU (bfloat16 arithmetic) or "
+        "a CPU (float32), and stop", choices=("gpu", "cpu"), nargs="?", const="gpu")
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised, so that every direction of a matrix learns equally fast. Matrices of one
-    shape go through Newton-Schulz together: at this size the launches cost more than the arithmetic."""
+def add_model_flags(add):
+    unset = argparse.SUPPRESS  # unset flags keep --init's or the preset's value
+    add("--preset", "nano", "size of a model from scratch; the largest is for --plan",
+        choices=tuple(PRESETS))
+    add("--init", None, "start from this checkpoint, ours or the release's", metavar="FOLDER")
+    add("--vision", unset, "image tokens | triplane tokens | Flex scene tokens; another encoder "
+        "than --init's starts untrained behind its tower (default: --init's, or image)",
+        choices=("image", "triplane", "flex"))
+    add("--planes-patch", unset, "with --vision triplane: cells to a token", type=int, nargs=3,
+        metavar=("X", "Y", "Z"))
+    add("--flex-tokens", unset, "with --vision flex: scene tokens", type=int)
+    add("--keep", unset, "share of the image tokens kept; the least salient go", type=float)
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                    self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                nesterov = [p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params]
-                scale = max(1, shape[0] / shape[1]) ** 0.5
-                for p, update in zip(params, orthogonalise(torch.stack(nesterov))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+def add_data_flags(add):
+    add("--data", "world", "`world`, or a folder of clips that data.py can read")
+    add("--scenes", 8000, "training scenes of the world, rendered once to disk")
+    add("--val-scenes", 128, "scenes of a validation pass")
+    add("--size", (64, 128), "pixels of the world's images", type=int, nargs=2,
+        metavar=("H", "W"))
+    add("--cache", "data", "where rendered scenes are kept", metavar="FOLDER")
+    add("--front-only", 0.1, "share of steps with the front cameras alone, for rigs without others")
+    add("--routes", 0.5, "share of steps that tell the route, so that a model can do without")
+    add("--blind", False, "grey images: what can be known without looking")
+
+
+def add_learning_flags(add):
+    add("--train", "all", "what learns; the release trains first vlm, then expert",
+        choices=("all", "vlm", "expert"))
+    add("--lora", 0, "of the vlm only adapters of this rank learn, in the language model's layers; "
+        "checkpoints have them merged. The expert learns as --train says. 0: no adapters",
+        metavar="RANK")
+    add("--dtype", "float32", "of frozen weights; --init's are rounded to it. What learns is "
+        "float32", choices=("float32", "bfloat16"))
+    add("--checkpointing", False, "compute activations again in backward instead of keeping them")
+
+
+def add_optimiser_flags(add):
+    add("--batch", 32, "scenes a step, over all processes")
+    add("--accumulate", 1, "pieces of each process's share of the batch, to save memory")
+    add("--lr", 2e-3, "AdamW's learning rate: embeddings, heads, norms, biases")
+    add("--muon-lr", 0.01, "Muon's learning rate: matrices inside the layers; 0: AdamW for all")
+    add("--weight-decay", 0.05, "of matrices")
+    add("--warmup", 40, "steps of linear warm-up")
+    add("--decay", 0.4, "share of the steps, at the end, over which the rates fall to 0")
+    add("--clip", 1.0, "largest gradient norm")
+
+
+def add_loss_flags(add):
+    add("--action-weight", 0.5, "weight of the action tokens' loss")
+    add("--path-weight", 0.2, "weight of `ade`, metres between the flow's path and the driven one; "
+        "the paper has none")
+    add("--action-every", 2, "the 128 action tokens join every so many steps; 1: always")
+    add("--hide-actions", 0.5, "share of scenes whose action tokens are not read, see forward")
+    add("--drive-every", 8, "in stage `reason` one step in so many has no reasoning, so that the "
+        "model can also drive at once; 0: none")
+    add("--flow-samples", 2, "noise levels a scene, which share its cache")
+
+
+def flags_of_stopped_run(flags, error):
+    if len(sys.argv) != (2 if "=" in sys.argv[1] else 3):
+        error("--resume takes no other flag: the run's own settings hold")
+    path = os.path.join(flags.resume, "training.safetensors")
+    try:
+        with safe_open(path, "pt") as f:
+            settings = f.metadata()
+        stopped = json.loads(settings["flags"])
+    except (OSError, SafetensorError, TypeError, KeyError) as e:
+        error(f"{path}: no run to resume ({e})")
+    if "format" not in settings:
+        error(f"{path}: its optimisers' state is of an earlier train.py; go on from it with --init")
+    stopped |= dict(resume=flags.resume, out=flags.resume)
+    return argparse.Namespace(**vars(flags) | stopped)
+
+
+def check_flags(flags, error):
+    """Calls error(line) where a flag cannot be meant."""
+    counts = "steps batch accumulate action-every flow-samples val-every val-scenes save-every"
+    for name in counts.split():
+        value = getattr(flags, name.replace("-", "_"))
+        if value < 1:
+            error(f"--{name} {value}: expected 1 or more")
+    if flags.lora < 0 or (flags.lora and flags.train == "expert"):
+        error(f"--lora {flags.lora} --train {flags.train}: expected a rank of 1 or more, and the "
+              "vlm among what learns")
+    if flags.plan:
+        return
+    if flags.preset == "alpamayo-r1-10b":
+        error(f"--preset {flags.preset}: this can only be planned, with --plan; start from the "
+              "release with --init")
+    if flags.stage == "reason" and not flags.init:
+        error("--stage reason starts from a checkpoint of stage action: give it with --init, or "
+              "run --stage all")
+    if flags.stage == "rl" and not flags.init:
+        error("--stage rl starts from a checkpoint of stage reason: give it with --init")
+    if flags.stage == "rl":
+        rl.check_flags(flags, error)
+    if flags.lora and not flags.init:
+        error("--lora adapts a model that has learned: give it with --init")
+    if flags.lora and os.path.realpath(flags.init) == os.path.realpath(flags.out):
+        error(f"--out {flags.out}: must be another folder than --init, whose weights a run with "
+              "--lora needs to go on")
+
+
+# --------------------------------------------------------------------------------------------------
+# A run, from start to end
+
+
+@dataclass
+class Run:
+    """What travels together through a run."""
+
+    flags: argparse.Namespace
+    device: torch.device = torch.device("cpu")
+    arithmetic: str = "float32"  # or bfloat16
+    rank: int = 0
+    world_size: int = 1
+    model: Alpamayo = None
+    params: list = None  # of the model, those that learn
+    optimisers: list = None  # pairs (optimiser, its full learning rate)
+    scenes: object = None  # to learn from
+    val: object = None  # to validate on
+    # Stage rl:
+    reference: Alpamayo = None  # the reference policy, if there is a KL term
+    judge: rl.Judge = None  # a language model that grades reasoning
+    known: torch.Tensor = None  # (scenes,) how much model and rewards last disagreed, or NaN
+
+    def __post_init__(self):
+        pieces = self.world_size * self.flags.accumulate
+        self.piece, rest = divmod(self.flags.batch, pieces)  # scenes that are read at a time
+        if rest:
+            raise ValueError(f"--batch {self.flags.batch}: must be a multiple of processes x "
+                             f"--accumulate = {pieces}")
+
+    @property
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, self.arithmetic == "bfloat16")
+
+    def say(self, text):
+        """Prints, above the progress bar; the first process alone."""
+        if self.rank == 0:
+            tqdm.write(text)
+
+
+def main():
+    flags = parse_flags()
+    if flags.plan:
+        return print_plan(flags)
+    run = start(flags)
+    run.model = load_model(run)  # before the scenes: it decides how they are shown
+    run.scenes, run.val = load_scenes(run)
+    run.model = run.model or model_from_scratch(run)  # after the scenes: its words are theirs
+    if flags.stage == "rl":
+        prepare_rl(run)
+    prepare(run)
+    first = restore(run) if flags.resume else 0
+    loop(run, first)
+    if run.world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def start(flags):
+    """The Run on this process's device. Under torchrun it is one of several."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if flags.stage == "rl" and world_size > 1:
+        raise ValueError("--stage rl runs in one process")
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world_size > 1:  # the others wait while the first renders the world
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+    # One detected precision: bfloat16 arithmetic with float32 weights on a GPU, and float32 on a
+    # CPU, where it is faster.
+    return Run(flags, device, "bfloat16" if cuda else flags.dtype, rank, world_size)
+
+
+def loop(run, first):
+    """The steps from `first` on: learn, validate, log, save."""
+    flags = run.flags
+    run.say(f"{flags.resume or flags.init or flags.preset}: {counts(run)}; {len(run.scenes)} "
+            f"scenes; {run.world_size} x {run.device.type}, {run.arithmetic}; steps {first} to "
+            f"{flags.steps}; writes {flags.out}")
+    log = open_log(flags, first) if run.rank == 0 else None
+    bar = tqdm(total=flags.steps, initial=first, disable=run.rank > 0)
+    begin = time.time()
+    tokens = 0
+    for step in range(first, flags.steps):
+        line = rl_step(run, step) if flags.stage == "rl" else supervised_step(run, step)
+        tokens += line.pop("tokens") * run.world_size
+        speed = round(tokens / (time.time() - begin))
+        losses = {name: line[name] for name in ("text", "action", "flow", "ade") if name in line}
+        bar.set_postfix({"stage": line["stage"], **losses, "tok/s": speed}, refresh=False)
+        bar.update()
+        last = step + 1 == flags.steps
+        if last or (step + 1) % flags.val_every == 0:
+            line["val"] = validate(run, line["stage"])
+            report(run, f"step {step + 1:6} {line['stage']:6}", line["val"])
+        if run.rank > 0:
+            continue
+        print(json.dumps(line), file=log, flush=True)
+        if last or (step + 1) % flags.save_every == 0:
+            save(run, step + 1, line["stage"])
+        if flags.stage == "rl" and "val" in line:
+            rl.draw_curves(log.name, os.path.join(flags.out, "curves.png"))
+    bar.close()
+    run.say(f"done in {(time.time() - begin) / 60:.1f} minutes; look at it: "
+            f"python sample.py --checkpoint {flags.out}")
+
+
+def open_log(flags, first):
+    """The log, a line a step. A resumed run drops those of the steps that it will take again."""
+    os.makedirs(flags.out, exist_ok=True)
+    path = os.path.join(flags.out, "log.jsonl")
+    done = open(path).readlines()[:first] if first else []
+    log = open(path, "w")
+    log.writelines(done)
+    log.flush()
+    return log
+
+
+def counts(run):
+    total = sum(p.numel() for p in run.model.parameters())
+    return f"{total:,} parameters, {sum(p.numel() for p in run.params):,} learn"
+
+
+def report(run, when, values):
+    run.say(f"{when} validation: " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()))
+
+
+# --------------------------------------------------------------------------------------------------
+# Model and optimisers
+
+SEEING = ("vision", "planes_patch", "flex_tokens", "keep")
+OF_MUON = (".layers.", ".blocks.", "merger", ".triplane.", ".flex.")  # in a parameter's name
+
+
+def seeing(flags):
+    """The Config's fields that the flags set, {name: value}."""
+    found = {k: v for k, v in vars(flags).items() if k in SEEING}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+
+
+def load_model(run):
+    """The model of --resume or --init, seeing as the flags say; None for a run from scratch."""
+    flags = run.flags
+    # Checkpoints have adapters merged: a run with adapters goes on from the weights before them.
+    source = flags.init if flags.lora else flags.resume or flags.init
+    if not source:
+        return None
+    model = Alpamayo.from_pretrained(source, getattr(torch, flags.dtype), run.device)
+    cfg = replace(model.cfg, **seeing(flags))
+    if cfg != model.cfg:
+        model = with_new_encoder(run, model, cfg)
+    if flags.lora:
+        # Adapters fit only the weights that they were made for, to the last bit.
+        base = sum(p.detach().view(torch.int16).sum().item() for p in model.parameters())
+        if getattr(flags, "base", base) != base:
+            raise ValueError(f"{flags.init}: other weights than those that this run began with; "
+                             "its adapters do not fit")
+        flags.base = base
+    return model
+
+
+def with_new_encoder(run, model, cfg):
+    """The model, seeing as cfg says. Weights are taken over by name; a new encoder is untrained."""
+    new = Alpamayo(cfg, model.vocabulary)
+    new.init_weights(seeded(run.flags.seed))
+    have = new.state_dict()
+    old = model.state_dict().items()
+    taken = {k: v for k, v in old if k in have and v.shape == have[k].shape}
+    fresh = len(new.load_state_dict(taken, strict=False).missing_keys)
+    run.say(f"{run.flags.init}: all tensors but {fresh} new ones, which see by {cfg.vision}")
+    if fresh and run.flags.lora:
+        raise ValueError(f"--lora: an untrained encoder, --vision {cfg.vision}, would never learn; "
+                         "train it without")
+    return new.to(run.device)
+
+
+def model_from_scratch(run):
+    """A model of --preset. Its vocabulary is that of the training scenes."""
+    cfg = replace(PRESETS[run.flags.preset], **seeing(run.flags))
+    cfg = with_words(cfg, run.scenes.reasoning + list(data.ROUTES.values()))
+    model = Alpamayo(cfg, Vocabulary(cfg))
+    model.init_weights(seeded(run.flags.seed))
+    return model.to(run.device)
+
+
+def prepare(run):
+    """Decides what learns (--train's part, or of the language model only adapters), and how."""
+    flags = run.flags
+    if flags.lora:
+        memory.add_adapters(run.model, flags.lora, seeded(flags.seed))
+    if flags.checkpointing:
+        memory.checkpoint_activations(run.model)
+    for name, p in run.model.named_parameters():
+        if name.startswith(OF_EXPERT):
+            p.requires_grad_(flags.train != "vlm")
+        elif flags.lora:
+            p.requires_grad_("lora_" in name)
+        else:
+            p.requires_grad_(flags.train != "expert")
+        p.data = p.data.to(torch.float32 if p.requires_grad else getattr(torch, flags.dtype))
+    run.params = [p for p in run.model.parameters() if p.requires_grad]
+    make = rl.make_optimisers if flags.stage == "rl" else make_optimisers
+    run.optimisers = make(run.model, flags)
 
 
 def make_optimisers(model, flags):
-    """Muon gets the two-dimensional weights of layers, blocks, mergers and encoders; AdamW everything else. Adapters are
-    AdamW's: a step of Muon is equally long in all directions, those of a B that is still zero included."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    of_muon = (".layers.", ".blocks.", "merger", ".triplane.", ".flex.")
-    inside = lambda n, p: flags.muon_lr and p.ndim == 2 and any(k in n for k in of_muon) and "lora_" not in n
-    hidden = [p for n, p in named if inside(n, p)]
-    matrices = dict(params=[p for n, p in named if p.ndim > 1 and not inside(n, p)], weight_decay=flags.weight_decay)
-    vectors = dict(params=[p for n, p in named if p.ndim <= 1], weight_decay=0.0)
-    adam = torch.optim.AdamW([matrices, vectors], lr=flags.lr, betas=(0.9, 0.99))
-    both = [(adam, flags.lr)]
-    if hidden:
-        both.append((Muon(hidden, flags.muon_lr, weight_decay=flags.weight_decay), flags.muon_lr))
-    return both
+    """[(optimiser, full learning rate)]: Muon for matrices inside the layers, AdamW for the rest.
+
+    Adapters are AdamW's: Muon's steps are as long in the directions of a zero B as in others."""
+    hidden = []
+    matrices = []
+    vectors = []
+    for name, p in model.named_parameters():
+        inside = any(part in name for part in OF_MUON) and "lora_" not in name
+        if not p.requires_grad:
+            continue
+        if p.ndim < 2:
+            vectors.append(p)
+        elif p.ndim == 2 and inside and flags.muon_lr:
+            hidden.append(p)
+        else:
+            matrices.append(p)
+    decay = flags.weight_decay
+    groups = [dict(params=matrices, weight_decay=decay), dict(params=vectors, weight_decay=0.0)]
+    adam = torch.optim.AdamW(groups, flags.lr, betas=(0.9, 0.99))
+    muon = torch.optim.Muon([dict(params=hidden)], flags.muon_lr, weight_decay=decay)
+    return [(adam, flags.lr), (muon, flags.muon_lr)]
+
+
+def seeded(seed, device="cpu"):
+    return torch.Generator(device).manual_seed(seed)
 
 
 def rate(step, flags):
     """Share of the full learning rate at a step: warm-up, plateau, linear fall to zero."""
-    left = flags.steps * flags.decay
-    return min((step + 1) / max(flags.warmup, 1), 1.0, (flags.steps - step) / left if left else 1.0)
+    rising = (step + 1) / max(flags.warmup, 1)
+    falling = (flags.steps - step) / max(flags.steps * flags.decay, 1e-9)
+    return min(rising, 1.0, falling)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One step
+# --------------------------------------------------------------------------------------------------
+# Scenes
+
+
+def load_scenes(run):
+    """(Training scenes, validation scenes), as the model wants to be shown them."""
+    flags = run.flags
+    cfg = run.model.cfg if run.model else PRESETS[flags.preset]
+    unit = cfg.patch * cfg.merge
+    if not cfg.max_pixels and any(side % unit for side in flags.size):
+        raise ValueError(f"--size {flags.size}: height, width must be multiples of {unit}")
+    if run.rank > 0:
+        dist.barrier()  # the first process renders what is not on disk
+    scenes = world_scenes(flags, cfg) if flags.data == "world" else clip_scenes(flags, cfg)
+    if run.rank == 0 and run.world_size > 1:
+        dist.barrier()
+    return scenes
+
+
+def world_scenes(flags, cfg):
+    view = data.view_of(cfg, flags.size)
+    load = partial(data.load, "world", folder=flags.cache, workers=os.cpu_count(), **view)
+    if flags.stage == "rl":
+        load_split = partial(load, scenes=flags.scenes, start=rl.START)
+        train = data.Together([load_split(split=split) for split in flags.split])
+        return train, load(split=flags.split[0], scenes=flags.val_scenes)
+    train = load(split="train", scenes=flags.scenes)
+    return train, load(split="val", scenes=flags.val_scenes)
+
+
+def clip_scenes(flags, cfg):
+    """Too few to hold some out: validation says how well they were learned."""
+    view = dict(frames=cfg.frames, frame_dt=cfg.frame_dt)
+    if not cfg.max_pixels:  # a model of the world knows only the world's cameras
+        view |= dict(size=tuple(flags.size), rig=world.RIG)
+    clips = data.load(flags.data, **view)
+    silent = clips.reasoning.count("")
+    if silent and flags.stage != "action":
+        raise ValueError(f"{flags.data}: {silent} of {len(clips)} scenes have no reasoning; write "
+                         "it, or --stage action")
+    return clips, clips
+
+
+def scene_numbers(run, step):
+    """Which scenes a process takes at a step. Their order is random, and another every epoch."""
+    flags = run.flags
+    count = len(run.scenes)
+    share = flags.batch // run.world_size
+    first = step * flags.batch + run.rank * share
+    return [order_of(i // count, count, flags.seed)[i % count] for i in range(first, first + share)]
+
+
+@lru_cache(2)
+def order_of(epoch, count, seed):
+    """The order of an epoch's scenes."""
+    return torch.randperm(count, generator=seeded(data.seed_of(seed, epoch))).tolist()
+
+
+def pieces(run, scenes, numbers):
+    """Yields these scenes on the device, as many at a time as a step reads.
+
+    --blind makes their images grey."""
+    for i in range(0, len(numbers), run.piece):
+        scene = data.to_device(scenes.batch(numbers[i : i + run.piece]), run.device)
+        if run.flags.blind:
+            scene["images"] = torch.full_like(scene["images"], 127)
+        yield scene
+
+
+def front_only(scene):
+    """The Scene as a car sees it that has but a front wide and a front tele camera."""
+    keep = [i for i, camera in enumerate(scene["camera_ids"][0].tolist()) if camera in (1, 6)]
+    if not keep:
+        return scene
+    keys = scene.keys() & {"images", "camera_ids", "camera_to_ego", "intrinsics"}
+    return scene | {key: scene[key][:, keep] for key in keys}
+
+
+def hide_route(scene):
+    """The Scene without its route.
+
+    Drops unsignalled turns, which cannot be predicted without the route, unless all are such."""
+    if "route" not in scene:
+        return scene
+    shown = data.without_route(scene)
+    signal = scene["ego_kinematics"][:, -1, 3]
+    keep = [i for i, way in enumerate(scene["route"]) if way == data.ROUTES[0] or signal[i]]
+    if not keep:
+        return shown
+    return {k: v[keep] if torch.is_tensor(v) else [v[i] for i in keep] for k, v in shown.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# A step of the stages action and reason
 
 
 def stage_at(step, flags):
@@ -219,405 +558,242 @@ def stage_at(step, flags):
     return "action" if step < flags.action_share * flags.steps else "reason"
 
 
-def scene_numbers(step, rank, world_size, count, flags):
-    """Which scenes a process takes at a step: the batch of a random order that changes every epoch."""
-    share = flags.batch // world_size
-    first = step * flags.batch + rank * share
-    return [order_of(i // count, count, flags.seed)[i % count] for i in range(first, first + share)]
+def lesson_at(step, flags):
+    """(stage whose losses a step has, whether the costly action tokens are among them)."""
+    every = flags.drive_every
+    if every and step % every == 1 % every:
+        return "action", True  # drive at once: the vlm learns from the action tokens alone
+    stage = stage_at(step, flags)
+    nothing_else = flags.train == "vlm" and stage == "action"
+    return stage, nothing_else or step % flags.action_every == 0
 
 
-@lru_cache(2)
-def order_of(epoch, count, seed):
-    """The order of an epoch's scenes."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
-
-
-def generator_for(step, rank, flags, device):
-    return torch.Generator(device).manual_seed((flags.seed * 1_000_003 + step) * 1_003 + rank)
-
-
-def to_device(scene, device, flags):
-    scene = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in scene.items()}
-    return scene | {"images": torch.full_like(scene["images"], 127)} if flags.blind else scene
-
-
-def front_only(scene):
-    """The scene as a car sees it that has a front wide camera and a front tele and no others."""
-    keep = [i for i, camera in enumerate(scene["camera_ids"][0].tolist()) if camera in (1, 6)]
-    if not keep:
-        return scene
-    return scene | {k: scene[k][:, keep] for k in ("images", "camera_ids", "camera_to_ego", "intrinsics") if k in scene}
-
-
-def without_route(scene):
-    """The scene as it is shown without its route, less the turns that nothing but the route could tell (no turn signal):
-    what cannot be known is not taught."""
-    if "route" not in scene:
-        return scene
-    signal = scene["ego_kinematics"][:, -1, 3] != 0
-    keep = [i for i, route in enumerate(scene["route"]) if route == data.ROUTES[0] or signal[i]]
-    keep = keep or list(range(len(scene["route"])))
-    return {k: v[keep] if torch.is_tensor(v) else [v[i] for i in keep] for k, v in scene.items() if k != "route"}
+def supervised_step(run, step):
+    """Returns the step's line of the log, and in it `tokens`, how many this process read."""
+    flags = run.flags
+    lesson, with_actions = lesson_at(step, flags)
+    generator = seeded(data.seed_of(flags.seed, step, run.rank), run.device)
+    means = defaultdict(float)
+    for scene in pieces(run, run.scenes, scene_numbers(run, step)):
+        if torch.rand(1, generator=generator, device=run.device) < flags.front_only:
+            scene = front_only(scene)
+        if torch.rand(1, generator=generator, device=run.device) >= flags.routes:
+            scene = hide_route(scene)
+        losses = backward(run, scene, lesson, with_actions, generator)
+        for name, value in losses.items():
+            rl.expect_finite(step, f"loss `{name}`", value)
+            means[name] += value.item() / flags.accumulate
+    if run.world_size > 1:
+        average_gradients(run)
+    means["grad_norm"] = update(run, step).item()
+    means["tokens"] *= flags.accumulate
+    return {"step": step + 1, "stage": stage_at(step, flags), **means}
 
 
 def total_loss(losses, flags):
-    weights = {"text": 1.0, "action": flags.action_weight, "flow": 1.0, "ade": flags.path_weight}
-    parts = {"all": weights, "vlm": ("text", "action"), "expert": ("flow", "ade")}[flags.train]
-    return sum(weights[k] * losses[k] for k in parts if k in losses)
+    """The weighted sum of the losses that teach --train's part."""
+    weights = {}
+    if flags.train != "expert":
+        weights |= {"text": 1.0, "action": flags.action_weight}
+    if flags.train != "vlm":
+        weights |= {"flow": 1.0, "ade": flags.path_weight}
+    return sum(weights[name] * losses[name] for name in weights if name in losses)
 
 
-def prepare(model, flags):
-    """Say what learns, --train's part, or of the language model only its adapters; and how. Returns what learns, and its
-    optimisers."""
-    if flags.lora:
-        add_adapters(model, flags.lora, torch.Generator().manual_seed(flags.seed))
-    if flags.checkpointing:
-        checkpoint_activations(model)
-    for name, p in model.named_parameters():
-        of_expert = name.startswith(OF_EXPERT)
-        chosen = flags.train == "all" or of_expert == (flags.train == "expert")
-        p.requires_grad_(chosen and (of_expert or not flags.lora or "lora_" in name))
-        p.data = p.data.to(torch.float32 if p.requires_grad else getattr(torch, flags.dtype))
-    make = rl.make_optimisers if flags.stage == "rl" else make_optimisers
-    return [p for p in model.parameters() if p.requires_grad], make(model, flags)
-
-
-def supervised_step(model, params, optimisers, scenes, step, flags, rank, world_size, device, autocast):
-    """A step of the stages `action` and `reason`. Returns what the log says of it, `tokens` and all."""
-    stage = stage_at(step, flags)
-    at_once = flags.drive_every and step % flags.drive_every == 1 % flags.drive_every
-    lesson = "action" if at_once else stage
-    # The action tokens are costly; without reasoning they are all that the language model learns from.
-    tail = at_once or step % flags.action_every == 0 or (flags.train == "vlm" and lesson == "action")
-    generator = generator_for(step, rank, flags, device)
-    numbers = scene_numbers(step, rank, world_size, len(scenes), flags)
-    piece, means = len(numbers) // flags.accumulate, {}
-    for i in range(0, len(numbers), piece):
-        scene = to_device(scenes.batch(numbers[i : i + piece]), device, flags)
-        if torch.rand(1, generator=generator, device=device) < flags.front_only:
-            scene = front_only(scene)
-        if torch.rand(1, generator=generator, device=device) >= flags.routes:
-            scene = without_route(scene)
-        losses = backward(model, scene, lesson, tail, flags, generator, autocast)
-        for name, value in losses.items():
-            means[name] = means.get(name, 0.0) + value.item() / flags.accumulate
-            if not value.isfinite():
-                raise FloatingPointError(f"step {step}: loss `{name}` is {value.item()}; the last checkpoint is intact")
-    if world_size > 1:
-        average_gradients(params, world_size)
-    norm = update(params, optimisers, step, flags)
-    return {"step": step + 1, "stage": stage, **means, "grad_norm": norm.item()}
-
-
-def backward(model, scene, lesson, tail, flags, generator, autocast):
-    """The losses of a piece of the batch; their gradients are added to those of the pieces before."""
-    with autocast:
-        losses = model(scene, lesson, action_tokens=tail, flow_samples=flags.flow_samples, generator=generator,
-                       hide_actions=flags.hide_actions)
+def backward(run, scene, lesson, with_actions, generator):
+    """The losses of a piece of the batch. Their gradients add to those of the pieces before."""
+    flags = run.flags
+    with run.autocast:
+        losses = run.model(scene, lesson, action_tokens=with_actions, generator=generator,
+                           flow_samples=flags.flow_samples, hide_actions=flags.hide_actions)
         loss = total_loss(losses, flags) / flags.accumulate
     loss.backward()
     return losses
 
 
-def update(params, optimisers, step, flags):
-    """Move the parameters along their gradients, at this step's rates. Returns the gradients' norm."""
-    norm = torch.nn.utils.clip_grad_norm_(params, flags.clip)
-    for optimiser, full in optimisers:
+def average_gradients(run):
+    """Averages the gradients over all processes, in one message.
+
+    A parameter that a step leaves without gradient has none in any process."""
+    gradients = [p.grad for p in run.params if p.grad is not None]
+    flat = parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    vector_to_parameters(flat / run.world_size, gradients)
+
+
+def update(run, step):
+    """Moves the parameters, at the step's rates. Returns the gradients' norm before clipping."""
+    norm = clip_grad_norm_(run.params, run.flags.clip)
+    for optimiser, full in run.optimisers:
         for group in optimiser.param_groups:
-            group["lr"] = full * rate(step, flags)
+            group["lr"] = full * rate(step, run.flags)
         optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimiser.zero_grad()
     return norm
 
 
-def average_gradients(params, world_size):
-    """All processes' gradients, averaged, in one message. What a step leaves out, all processes leave out."""
-    params = [p for p in params if p.grad is not None]
-    flat = torch.cat([p.grad.flatten() for p in params])
-    dist.all_reduce(flat)
-    for p, g in zip(params, flat.div_(world_size).split([p.numel() for p in params])):
-        p.grad = g.view_as(p)
+# --------------------------------------------------------------------------------------------------
+# Stage rl
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Validation and checkpoints
+def prepare_rl(run):
+    """What stage rl has beside a model and scenes."""
+    flags = run.flags
+    run.known = torch.full((len(run.scenes),), torch.nan)
+    if flags.judge:
+        answers = os.path.join(flags.out, "judge.jsonl")
+        run.judge = rl.Judge(flags.judge, flags.judge_model, answers)
+    if flags.kl and flags.lora:
+        run.reference = run.model  # its adapters switched off
+    elif flags.kl:
+        run.reference = Alpamayo.from_pretrained(flags.init, getattr(torch, flags.dtype),
+                                                 run.device, **seeing(flags))
+
+
+def rl_step(run, step):
+    """Returns the step's line of the log; that of the first has a validation `before`."""
+    line = {}
+    if step == 0:
+        line["before"] = validate(run, "rl")
+        report(run, "before     ", line["before"])
+    line |= rl.step(run.model, run.reference, run.optimisers, run.scenes, step, run.known,
+                    run.flags, run.device, run.autocast, run.judge)
+    run.say(rl.line_of(line))
+    return line
+
+
+# --------------------------------------------------------------------------------------------------
+# Validation
 
 
 @torch.no_grad()
-def validate(model, scenes, stage, flags, rank, world_size, device, autocast):
-    """Losses, ADE (m) of one greedy sample and the shares of right decisions and exact texts, on the same scenes and
-    noise every time. Processes share the scenes; all of them must call it."""
-    keys = ["action", "flow", "ade"] + (["text", "right", "exact"] if stage == "reason" else [])
-    sums = torch.zeros(len(keys) + 1, dtype=torch.float64, device=device)  # the last counts scenes
-    numbers = list(range(min(flags.val_scenes, len(scenes))))[rank::world_size]
-    piece = flags.batch // world_size // flags.accumulate  # what training has memory for
-    for i in range(0, len(numbers), piece):
-        scene = to_device(scenes.batch(numbers[i : i + piece]), device, flags)
-        B = len(scene["images"])
-        with autocast:
-            values = model(scene, stage, generator=torch.Generator(device).manual_seed(i))
-            out = model.sample(scene, n=1, temperature=0, steps=5, max_new_tokens=64, seed=i, reason=stage == "reason")
-        values["ade"] = (out.xyz[:, 0] - scene["ego_future_xyz"])[..., :2].norm(dim=-1).mean()
-        pairs = [(said[0], true) for said, true in zip(out.reasoning, scene["reasoning"])]
-        decided = [(data.decisions(said), data.decisions(true)) for said, true in pairs]
-        values["right"] = sum(said == true is not None for said, true in decided) / B
-        values["exact"] = sum(said == true for said, true in pairs) / B
-        sums += torch.tensor([float(values[k]) * B for k in keys] + [B], dtype=torch.float64, device=device)
-    if world_size > 1:
+def validate(run, stage):
+    """{name: mean}: losses, ADE (m) of one greedy sample, shares of right decisions, exact texts.
+
+    Scenes and noise are the same every time. Processes share the scenes, so all must call this."""
+    flags = run.flags
+    if stage == "rl":
+        with run.autocast:
+            return rl.validate(run.model, run.val, flags, run.judge)
+    reason = stage == "reason"
+    names = ["action", "flow", "ade"] + ["text", "right", "exact"] * reason
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.device)  # last: scenes
+    numbers = range(run.rank, min(flags.val_scenes, len(run.val)), run.world_size)
+    for i, scene in enumerate(pieces(run, run.val, numbers)):
+        seed = i * run.piece
+        with run.autocast:
+            values = run.model(scene, stage, generator=seeded(seed, run.device))
+            out = run.model.sample(scene, n=1, temperature=0, steps=5, max_new_tokens=64,
+                                   seed=seed, reason=reason)
+        values["ade"] = ade(out.xyz[:, 0], scene["ego_future_xyz"]).mean()
+        pairs = zip(out.reasoning, scene["reasoning"])
+        rights = torch.tensor([data.is_right(said, true) for (said,), true in pairs])
+        values["right"], values["exact"] = rights[:, 2:].double().mean(0)
+        row = [float(values[name]) for name in names] + [1.0]
+        sums += len(scene["images"]) * sums.new_tensor(row)
+    if run.world_size > 1:
         dist.all_reduce(sums)
-    return {k: v / sums[-1].item() for k, v in zip(keys, sums.tolist())}
+    return dict(zip(names, (sums[:-1] / sums[-1]).tolist()))
 
 
-def save(model, optimisers, step, flags, known=None):
-    """The checkpoint to use, and then one file with what has been learned and is needed to go on. Each is written whole
-    or not at all. known: what stage `rl` knows of its scenes."""
-    model.save_pretrained(flags.out, reasoning="off" if stage_at(step - 1, flags) == "action" else "on")
-    names = {p: n for n, p in model.named_parameters()}
-    tensors = {f"model.{n}": p.detach().contiguous() for p, n in names.items() if p.requires_grad}
-    for optimiser, _ in optimisers:
+# --------------------------------------------------------------------------------------------------
+# Checkpoints that survive a kill
+
+
+def save(run, step, stage):
+    """Writes the checkpoint to use; then, to go on from, all that learns and the moments.
+
+    A kill leaves each file either as it was or whole."""
+    flags = run.flags
+    run.model.save_pretrained(flags.out, reasoning="off" if stage == "action" else "on")
+    names = {p: name for name, p in run.model.named_parameters()}
+    tensors = {f"model.{names[p]}": p.detach().contiguous() for p in run.params}
+    for i, (optimiser, _) in enumerate(run.optimisers):
         for p, state in optimiser.state.items():
-            tensors |= {f"{k}.{names[p]}": torch.as_tensor(v).contiguous() for k, v in state.items()}
-    if known is not None:
-        tensors["rl.known"] = known
-    settings = {"flags": json.dumps(vars(flags)), "step": str(step), "world": str(world.WORLD_VERSION)}
-    write_atomically(os.path.join(flags.out, "training.safetensors"), lambda part: save_file(tensors, part, settings))
+            for key, value in state.items():  # exp_avg, momentum_buffer, ...
+                tensors[f"{i}.{key}.{names[p]}"] = value.contiguous()
+    if run.known is not None:
+        tensors["known"] = run.known
+    settings = {"format": "2", "flags": json.dumps(vars(flags)), "step": str(step),
+                "world": str(world.WORLD_VERSION)}
+    save_tensors(os.path.join(flags.out, "training.safetensors"), tensors, settings)
 
 
-def restore(model, optimisers, flags, known=None):
-    """Weights and moments of a stopped run, into place, and `known`. Returns the step to go on with."""
-    path = os.path.join(flags.out, "training.safetensors")
-    try:
-        with safe_open(path, "pt") as f:
-            step, tensors = int(f.metadata()["step"]), {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e:
-        raise ValueError(f"{path}: not a whole safetensors file ({e})") from None
-    names = {p: n for n, p in model.named_parameters()}
-    if known is not None:
-        known.copy_(tensors["rl.known"])
-    with torch.no_grad():
-        for p, n in names.items():
-            if p.requires_grad:
-                p.copy_(tensors[f"model.{n}"])
-    for optimiser, _ in optimisers:
-        keys = ("momentum",) if isinstance(optimiser, Muon) else ("step", "exp_avg", "exp_avg_sq")
-        for group in optimiser.param_groups:
-            for p in group["params"]:
-                found = {k: tensors[f"{k}.{names[p]}"] for k in keys if f"{k}.{names[p]}" in tensors}
-                if found:
-                    optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
+@torch.no_grad()
+def restore(run):
+    """Puts a stopped run's weights and moments into place. Returns the step to go on with."""
+    with safe_open(os.path.join(run.flags.out, "training.safetensors"), "pt") as f:
+        step = int(f.metadata()["step"])
+        tensors = {name: f.get_tensor(name) for name in f.keys()}
+    run.known = tensors.pop("known", None)
+    params = dict(run.model.named_parameters())
+    for name, p in params.items():
+        if p.requires_grad:
+            p.copy_(tensors.pop(f"model.{name}"))
+    for entry, value in tensors.items():
+        i, key, name = entry.split(".", 2)
+        optimiser, _ = run.optimisers[int(i)]
+        # Counts of steps, which have no dimension, stay on the CPU.
+        optimiser.state[params[name]][key] = value.to(run.device) if value.ndim else value
     return step
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def main():
-    flags = parse_flags()
-    if flags.plan:
-        return print_plan(flags)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
-    if cuda:
-        torch.cuda.set_device(device)
-    if world_size > 1:  # the others wait while the first renders the world
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
-    if flags.stage == "rl" and world_size > 1:
-        raise ValueError("--stage rl runs in one process")
-    if flags.batch % (world_size * flags.accumulate):
-        pieces = world_size * flags.accumulate
-        raise ValueError(f"--batch {flags.batch}: must be a multiple of processes x --accumulate = {pieces}")
-    # One detected precision: bfloat16 arithmetic with float32 weights on a GPU, float32 on a CPU, where it is faster.
-    halved = cuda or flags.dtype == "bfloat16"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=halved)
-    say = print if rank == 0 else lambda *a, **k: None
-
-    # The model decides how it wants to be shown scenes, so it comes first; its words come from the scenes' reasoning.
-    source = flags.init if flags.lora else flags.resume or flags.init  # adapters go on from the weights without them
-    model = Alpamayo.from_pretrained(source, getattr(torch, flags.dtype), device) if source else None
-    cfg = model.cfg if model else PRESETS[flags.preset]
-    if not flags.resume or flags.lora:  # else the checkpoint says how it sees
-        cfg = seen_by(cfg, flags)
-        if model and cfg != model.cfg:
-            model, fresh = seeing_anew(model, cfg, flags)
-            say(f"{flags.init}: all tensors but {fresh} new ones, which see by {cfg.vision}")
-            if fresh and flags.lora:
-                raise ValueError(f"--lora: an untrained encoder, --vision {cfg.vision}, would never learn; train it without")
-    if flags.lora:
-        base = sum_of_bits(model)
-        if getattr(flags, "base", base) != base:
-            raise ValueError(f"{flags.init}: other weights than those that this run began with; its adapters do not fit")
-        flags.base = base
-    if rank == 0:
-        load_scenes(flags, cfg)  # renders what is not yet on disk
-    if world_size > 1:
-        dist.barrier()
-    train, val = load_scenes(flags, cfg)
-    if model is None:
-        cfg = with_words(cfg, train.reasoning + list(data.ROUTES.values()))
-        model = Alpamayo(cfg, Vocabulary(cfg))
-        model.init_weights(torch.Generator().manual_seed(flags.seed))
-        model.to(device)
-    reference = known = judge = None
-    if flags.stage == "rl":
-        known = torch.full((len(train),), torch.nan)
-        judge = flags.judge and rl.Judge(flags.judge, flags.judge_model, os.path.join(flags.out, "judge.jsonl"))
-        if flags.kl:  # to the model as it was before it learned: with adapters, itself without them
-            reference = model if flags.lora else Alpamayo.from_pretrained(flags.init, getattr(torch, flags.dtype), device)
-            reference.cfg = model.cfg
-    params, optimisers = prepare(model, flags)
-    first = restore(model, optimisers, flags, known) if flags.resume else 0
-
-    say(f"{flags.preset if not source else source}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{sum(p.numel() for p in params):,} learn; {len(train)} scenes; {world_size} x {device.type}, "
-        f"{'bfloat16' if halved else 'float32'}; steps {first} to {flags.steps}; writes {flags.out}")  # fmt: skip
-    os.makedirs(flags.out, exist_ok=True)
-    log_path = os.path.join(flags.out, "log.jsonl")
-    if rank == 0:  # a new run starts a new log; a resumed one forgets what it will do again
-        with open(log_path, "a+") as f:
-            f.seek(0)
-            kept = f.readlines()[:first]  # a line a step
-            f.truncate(0)
-            f.writelines(kept)
-    bar = tqdm(total=flags.steps, initial=first, disable=rank > 0, smoothing=0.05, mininterval=1)
-    shown, begin, tokens = {}, time.time(), 0
-
-    for step in range(first, flags.steps):
-        if flags.stage == "rl":
-            before = {}
-            if step == 0:
-                with autocast:
-                    before["before"] = rl.validate(model, val, flags, judge)
-                bar.write("before      validation: " + "  ".join(f"{k} {v:.3f}" for k, v in before["before"].items()))
-            line = rl.step(model, reference, optimisers, train, step, known, flags, device, autocast, judge) | before
-            bar.write(rl.line_of(line))
-        else:
-            line = supervised_step(model, params, optimisers, train, step, flags, rank, world_size, device, autocast)
-        stage = line["stage"]
-        tokens += line.pop("tokens") * flags.accumulate * world_size
-        for k in ("text", "action", "flow", "ade"):
-            if k in line:
-                shown[k] = line[k] if k not in shown else 0.95 * shown[k] + 0.05 * line[k]
-        speed = tokens / (time.time() - begin)
-        smooth = {k: f"{v:.3f}" for k, v in shown.items()}
-        bar.set_postfix({"stage": stage, **smooth, "tok/s": f"{speed:.0f}"}, refresh=False)
-        bar.update()
-        last = step + 1 == flags.steps
-        if (step + 1) % flags.val_every == 0 or last:
-            if flags.stage == "rl":
-                with autocast:
-                    values = rl.validate(model, val, flags, judge)
-            else:
-                values = validate(model, val, stage, flags, rank, world_size, device, autocast)
-            line["val"] = values
-            if rank == 0:
-                bar.write(f"step {step + 1:6} {stage:6} validation: " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()))
-        if rank == 0:
-            with open(log_path, "a") as f:
-                f.write(json.dumps(line) + "\n")
-            if (step + 1) % flags.save_every == 0 or last:
-                save(model, optimisers, step + 1, flags, known)
-            if flags.stage == "rl" and "val" in line:
-                rl.draw_curves(log_path, os.path.join(flags.out, "curves.png"))
-    bar.close()
-    say(f"done in {(time.time() - begin) / 60:.1f} minutes; look at it: python sample.py --checkpoint {flags.out}")
-    if world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+# --------------------------------------------------------------------------------------------------
+# The plan
 
 
 def print_plan(flags):
-    """The memory of a step with these flags, found out by plan.py."""
-    cfg = seen_by(read_config(flags.init) if flags.init else PRESETS[flags.preset], flags)
-    text, size = " word" * 38, (1080, 1920)  # NVIDIA's cameras
-    if not cfg.max_pixels:
-        texts, size = [data.sentence(cause, world.LEFT) for cause in data.CAUSES], tuple(flags.size)
+    """Prints the memory that a step with these flags takes, without taking it (memory.py)."""
+    cfg = read_config(flags.init) if flags.init else PRESETS[flags.preset]
+    cfg = replace(cfg, **seeing(flags))
+    size = (1080, 1920)  # NVIDIA's cameras
+    text = " word" * 38
+    if not cfg.max_pixels:  # a model of the world
+        texts = [data.sentence(cause, world.LEFT) for cause in data.CAUSES]
+        cfg = with_words(cfg, texts)
+        size = flags.size
         text = max(texts, key=len)
-        cfg = cfg if flags.init else with_words(cfg, texts + list(data.ROUTES.values()))
-    halved, learns_by_trying = flags.plan == "gpu" or flags.dtype == "bfloat16", flags.stage == "rl"
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=halved)
-    fake = plan.FakeTensorMode(allow_non_fake_inputs=True)
-    model = plan.model_without_weights(cfg, fake)
-    params, optimisers = prepare(model, flags)
-    for group in optimisers[0][0].param_groups:
-        group["foreach"] = flags.plan == "gpu"  # PyTorch's choice there
-    piece, rest = divmod(flags.batch, flags.accumulate)
-    if rest:
-        raise ValueError(f"--accumulate {flags.accumulate}: {flags.batch} are not so many equal pieces")
-    scene = plan.made_up_scene(cfg, piece, size, text)
+    run = Run(flags, arithmetic="bfloat16" if flags.plan == "gpu" else flags.dtype)
+    fake = memory.FakeTensorMode(allow_non_fake_inputs=True)
+    make = partial(memory.model_without_weights, cfg, fake, getattr(torch, flags.dtype))
+    run.model = make()
+    prepare(run)
+    for optimiser, _ in run.optimisers:
+        for group in optimiser.param_groups:
+            group["foreach"] = flags.plan == "gpu"  # PyTorch's choice there
+    if flags.stage == "rl" and flags.kl:
+        run.reference = run.model if flags.lora else make()
+    scene = memory.made_up_scene(cfg, run.piece, size, text)
     scene["images"] = fake.from_tensor(scene["images"])
-    phases = {"update": lambda: update(params, optimisers, 0, flags)}
-    reference = None
-    if learns_by_trying:
-        if flags.kl:
-            reference = model if flags.lora else plan.model_without_weights(cfg, fake)
-            for p in reference.parameters() if not flags.lora else ():
-                p.data = p.data.to(getattr(torch, flags.dtype))
-        tokens = flags.policy == "tokens"
-        out = plan.made_up_rollout(model, piece, flags.group, flags.max_new_tokens, 0 if tokens else flags.flow_steps)
-        try_out, learn, rewards = autocast(plan.last_token), autocast(rl.loss_of), torch.zeros(piece, flags.group)
-        phases = {"rollouts": lambda: try_out(model, scene, flags.group, out.tokens.shape[2]),
-                  "losses": lambda: learn(model, reference, scene, out, rewards, flags)["policy"].backward()} | phases  # fmt: skip
-    else:
-        lesson, generator = "action" if flags.stage == "action" else "reason", torch.Generator().manual_seed(flags.seed)
-        phases = {"losses": lambda: backward(model, scene, lesson, True, flags, generator, autocast)} | phases
-    found = plan.peaks(model, [optimiser for optimiser, _ in optimisers], phases, None if flags.lora else reference)
-    print(f"{flags.init or flags.preset}, stage {flags.stage}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{sum(p.numel() for p in params):,} learn; "
-          f"{piece} scene{'s' * (piece > 1)}{f' of {flags.group} rollouts' if learns_by_trying else ''} at a time, "
-          f"{'bfloat16' if halved else 'float32'} arithmetic")  # fmt: skip
-    print(plan.table(found))
+    rollouts = f" of {flags.group} rollouts" if flags.stage == "rl" else ""
+    print(f"{flags.init or flags.preset}, stage {flags.stage}: {counts(run)}; {run.piece} scenes"
+          f"{rollouts} at a time, {run.arithmetic} arithmetic")
+    print(memory.table(memory.peaks(run, phases_of_step(run, scene))))
 
 
-def seen_by(cfg, flags):
-    """The Config as the flags say that the model sees."""
-    seeing = {k: getattr(flags, k) for k in ("vision", "planes_patch", "flex_tokens", "keep") if k in flags}
-    return replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in seeing.items()})
+def phases_of_step(run, scene):
+    """{name: function} of what a step on this Scene does, one after the other."""
+    flags = run.flags
+    change = partial(update, run, 0)
+    if flags.stage != "rl":
+        lesson = "action" if flags.stage == "action" else "reason"
+        learn = partial(backward, run, scene, lesson, True, None)
+        return {"losses": learn, "update": change}
+    steps = 0 if flags.policy == "tokens" else flags.flow_steps
+    out = memory.made_up_rollout(run.model, run.piece, flags.group, flags.max_new_tokens, steps)
 
+    def try_out():
+        with run.autocast:
+            memory.last_token(run.model, scene, flags.group, out.tokens.shape[2])
 
-def sum_of_bits(model):
-    """A number that tells whether weights are the same, to the last bit and on any device."""
-    integers = {2: torch.int16, 4: torch.int32}
-    return sum(p.detach().view(integers[p.element_size()]).sum().item() for p in model.parameters())
+    def learn_from_rollouts():
+        rewards = torch.zeros(run.piece, flags.group)
+        with run.autocast:
+            losses = rl.losses_of(run.model, run.reference, (scene, out), rewards, flags)
+        losses["policy"].backward()
 
-
-def seeing_anew(model, cfg, flags):
-    """The model with another way to see, and how many of its tensors are new: tower, language model and expert are taken
-    over by their names, the encoder starts from nothing."""
-    other = Alpamayo(cfg, model.vocabulary)
-    other.init_weights(torch.Generator().manual_seed(flags.seed))
-    old, new = model.state_dict(), other.state_dict()
-    taken = {k: old[k] for k in new if k in old and old[k].shape == new[k].shape}
-    other.load_state_dict(new | taken)
-    return other.to(model.device), len(new) - len(taken)
-
-
-def load_scenes(flags, cfg):
-    """Training and validation scenes as the model wants to be shown them."""
-    unit = cfg.patch * cfg.merge
-    if not cfg.max_pixels and any(s % unit for s in flags.size):
-        raise ValueError("--size {} {}: height and width must be multiples of {}".format(*flags.size, unit))
-    view = dict(frames=cfg.frames, frame_dt=cfg.frame_dt)
-    if flags.data == "world":
-        view |= dict(camera_ids=cfg.cameras, size=tuple(flags.size), folder=flags.cache, workers=os.cpu_count())
-        if flags.stage == "rl":
-            sets = [data.load("world", split=split, scenes=flags.scenes, start=rl.START, **view) for split in flags.split]
-            held_out = data.load("world", split=flags.split[0], scenes=flags.val_scenes, **view)
-            return data.Together(sets), held_out
-        counts = {"train": flags.scenes, "val": flags.val_scenes}
-        return [data.load("world", split=split, scenes=count, **view) for split, count in counts.items()]
-    of_world = {} if cfg.max_pixels else dict(size=tuple(flags.size), rig=world.RIG)  # it knows only the world's cameras
-    clips = data.load(flags.data, **view, **of_world)
-    silent = clips.reasoning.count("")
-    if silent and flags.stage != "action":
-        raise ValueError(f"{flags.data}: {silent} of {len(clips)} scenes have no reasoning; write it, or --stage action")
-    return clips, clips  # too few to spare any: what validation says of one's own clips is how well they were learned
+    return {"rollouts": try_out, "losses": learn_from_rollouts, "update": change}
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
+    data.run(main)

@@ -1,5 +1,8 @@
-"""Metrics, baselines, ribbons on the road, and sample.py as a person runs it: python -m pytest tests/test_sample.py"""
-import json
+"""
+sample.py as a person runs it; metrics, baselines, and paths as a camera sees them.
+
+    python -m pytest tests/test_sample.py
+"""
 import math
 import os
 import subprocess
@@ -8,12 +11,12 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
 
 import data
 import world
-from alpamayo import PRESETS, Alpamayo, Vocabulary, rot_of, with_words
-from sample import DRIVES, ade, baselines, drive_table, is_right, min_ade, ribbon, table
+from alpamayo import PRESETS, Alpamayo, Vocabulary, ade, rot_of, with_words
+from draw import ribbon
+from motion import baselines, min_ade
 
 
 def motion(speed, accel, turn):
@@ -54,9 +57,9 @@ def test_min_ade():
 
 def test_is_right():
     true = data.sentence("cones", world.LEFT)
-    assert is_right(true, true) == (True,) * 4
-    assert is_right(data.sentence("parked car", world.RIGHT), true) == (True, False, False, False)
-    assert is_right("!", true) == (False,) * 4
+    assert data.is_right(true, true) == (True,) * 4
+    assert data.is_right(data.sentence("parked car", world.RIGHT), true) == (True, False, False, False)
+    assert data.is_right("!", true) == (False,) * 4
 
 
 @pytest.mark.parametrize("camera", [1, 6])
@@ -94,16 +97,22 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def run(folder, *flags):
-    """sample.py in an empty folder -> exit code, lines of stdout, lines of stderr."""
-    command = [sys.executable, os.path.join(ROOT, "sample.py"), *map(str, flags)]
+def run(folder, *words):
+    """A command of Python in another folder -> exit code, lines of stdout, lines of stderr."""
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONIOENCODING="utf-8")
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8")
+    if words[0] == "-m":
+        env["PYTHONPATH"] = ROOT
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, encoding="utf-8")
     return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
 
 
+SAMPLE = os.path.join(ROOT, "sample.py")
+
+
 def test_picture(checkpoint, tmp_path):
-    code, said, trouble = run(tmp_path, "--checkpoint", checkpoint, "--situation", "pedestrian", "--n", 2, "--steps", 2)
+    flags = ("--situation", "pedestrian", "--n", 2, "--steps", 2)
+    code, said, trouble = run(tmp_path, SAMPLE, "--checkpoint", checkpoint, *flags)
     assert code == 0, trouble
     assert [line.split()[0] for line in said if line[:1] != " "][:2] == ["scene", "truth"]
     assert "pedestrian" in said[0] and said[1].endswith(("from the left.", "from the right."))
@@ -114,66 +123,13 @@ def test_picture(checkpoint, tmp_path):
     assert [int.from_bytes(picture[i : i + 4], "big") for i in (16, 20)] == [1600, 900]
 
 
-def test_table(checkpoint, tmp_path):
-    flags = ("--checkpoint", checkpoint, "--eval", 6, "--n", 2, "--steps", 2, "--batch", 4, "--blind", checkpoint)
-    code, said, trouble = run(tmp_path, *flags)
-    assert code == 0, trouble
-    record = json.loads(said[-1])
-    rows = record.pop("rows")
-    assert record == {"checkpoint": checkpoint, "keep": 1, "retrieve": 1, "split": "val", "samples": 2, "seed": 0}
-    assert rows["all"]["scenes"] == sum(row["scenes"] for name, row in rows.items() if name in world.SITUATIONS) == 6
-    assert 0 < rows["all"]["minade"] <= rows["all"]["ade"] and rows["all"]["best"] <= rows["all"]["CTRV"]
-    assert rows["trained blind"] == rows["no images (grey)"]  # the same weights, shown the same grey
-    assert said[: len(rows) + 2] == table(rows).splitlines()
-    assert run(tmp_path, *flags)[1] == said  # nothing is random but by the seed
-
-
 @pytest.mark.parametrize(
     "flag, value", [("--checkpoint", "nowhere"), ("--situation", "snow"), ("--n", "0"), ("--clip", "nowhere")]
 )
 def test_errors_are_one_line(checkpoint, tmp_path, flag, value):
-    code, said, trouble = run(tmp_path, "--checkpoint", checkpoint, flag, value)  # the last one counts
+    code, said, trouble = run(tmp_path, SAMPLE, "--checkpoint", checkpoint, flag, value)
     assert code == 1 and said == [] and len(trouble) == 1, trouble
     assert trouble[0].startswith("sample.py: ") and value in trouble[0]
-
-
-def test_drive(checkpoint, tmp_path):
-    flags = ("--checkpoint", checkpoint, "--drive", 3, "--split", "tail", "--seconds", 2, "--steps", 2, "--batch", 2,
-             "--keep", 0.5, "--retrieve", 0.8)  # fmt: skip
-    code, said, trouble = run(tmp_path, *flags)
-    assert code == 0, trouble
-    record = json.loads(said[-1])
-    rows = record.pop("rows")
-    assert record == {"checkpoint": checkpoint, "keep": 0.5, "retrieve": 0.8, "split": "tail", "seed": 0}
-    assert list(rows) == ["expert", "constant velocity", "model"] and said[: len(rows) + 2] == drive_table(rows).splitlines()
-    expert = rows["expert"]
-    assert expert["close"] == expert["off_road"] == expert["events"] == expert["ran"] == 0 and expert["progress"] == 1 and expert["km"] > 0.01
-    assert all(0 <= row[key] <= 1 for row in rows.values() for key in ("close", "at_fault", "collision", "comfort"))
-    assert run(tmp_path, *flags)[1] == said
-
-
-def test_the_score_is_kilometres_between_events():
-    row = {"scenarios": 4, "km": 3.0, "events": 2, "events_at_fault": 0} | {k: 0.25 for k in DRIVES} | {k + "_se": 0.1 for k in DRIVES}
-    line = drive_table({"model": row}).splitlines()[-1]
-    assert line.startswith("| model | 25.0 ± 10.0 |") and line.endswith("| 1.50 | > 3.0 |")
-
-
-@pytest.mark.parametrize("flags", [("--drive", 1, "--replan", 0), ("--drive", 1, "--seconds", 0), ("--seed", -1),
-                                   ("--gallery", "g", "--situation", "snow"), ("--drive", 0)])  # fmt: skip
-def test_what_cannot_be_driven_is_one_line(checkpoint, tmp_path, flags):
-    code, said, trouble = run(tmp_path, "--checkpoint", checkpoint, *flags)
-    assert code == 1 and trouble[-1].startswith("sample.py: ") and "Traceback" not in "".join(trouble)
-
-
-def test_gallery(checkpoint, tmp_path):
-    flags = ("--checkpoint", checkpoint, "--gallery", "pictures", "--seconds", 1.5, "--steps", 2, "--situation", "deer")
-    code, said, trouble = run(tmp_path, *flags)
-    assert code == 0, trouble
-    assert any(line.startswith("drive      deer, seed 300000") for line in said)
-    with Image.open(tmp_path / "pictures" / "drive.gif") as film:
-        assert film.n_frames == 3  # a picture a plan
-    with Image.open(tmp_path / "pictures" / "gallery.png") as sheet:
-        assert sheet.size[0] > 1000 and len(sheet.convert("L").getcolors()) > 100
 
 
 def test_the_route_is_read(checkpoint):

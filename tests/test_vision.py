@@ -1,5 +1,5 @@
 """
-Four ways to see: geometry against formulas and the rendered world, fast ways against slow ones, flags as a user sets them.
+Four ways to see: geometry against formulas and the rendered world, fast ways against slow ones.
 
     python -m pytest tests/test_vision.py
 
@@ -8,19 +8,14 @@ turned and taken away. Pruning and retrieval gather what they keep; the slow way
 """
 import json
 import math
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import alpamayo
 import data
-import encoders
-import sample
-import train
 import world
 from world import causes, images_of
 from alpamayo import PRESETS, Alpamayo, Config, Vocabulary, column_means, image_positions, look_up, rope, rotate, with_words
@@ -251,7 +246,7 @@ def test_parameters_at_full_size(vision, paper):
     a tenth more than the paper's. What lifts the planes is 0.9 M, and the
     patches' projection alone 33 M at patch 8: the paper's 6.3 M cannot count that, and we do not know what it does."""
     with torch.device("meta"):
-        encoder = encoders.encoder_of(alpamayo.VisionTower(Config(vision=vision, n_embd=896)))[0]
+        encoder = getattr(alpamayo.VisionTower(Config(vision=vision, n_embd=896)), vision)
     count = sum(p.numel() for p in encoder.parameters())
     if vision == "flex":
         layers = sum(p.numel() for p in encoder.blocks.parameters())
@@ -468,94 +463,7 @@ def test_what_is_retrieved_is_what_the_words_attend_to():
         assert all(torch.equal(part[b], whole[b][:, stay[b]]) for b in range(2))
 
 
-# ------------------------------------------------------------------------------------------------- as a user runs it
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("scenes")
-
-
-@pytest.mark.parametrize("flags", ["--vision triplane --planes-patch 6 6 2", "--vision flex --flex-tokens 7 --keep 0.5"])
-def test_trained_saved_loaded_and_driven(flags, cache, tmp_path, monkeypatch, capsys):
-    """Both stages from one script; the checkpoint knows how it sees; sample.py runs it and can prune it."""
-    common = f"--size {H} {W} --scenes 4 --batch 2 --val-scenes 2 --threads 1 --cache {cache} --steps 1 --action-every 2".split()
-    command = lambda *words: monkeypatch.setattr(sys, "argv", [*map(str, words)])
-    monkeypatch.setattr(train.os, "cpu_count", lambda: 0)  # render in this process
-    command("train.py", *common, "--stage", "action", "--out", tmp_path / "a", *flags.split())
-    train.main()
-    command("train.py", *common, "--stage", "reason", "--init", tmp_path / "a", "--out", tmp_path / "b")
-    train.main()
-    cfg = alpamayo.read_config(str(tmp_path / "b"))
-    if cfg.vision == "flex":  # another encoder behind the same tower
-        command("train.py", *common, "--stage", "reason", "--init", tmp_path / "b", "--out", tmp_path / "d", "--vision", "image",
-                "--keep", 1, "--muon-lr", 0, "--lr", 0)  # fmt: skip
-        train.main()
-        was, now = (load_file(tmp_path / name / "model.safetensors") for name in "bd")
-        assert alpamayo.read_config(str(tmp_path / "d")) == replace(cfg, vision="image", keep=1.0)
-        assert {k.split(".")[3] for k in was.keys() ^ now.keys() if k != "view_embed"} == {"flex", "merger", "deepstack_merger_list"}
-        assert all(torch.equal(was[k], now[k]) for k in was.keys() & now.keys())
-    seen = (cfg.vision, cfg.keep, cfg.planes_patch if cfg.vision == "triplane" else cfg.flex_tokens)
-    assert seen == (("triplane", 1.0, (6, 6, 2)) if "triplane" in flags else ("flex", 0.5, 7))
-    model = Alpamayo.from_pretrained(str(tmp_path / "b"))
-    model.save_pretrained(str(tmp_path / "c"))
-    assert alpamayo.read_config(str(tmp_path / "c")) == cfg
-    monkeypatch.setattr(sample, "draw", lambda *_: None)  # takes seconds, and test_sample.py does it
-    command("sample.py", "--checkpoint", tmp_path / "b", "--n", 1, "--steps", 1, "--size", H, W, "--keep", 0.5, "--retrieve", 0.5)
-    sample.main()
-    assert "sample 1" in capsys.readouterr().out
-
-
-def test_the_table_trains_what_is_missing_and_goes_on(cache, tmp_path, monkeypatch, capsys):
-    """Two trainings, three rows; a second call trains nothing more; another number of steps or world is refused."""
-    trained = []
-    monkeypatch.setattr(world, "WORLD_VERSION", 7)
-
-    def run(command, **_):  # train.py in this process
-        trained.append(command)
-        monkeypatch.setattr(sys, "argv", [*command[1:], "--batch", "2", "--val-scenes", "2"])
-        train.main()
-        return type("Done", (), {"returncode": 0})
-
-    ways = encoders.WAYS
-    monkeypatch.setattr(encoders, "WAYS", [ways[0], ways[3], ways[9]])
-    monkeypatch.setattr(encoders.subprocess, "run", run)
-    monkeypatch.setattr(train.os, "cpu_count", lambda: 0)  # render in this process
-    flags = f"encoders.py --out {tmp_path} --cache {cache} --size {H} {W} --scenes 4 --eval 2 --repeats 2 --n 1 --steps 1"
-    monkeypatch.setattr(sys, "argv", [*flags.split(), "--train-steps", "1"])
-    args = encoders.parse_flags()
-    encoders.main()
-    said = capsys.readouterr().out.splitlines()
-    rows = json.loads(said[-1])["rows"]
-    assert len(trained) == 2 and list(rows) == [way.name for way in encoders.WAYS]
-    assert encoders.train_missing(args)[ways[9].name] == [f"{tmp_path}/image-0"] and len(trained) == 2
-    monkeypatch.setattr(world, "WORLD_VERSION", 8)
-    with pytest.raises(ValueError, match="image-0: was trained with world 7, not 8"):
-        encoders.train_missing(args)
-    args.train_steps = 2
-    with pytest.raises(ValueError, match="was trained with steps 1, not 2"):
-        encoders.train_missing(args)
-    image, flex, pruned = rows.values()
-    assert (image["tokens"], flex["tokens"], pruned["tokens"]) == (2, 20 / 8, 0.5)
-    assert image["relative"] == [0] and flex["relative"][0] == pytest.approx(flex["minade"][0] / image["minade"][0] - 1)
-    assert pruned["flops"]["vision"] < image["flops"]["vision"] and pruned["flops"]["prefill"] < image["flops"]["prefill"] / 1.5
-    table = said[said.index(next(line for line in said if line.startswith("| encoder"))) :]
-    assert image["parameters"] == pruned["parameters"] and table[2].count("|") == 12 and "61.6 M" in "".join(said)
-
-
-def test_what_the_picture_shows(scene):
-    """The newest groups that are kept at 0.5; attention of scene tokens, a share of all they give; a plane for two axes."""
-    scene = in_double(scene)
-    share = encoders.looked_at(build(), scene)
-    assert share.shape == (3, 4, 2, 4)
-    newest = torch.arange(64).view(4, 2, 2, 4)[:, 1]
-    for kept, shares in zip(build(keep=0.5).look(scene)[-1].tolist(), share):
-        assert set(newest[shares <= 0.5].tolist()) == set(kept) & set(newest.flatten().tolist())
-    attention = encoders.looked_at(build(vision="flex"), scene)
-    assert attention.shape == (3, 4, 2, 4) and attention.min() > 0 and (attention.sum((1, 2, 3)) < 0.95).all()
-    planes = encoders.looked_at(build(vision="triplane"), scene)
-    assert [tuple(plane.shape) for plane in planes] == [(3, 12, 12), (3, 12, 2), (3, 12, 2)]
-    assert all(plane.std(0).max() > 1e-3 for plane in planes)
+# ------------------------------------------------------------------------------------------------ types, bad values
 
 
 @pytest.mark.parametrize("switches", [{"vision": "triplane"}, {"vision": "flex", "keep": 0.5}, {"keep": 0.5, "retrieve": 0.5}])

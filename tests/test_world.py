@@ -124,6 +124,19 @@ def test_the_long_tail_does_not_leak_into_training():
             world.draw(seed)
 
 
+def test_find_gives_the_first_seed_of_a_situation():
+    assert list(world.KINDS) == list(world.SEEDS)[:-1] and world.KINDS["val"] == world.SITUATIONS
+    for split, situation in (("val", "red light"), ("tail", "cones in a curve"), ("rare", "deer")):
+        first = world.SEEDS[split]
+        for start in (0, 30):
+            seed = world.find(situation, split, start)
+            assert world.draw(seed).situation == situation
+            assert all(world.draw(s).situation != situation for s in range(first + start, seed))
+    message = "situation 'deer': not in split val; expected one of free, curve, slower lead"
+    with pytest.raises(ValueError, match=message):
+        world.find("deer", "val")
+
+
 def seeds_of(names, split, each, start=0):
     """The first `each` seeds of every one of these situations, from the split's `start` on: {name: [seed]}."""
     found = {name: [] for name in names}
@@ -285,9 +298,9 @@ def test_lessons_err_and_come_back():
         s, d, _ = world.locate(traffic.x, traffic.y, traffic.scene.route)
         return d - traffic._nudge(s)[0]
 
-    ticks = (traffic.scene.late / alpamayo.DT).round() + world.PAST  # until t0, when it is shown
-    for left in range(int(ticks.max()), 0, -1):
-        traffic.step(*traffic.expert(), which=ticks >= left)
+    traffic.catch_up()
+    for _ in range(world.PAST):  # until t0, when it is shown
+        traffic.step(*traffic.expert())
     offset, since, until = traffic.scene.lapse.unbind(-1)
     errs = (offset.abs() > 0.3) & (traffic.time > since + 1.2) & (traffic.time <= until) & (traffic.speed > 5)
     assert errs.sum() > 15 and (off() / offset)[errs].min() > 0.4

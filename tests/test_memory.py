@@ -1,6 +1,9 @@
 """
-The plan of memory: what it says before a run is what the run takes.    python -m pytest tests/test_plan.py
+The plan of memory: what it says before a run is what the run takes.
+
+    python -m pytest tests/test_memory.py
 """
+
 import re
 import sys
 
@@ -9,13 +12,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import data
-import plan
-import rl
+import memory
 import train
 import world
 from alpamayo import PRESETS, Alpamayo, Vocabulary, with_words
 
-pytestmark = pytest.mark.in_pytorch("what is planned, and counted, is what PyTorch's lines allocate")
+pytestmark = pytest.mark.in_pytorch(
+    "what is planned, and counted, is what PyTorch's lines allocate"
+)
 TEXTS = [data.sentence(cause, world.LEFT) for cause in data.CAUSES]
 
 
@@ -25,7 +29,9 @@ def planned(monkeypatch, capsys, flags):
     train.main()
     lines = capsys.readouterr().out.splitlines()
     rows = [re.split(r" {2,}", line) for line in lines[1:]]
-    return {name: [float(cell) for cell in cells] for name, *cells in rows[1:]} | {"phases": rows[0][1:]}
+    return {name: [float(cell) for cell in cells] for name, *cells in rows[1:]} | {
+        "phases": rows[0][1:]
+    }
 
 
 def nano():
@@ -39,15 +45,16 @@ def test_a_planned_step_takes_what_pytorch_allocates(monkeypatch, capsys):
     """Real tensors, counted by PyTorch's allocator and not by us. Within 10 %; it was 2 %."""
     total = max(planned(monkeypatch, capsys, "cpu --batch 16")["total"])
     monkeypatch.setattr(sys, "argv", ["train.py", "--batch", "16"])
-    flags, model = train.parse_flags(), nano()
-    params, optimisers = train.prepare(model, flags)
-    scene = plan.made_up_scene(model.cfg, 16, (64, 128), max(TEXTS, key=len))
+    run = train.Run(train.parse_flags(), model=nano())
+    train.prepare(run)
+    scene = memory.made_up_scene(run.model.cfg, 16, (64, 128), max(TEXTS, key=len))
     for _ in range(2):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            train.backward(model, scene, "reason", True, flags, torch.Generator().manual_seed(0), torch.autocast("cpu", enabled=False))
-        train.update(params, optimisers, 0, flags)
-        moments = [v for optimiser, _ in optimisers for state in optimiser.state.values() for v in state.values()]
-    now = most = sum(t.nbytes for t in [*params, *model.buffers(), *moments])
+            train.backward(run, scene, "reason", True, torch.Generator().manual_seed(0))
+        train.update(run, 0)
+        states = [state for optimiser, _ in run.optimisers for state in optimiser.state.values()]
+        moments = [value for state in states for value in state.values()]
+    now = most = sum(t.nbytes for t in [*run.params, *run.model.buffers(), *moments])
     for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
@@ -55,24 +62,27 @@ def test_a_planned_step_takes_what_pytorch_allocates(monkeypatch, capsys):
     assert total == pytest.approx(most / 2**30, rel=0.1)
 
 
-@pytest.mark.parametrize("more", ("--kl 0.1", "--policy tokens --train vlm --lora 4 --kl 0.1", "--policy tokens --checkpointing"))
+@pytest.mark.parametrize(
+    "more",
+    (
+        "--kl 0.1",
+        "--policy tokens --train vlm --lora 4 --kl 0.1",
+        "--policy tokens --checkpointing",
+    ),
+)
 def test_a_planned_step_of_rl_is_that_of_real_tensors(monkeypatch, capsys, more):
-    """The same loss of rl.py on tensors that have contents."""
+    """The same phases on tensors that have contents."""
     more = f"--stage rl --batch 2 --group 3 --max-new-tokens 12 {more}"
     table = planned(monkeypatch, capsys, "cpu " + more)
     assert table["phases"] == ["rollouts", "losses", "update"]
     assert ("reference model" in table) == ("--kl" in more and "--lora" not in more)
     monkeypatch.setattr(sys, "argv", ["train.py", *more.split()])
-    flags, model = train.parse_flags(), nano()
-    params, optimisers = train.prepare(model, flags)
-    reference = (model if flags.lora else nano().requires_grad_(False)) if flags.kl else None
-    scene = plan.made_up_scene(model.cfg, 2, (64, 128), "")
-    out = plan.made_up_rollout(model, 2, 3, 12, 0 if flags.policy == "tokens" else flags.flow_steps)
-    found = plan.peaks(model, [optimiser for optimiser, _ in optimisers], {
-        "rollouts": lambda: plan.last_token(model, scene, 3, out.tokens.shape[2]),
-        "losses": lambda: rl.loss_of(model, reference, scene, out, torch.zeros(2, 3), flags)["policy"].backward(),
-        "update": lambda: train.update(params, optimisers, 0, flags),
-    }, None if flags.lora else reference)  # fmt: skip
+    run = train.Run(train.parse_flags(), model=nano())
+    train.prepare(run)
+    if run.flags.kl:
+        run.reference = run.model if run.flags.lora else nano().requires_grad_(False)
+    scene = memory.made_up_scene(run.model.cfg, 2, (64, 128), "")
+    found = memory.peaks(run, train.phases_of_step(run, scene))
     for i, phase in enumerate(("rollouts", "losses")):
         assert table["total"][i] == pytest.approx(found[phase].total() / 2**30, rel=0.02, abs=6e-4)
 
@@ -85,9 +95,14 @@ def test_what_saves_memory_saves_it(monkeypatch, capsys):
 
 
 def test_the_largest_preset_is_planned_and_nothing_is_allocated():
-    resident = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 2**20
+    def resident():
+        """GiB of this process."""
+        lines = open("/proc/self/status").readlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 2**20
+
     before = resident()
-    model = plan.model_without_weights(PRESETS["alpamayo-r1-10b"], plan.FakeTensorMode(allow_non_fake_inputs=True))
+    fake = memory.FakeTensorMode(allow_non_fake_inputs=True)
+    model = memory.model_without_weights(PRESETS["alpamayo-r1-10b"], fake)
     gib = sum(p.nbytes for p in model.parameters()) / 2**30
     assert 40 < gib < 43 and resident() - before < 0.5
     prompt = model.prompt_ids([0, 1, 2, 6], [[(10, 18)]] * 16, reason=True)

@@ -1,0 +1,327 @@
+"""
+Pictures: what all of them share, and one scene on a slide.
+
+    pyplot()                        matplotlib, drawing into files
+    STYLE, TRUTH, PAST, MODEL       the look: few colours, and grey for what is around them
+    Drive, Look, Photo              a path, how it is drawn, and what a camera sees
+    ribbon, draw_photo              a path on the road, as a camera sees it
+    draw_scene                      everything about one scene, 1600 x 900 pixels
+
+Not a script: sample.py and tools/ draw with it.
+"""
+import os
+import textwrap
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import world
+from alpamayo import (
+    DT,
+    HORIZON,
+    LOW_SPEED,
+    ade,
+    fit_actions,
+    initial_speed,
+    project,
+    unwrap,
+    yaw_of,
+)
+from motion import baselines, min_ade
+
+TRUTH = "#1b1f27"  # dark: what was driven
+PAST = "#8b919c"  # grey: the past, and everything around a plot
+MODEL = "#ff5a1f"  # the one hue: what the model would drive
+CAMERAS = (  # by camera id
+    "cross left", "front wide", "cross right", "rear left", "rear tele", "rear right", "front tele")
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": PAST,
+    "xtick.color": PAST,
+    "ytick.color": PAST,
+    "axes.edgecolor": PAST,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,
+}
+
+
+def pyplot():
+    """matplotlib.pyplot, drawing into files. ImportError, in one line, where there is none."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("the picture needs one more package: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def save_figure(figure, file):
+    """Write a figure into a file, whose folder is made, and forget it."""
+    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+    figure.savefig(file)
+    pyplot().close(figure)
+
+
+def readable(text):
+    """The text with a dot for whatever cannot be printed: an untrained model may say any byte."""
+    shown = ""
+    for character in text:
+        known = character.isprintable() and character != "\N{REPLACEMENT CHARACTER}"
+        shown += character if known else "·"
+    return shown
+
+
+# --------------------------------------------------------------------------------------------------
+# What is drawn, and how it looks
+
+
+class Look(NamedTuple):
+    """How a path is drawn."""
+
+    line: dict  # options of matplotlib's plot
+    bands: tuple  # on the road, in a photo: (width m, colour, alpha) each
+
+
+class Drive(NamedTuple):
+    """A path, and how it is drawn."""
+
+    xyz: torch.Tensor  # (64, 3) m
+    rot: torch.Tensor  # (64, 3, 3)
+    actions: torch.Tensor | None  # (64, 2): m/s^2, 1/m
+    look: Look
+    label: str = ""
+
+
+class Photo(NamedTuple):
+    """An image, and the camera that took it; None where the camera is not calibrated."""
+
+    image: np.ndarray  # (H, W, 3)
+    intrinsics: torch.Tensor | None  # (10,), see alpamayo.project
+    camera_to_ego: torch.Tensor | None  # (4, 4)
+
+
+BEHIND = dict(color=PAST, linewidth=2.5)  # the line of what was driven before t0
+DRIVEN = Look(
+    dict(color=TRUTH, linewidth=1.5, markersize=4),
+    ((0.4, "white", 1), (0.2, TRUTH, 1)),
+)
+BEST = Look(
+    dict(color=MODEL, alpha=0.8, linewidth=3.5, markersize=8),
+    ((1.8, MODEL, 0.55),),
+)
+OTHER = Look(
+    dict(color=MODEL, alpha=0.3, linewidth=1.8, markersize=4),
+    ((1.8, MODEL, 0.18),),
+)
+
+
+def drives_of(scene, out):
+    """The Drives of a batch of one and its Rollout, in drawing order: samples, the best, the truth.
+
+    Without a truth, the first sample stands in the best one's place."""
+    xyz = out.xyz[0].cpu()
+    paths = zip(xyz, out.rot[0].cpu(), out.actions[0].cpu())
+    drives = [Drive(*path, OTHER, "other samples") for path in paths]
+    if "ego_future_xyz" not in scene:
+        first = drives.pop(0)
+        return [*drives, first._replace(look=BEST, label="first sample")]
+    past = scene["ego_history_xyz"][0], scene["ego_history_rot"][0]
+    future = scene["ego_future_xyz"][0], scene["ego_future_rot"][0]
+    best = int(ade(xyz, future[0]).argmin())
+    best = drives.pop(best)
+    drives.append(best._replace(look=BEST, label="best sample"))
+    drives.append(Drive(*future, fit_actions(*past, *future), DRIVEN, "driven in truth"))
+    return drives
+
+
+def photos_of(scene, b=0):
+    """The newest image of each camera of scene b of a batch: {camera id: Photo}."""
+    photos = {}
+    for i, camera in enumerate(scene["camera_ids"][b].tolist()):
+        image = scene["images"][b, i, -1].permute(1, 2, 0).numpy()
+        photos[camera] = Photo(image, scene["intrinsics"][b, i], scene["camera_to_ego"][b, i])
+    return photos
+
+
+# --------------------------------------------------------------------------------------------------
+# A path on the road, as a camera sees it
+
+
+def ribbon(xyz, rot, intrinsics, camera_to_ego, width):
+    """Quadrilaterals (K, 4, 2) in pixels: a band on the road along a path, as a camera sees it.
+
+    xyz (64, 3) and rot (64, 3, 3): a path in the ego frame at t0, whose ground is z = 0;
+    intrinsics (10,) as alpamayo.project wants them; camera_to_ego (4, 4); width in m.
+    What the camera does not see is left out."""
+    poses = torch.cat([xyz[:, :2], yaw_of(rot)[:, None]], 1)  # (64, 3): x, y, yaw
+    path = F.pad(poses.T, (1, 0))  # (3, 65), from the origin
+    path[2] = unwrap(path[2])
+    # 16 pieces to each 0.1 s: next to the car a metre of road is a third of the picture.
+    path = F.interpolate(path[None], size=16 * HORIZON + 1, mode="linear", align_corners=True)
+    x, y, yaw = path[0]
+    centre = torch.stack([x, y, 0 * x], -1)
+    left = width / 2 * torch.stack([-yaw.sin(), yaw.cos(), 0 * yaw], -1)
+    edges = torch.stack([centre + left, centre - left])  # (2, 1025, 3)
+    edges = (edges - camera_to_ego[:3, 3]) @ camera_to_ego[:3, :3]  # in camera axes
+    pixels, visible = project(edges, intrinsics)
+    # A piece across the image's border is kept, the axes cut it; none that reaches behind the lens.
+    ahead = edges[..., 2] > 0.1
+    kept = corners(visible).any(1) & corners(ahead).all(1)
+    return corners(pixels)[kept]
+
+
+def corners(edges):
+    """The pieces between successive points of two edges (2, K + 1, ...): (K, 4, ...)."""
+    left, right = edges
+    return torch.stack([left[:-1], left[1:], right[1:], right[:-1]], 1)
+
+
+def draw_photo(ax, camera, photo, drives):
+    """A camera's image with the paths on its road."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    H, W = photo.image.shape[:2]
+    smoothing = "nearest" if W < 256 else "antialiased"
+    ax.imshow(photo.image, extent=(0, W, H, 0), interpolation=smoothing)
+    ax.set(xlim=(0, W), ylim=(H, 0))
+    ax.set_axis_off()
+    corner = dict(xycoords="axes fraction", textcoords="offset points", va="top")
+    box = dict(facecolor=TRUTH, alpha=0.5, linewidth=0, pad=2.5)
+    ax.annotate(CAMERAS[camera], (0, 1), (5, -5), color="white", bbox=box, **corner)
+    if photo.intrinsics is None:
+        return
+    for drive in drives:
+        for width, colour, alpha in drive.look.bands:
+            quads = ribbon(drive.xyz, drive.rot, photo.intrinsics, photo.camera_to_ego, width)
+            if len(quads):
+                # One compound path: no seam shows where pieces meet.
+                path = Path.make_compound_path_from_polys(quads.numpy())
+                ax.add_patch(PathPatch(path, facecolor=colour, alpha=alpha, linewidth=0))
+
+
+# --------------------------------------------------------------------------------------------------
+# The slide
+
+
+def draw_scene(file, scene, out, photos):
+    """Draw everything about one scene on a slide of 1600 x 900 pixels.
+
+    scene: a batch of one; out: its Rollout; photos: {camera id: Photo}."""
+    plt = pyplot()
+    drives = drives_of(scene, out)
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(16, 9), dpi=100)
+        draw_title(figure, scene, out)
+        numbers = draw_cameras(figure, photos, drives)
+        draw_numbers(numbers, scene, out, drives)
+        margins = dict(left=0.045, right=0.975, top=0.355, bottom=0.055)
+        grid = figure.add_gridspec(1, 4, wspace=0.26, **margins)
+        draw_paths(figure.add_subplot(grid[:2]), scene, drives)
+        speed = figure.add_subplot(grid[2])
+        curvature = figure.add_subplot(grid[3])
+        draw_profiles(speed, curvature, scene, drives)
+        save_figure(figure, file)
+
+
+def draw_title(figure, scene, out):
+    """What the model says, and below it the truth, or the scene's name."""
+    said = readable(out.reasoning[0][0]) or "Drives without reasoning."
+    size = 23 if len(said) <= 80 else 16
+    said = textwrap.fill(said, 115)
+    figure.text(0.025, 0.965, said, size=size, color=TRUTH, va="top", weight="bold")
+    true = scene["reasoning"][0]
+    below = f"truth: {true}" if true else scene["name"][0]
+    below = textwrap.shorten(f"sample 1 of {len(out.xyz[0])} | {below}", 180)
+    figure.text(0.025, 0.9, below, size=13, color=PAST, va="top")
+
+
+def draw_cameras(figure, photos, drives):
+    """The images. Returns the axes that are left for the numbers.
+
+    The front camera is large, in the middle of the others; alone, it leaves them the right."""
+    margins = dict(left=0.025, right=0.975, top=0.86, bottom=0.435)
+    grid = figure.add_gridspec(2, 4, wspace=0.032, hspace=0.065, **margins)
+    places = {0: grid[0, 0], 6: grid[1, 0], 2: grid[0, 3]}
+    front = 1 if 1 in photos else next(iter(photos))
+    others = [camera for camera in places if camera in photos and camera != front]
+    for camera in others:
+        ax = figure.add_subplot(places[camera], anchor="NW")
+        draw_photo(ax, camera, photos[camera], drives)
+    if others:
+        ax = figure.add_subplot(grid[:, 1:3], anchor="N")
+    else:
+        ax = figure.add_subplot(grid[:, :3], anchor="NW")
+    draw_photo(ax, front, photos[front], drives)
+    return figure.add_subplot(grid[1, 3] if others else grid[0, 3])
+
+
+def draw_numbers(ax, scene, out, drives):
+    """The legend, how good the best sample is, and how long each stage took."""
+    from matplotlib.lines import Line2D
+
+    ax.axis("off")
+    lines = {drive.label: drive.look.line for drive in reversed(drives)}
+    lines["the past"] = BEHIND
+    handles = [Line2D([], [], label=label, **line) for label, line in lines.items()]
+    place = dict(loc="upper left", borderaxespad=0)
+    ax.legend(handles=handles, frameon=False, labelcolor=TRUTH, **place)
+    if "ego_future_xyz" in scene:
+        truth = scene["ego_future_xyz"]
+        best = min_ade(out.xyz.cpu(), truth).item()
+        ctrv = ade(baselines(scene)["CTRV"], truth).item()
+        ax.text(0.55, 0.96, f"{best:.2f} m", size=21, color=MODEL, weight="bold", va="top")
+        below = f"minADE of {out.xyz.shape[1]}\nCTRV {ctrv:.2f} m"
+        ax.text(0.55, 0.72, below, color=PAST, va="top")
+    times = "   ".join(f"{stage} {1000 * s:.0f} ms" for stage, s in out.seconds.items())
+    ax.text(0.02, 0.03, times, size=8.5, color=PAST)
+
+
+def draw_paths(ax, scene, drives):
+    """The paths from above."""
+    from matplotlib.patches import Rectangle
+
+    for drive in drives:
+        x, y, _ = drive.xyz.T
+        ax.plot(x, y, marker="o", markevery=slice(19, None, 20), **drive.look.line)
+    x, y, _ = scene["ego_history_xyz"][0].T
+    ax.plot(x, y, **BEHIND)
+    corner = world.FRONT - world.LENGTH, -world.WIDTH / 2
+    ax.add_patch(Rectangle(corner, world.LENGTH, world.WIDTH, facecolor=TRUTH, zorder=3))
+    ax.set_title("from above, m; dots at 2, 4 and 6 s")
+    ax.set_aspect("equal", adjustable="datalim")
+
+
+def draw_profiles(speed_ax, curvature_ax, scene, drives):
+    """Speed and curvature over time."""
+    kinematics = scene["ego_kinematics"][0]
+    past = DT * torch.arange(1 - len(kinematics), 1)  # s
+    future = DT * torch.arange(HORIZON + 1)
+    v0 = initial_speed(scene["ego_history_xyz"], scene["ego_history_rot"])  # (1,)
+    for drive in drives:
+        accel, curvature = drive.actions.T
+        speed = v0 + DT * F.pad(accel.cumsum(0), (1, 0))  # (65,)
+        standing = speed[:-1].abs() < LOW_SPEED  # then curvature says nothing
+        speed_ax.plot(future, speed, **drive.look.line)
+        curvature = curvature.masked_fill(standing, torch.nan)
+        curvature_ax.plot(future[:-1] + DT / 2, curvature, **drive.look.line)
+    curvature = kinematics[:, 2].tan() / world.WHEELBASE  # of the steering angle
+    speed_ax.plot(past, kinematics[:, 0], **BEHIND)
+    curvature_ax.plot(past, curvature, **BEHIND)
+
+    speed_ax.set_title("speed, m/s")
+    curvature_ax.set_title("curvature, 1/m; left is up")
+    for ax in (speed_ax, curvature_ax):
+        ax.axvline(0, color=PAST, linewidth=0.8, alpha=0.5)
+        ax.set_xlim(-2, 6.4)
+        ax.set_xticks([-2, 0, 2, 4, 6], ["-2", "now", "2", "4", "6 s"])
+    speed_ax.set_ylim(0, max(speed_ax.get_ylim()[1], 1))
+    low, high = curvature_ax.get_ylim()
+    curvature_ax.set_ylim(min(low, -0.02), max(high, 0.02))  # noise shall not look like steering

@@ -1,0 +1,365 @@
+"""
+The tools as a person runs them, on models of random weights.
+
+    python -m pytest tests/test_tools.py
+"""
+import json
+import os
+import sys
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_sample import checkpoint, run  # noqa: F401
+from test_vision import H, W, build, in_double, scene  # noqa: F401
+
+import alpamayo
+import sample
+import train
+import world
+from alpamayo import Alpamayo
+from tools import evaluate, experiments, gallery, judge
+
+NANO = os.path.join(ROOT, "checkpoints", "nano")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("scenes")
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Sets the command line that a script of this process sees."""
+    return lambda *words: monkeypatch.setattr(sys, "argv", [*map(str, words)])
+
+
+@pytest.fixture
+def again(command, tmp_path, monkeypatch, capsys):
+    """Runs a tool in this process, in the test's folder, and returns the lines that it prints."""
+
+    def run_tool(tool, flags):
+        monkeypatch.chdir(tmp_path)
+        command("tool", *flags)
+        tool.main()
+        return capsys.readouterr().out.splitlines()
+
+    return run_tool
+
+
+# --------------------------------------------------------------------------------------------------
+# evaluate
+
+
+def test_open_loop(checkpoint, tmp_path, again):  # noqa: F811
+    flags = ("--checkpoint", checkpoint, "--scenes", 6, "--n", 2, "--steps", 2, "--batch", 4)
+    flags += ("--blind", checkpoint)
+    code, said, trouble = run(tmp_path, "-m", "tools.evaluate", *flags)
+    assert code == 0, trouble
+    record = json.loads(said[-1])
+    rows = record.pop("rows")
+    assert record == {
+        "checkpoint": checkpoint, "keep": 1, "retrieve": 1, "split": "val", "samples": 2, "seed": 0}
+    kinds = [row["scenes"] for name, row in rows.items() if name in world.SITUATIONS]
+    assert rows["all"]["scenes"] == sum(kinds) == 6
+    assert 0 < rows["all"]["minade"] <= rows["all"]["ade"]
+    assert rows["all"]["best"] <= rows["all"]["CTRV"]
+    assert rows["trained blind"] == rows["no images (grey)"]  # the same weights, shown the same
+    assert list(rows)[-5:-3] == ["all", "without the route"]
+    assert said[: len(rows) + 2] == evaluate.open_table(rows).splitlines()
+    assert again(evaluate, flags) == said  # nothing is random but by the seed
+
+
+def test_what_a_model_is_not_shown_matters(cache, command, capsys):
+    """Rows differ; --no-route hides the route in all of them, and then none is without it."""
+    flags = ("evaluate", "--checkpoint", NANO, "--scenes", 3, "--n", 1, "--steps", 1)
+    found = []
+    for more in ((), ("--no-route",)):
+        command(*flags, "--cache", cache, *more)
+        evaluate.main()
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["rows"])
+    told, untold = found
+    assert told["without the route"] == untold["all"] != told["all"]
+    assert told["all"] != told["no images (grey)"] != told["another scene's images"] != told["all"]
+    assert "without the route" not in untold
+
+
+def test_closed_loop(checkpoint, tmp_path, again):  # noqa: F811
+    flags = ("--checkpoint", checkpoint, "--drive", 3, "--split", "tail", "--seconds", 2)
+    flags += ("--steps", 2, "--batch", 2, "--keep", 0.5, "--retrieve", 0.8)
+    code, said, trouble = run(tmp_path, "-m", "tools.evaluate", *flags)
+    assert code == 0, trouble
+    record = json.loads(said[-1])
+    rows = record.pop("rows")
+    assert record == {
+        "checkpoint": checkpoint, "keep": 0.5, "retrieve": 0.8, "split": "tail", "seed": 0}
+    assert list(rows) == ["expert", "constant velocity", "model"]
+    assert said[: len(rows) + 2] == evaluate.drive_table(rows).splitlines()
+    expert = rows["expert"]
+    assert expert["close"] == expert["off_road"] == expert["events"] == expert["ran"] == 0
+    assert expert["progress"] == 1 and expert["km"] > 0.01
+    for row in rows.values():
+        shares = [row[key] for key in ("close", "at_fault", "collision", "comfort")]
+        assert min(shares) >= 0 and max(shares) <= 1
+    assert again(evaluate, flags) == said
+
+
+def test_the_score_is_kilometres_between_events():
+    row = {"scenarios": 4, "km": 3.0, "events": 2, "events_at_fault": 0}
+    for name in evaluate.DRIVES:
+        row |= {name: 0.25, name + "_se": 0.1}
+    line = evaluate.drive_table({"model": row}).splitlines()[-1]
+    assert line.startswith("| model | 25.0 ± 10.0 |") and line.endswith("| 1.50 | > 3.0 |")
+
+
+def test_what_cannot_be_driven_is_one_line(checkpoint, tmp_path, command):  # noqa: F811
+    flags = ("--checkpoint", checkpoint)
+    code, said, trouble = run(tmp_path, "-m", "tools.evaluate", *flags, "--drive", 1, "--replan", 0)
+    assert code == 1 and said == [] and "Traceback" not in "".join(trouble)
+    assert trouble[-1].startswith("tools.evaluate: ") and "replan" in trouble[-1]
+    for tool, more, word in (
+        (evaluate, ("--drive", 1, "--seconds", 0), "seconds"),
+        (evaluate, ("--drive", 0), "--drive 0"),
+        (evaluate, ("--seed", -1), "--seed -1"),
+        (gallery, (tmp_path / "g", "--situation", "snow"), "--situation 'snow'"),
+        (gallery, (tmp_path / "g", "--replan", 0), "--replan 0"),
+        (gallery, (tmp_path / "g", "--replan", 0.25), "replan"),
+    ):
+        command("tool", *flags, *more)
+        with pytest.raises(ValueError, match=word):
+            tool.main()
+
+
+# --------------------------------------------------------------------------------------------------
+# gallery
+
+
+def test_gallery(checkpoint, tmp_path, command, capsys):  # noqa: F811
+    command("gallery", tmp_path / "pictures", "--checkpoint", checkpoint, "--seconds", 1.5,
+            "--steps", 2, "--situation", "deer")
+    gallery.main()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("drive      deer, seed 300000") and "km 0.0" in said[0]
+    with Image.open(tmp_path / "pictures" / "drive.gif") as film:
+        assert film.n_frames == 3  # a picture a plan
+    with Image.open(tmp_path / "pictures" / "gallery.png") as sheet:
+        assert sheet.size[0] > 1000 and len(sheet.convert("L").getcolors()) > 100
+
+
+# --------------------------------------------------------------------------------------------------
+# judge
+
+
+class Stub(BaseHTTPRequestHandler):
+    """A language model that gives every reasoning a 3."""
+
+    def do_POST(self):
+        self.server.asked += 1
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+        answer = {"choices": [{"message": {"content": "Grade: 3"}}]}
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = HTTPServer(("127.0.0.1", 0), Stub)
+    server.asked = 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_judge(server, cache, command, capsys, monkeypatch):
+    grades = iter([5, 3, 4, 0])
+    monkeypatch.setattr(judge.rl, "grade", lambda said, true: next(grades))
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    command("judge", url, "--checkpoint", NANO, "--scenes", 4, "--cache", cache)
+    judge.main()
+    said = capsys.readouterr().out.splitlines()
+    found = json.loads(said[-1])
+    assert found.pop("checkpoint") == NANO and 1 <= server.asked <= 4  # the same is asked once
+    assert found == {
+        "scenes": 4, "rule, mean": 3, "judge, mean": 3, "equal": 0.25, "within one": 0.5}
+    assert said[0].startswith("| scenes | rule, mean |") and said[2].startswith("| 4 | 3 | 3 |")
+
+
+# --------------------------------------------------------------------------------------------------
+# experiments
+
+
+def test_rewards(cache, command, capsys):
+    command("experiments", "rewards", f"SFT={NANO}", f"twice={NANO},{NANO}", "--eval", 4,
+            "--drive", 2, "--seconds", 0.5, "--cache", cache)
+    experiments.main()
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith(("| SFT", "| twice"))][:2]
+    once, twice = [[cell.strip() for cell in row.split("|")] for row in rows]
+    assert once[1] == "SFT" and twice[1] == "twice"
+    assert "± 0.00" in twice[2] and twice[2].startswith(once[2])
+    assert json.loads(lines[-1])["SFT"][0]["tail reason"] <= 5
+    command("experiments", "rewards", NANO)
+    with pytest.raises(ValueError, match="expected NAME=FOLDER,FOLDER"):
+        experiments.main()
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The least that can be measured; scenes are rendered in this process."""
+    for name in ("n", "steps", "repeats"):
+        monkeypatch.setitem(experiments.SAMPLING, name, 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 0)
+
+
+def test_the_table_trains_what_is_missing(short, cache, tmp_path, command, monkeypatch, capsys):
+    """Two trainings, three rows; a second call trains nothing more; another training would go
+    into another folder."""
+    trained = []
+    monkeypatch.setattr(world, "WORLD_VERSION", 7)
+
+    def run_here(words, **_):  # train.py in this process
+        trained.append(words)
+        command(*words[1:], "--batch", "2", "--val-scenes", "2")
+        train.main()
+        return SimpleNamespace(returncode=0)
+
+    ways = experiments.WAYS
+    monkeypatch.setattr(experiments, "WAYS", [ways[0], ways[3], ways[9]])
+    monkeypatch.setattr(experiments.subprocess, "run", run_here)
+    command("experiments", "encoders", "--out", tmp_path, "--cache", cache, "--size", H, W,
+            "--scenes", 4, "--eval", 2, "--train-steps", 1)
+    args = experiments.parse_flags()
+    experiments.main()
+    said = capsys.readouterr().out.splitlines()
+    rows = json.loads(said[-1])["rows"]
+    assert len(trained) == 2 and list(rows) == [way.name for way in experiments.WAYS]
+    experiments.train_missing(args)
+    assert len(trained) == 2
+    folder, flex_folder = (experiments.folders_of(ways[i], args)[0] for i in (0, 3))
+    assert folder == experiments.folders_of(ways[9], args)[0] != flex_folder
+    elsewhere = [SimpleNamespace(**vars(args) | other) for other in (
+        {"train_steps": 2}, {"scenes": 5}, {"size": (H, 2 * W)})]
+    folders = {experiments.folders_of(ways[0], other)[0] for other in elsewhere}
+    monkeypatch.setattr(world, "WORLD_VERSION", 8)
+    folders.add(experiments.folders_of(ways[0], args)[0])
+    assert len(folders - {folder}) == 4
+    image, flex, pruned = rows.values()
+    assert (image["tokens"], flex["tokens"], pruned["tokens"]) == (2, 20 / 8, 0.5)
+    relative = flex["minade"][0] / image["minade"][0] - 1
+    assert image["relative"] == [0] and flex["relative"][0] == pytest.approx(relative)
+    assert pruned["flops"]["vision"] < image["flops"]["vision"]
+    assert pruned["flops"]["prefill"] < image["flops"]["prefill"] / 1.5
+    assert image["parameters"] == pruned["parameters"]
+    header = next(i for i, line in enumerate(said) if line.startswith("| encoder"))
+    assert said[header + 2].count("|") == 12 and "61.6 M" in "".join(said)
+
+
+def test_a_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    args = SimpleNamespace(train_steps=3, scenes=4, size=(H, W), cache="c")
+    ran = []
+
+    def run_nothing(words, **_):
+        ran.append(words)
+        return SimpleNamespace(returncode=len(ran) - 1, stderr="Traceback\nValueError: too few\n")
+
+    monkeypatch.setattr(experiments.subprocess, "run", run_nothing)
+    save_file({"x": torch.zeros(1)}, tmp_path / "training.safetensors", {"step": "2"})
+    experiments.train(tmp_path, "--keep 0.5", args)
+    assert ran[0][2:] == ["--resume", tmp_path]
+    with pytest.raises(ValueError, match="elsewhere: ValueError: too few"):
+        experiments.train(f"{tmp_path}/elsewhere", "--keep 0.5", args)
+    assert {"--keep", "0.5", "--steps", "3"} <= set(ran[1])
+    save_file({"x": torch.zeros(1)}, tmp_path / "training.safetensors", {"step": "3"})
+    experiments.train(tmp_path, "--keep 0.5", args)
+    assert len(ran) == 2
+
+
+def test_what_the_picture_shows(scene):  # noqa: F811
+    """The newest groups that are kept at 0.5; attention of scene tokens, a share of all they give;
+    a plane for two axes."""
+    scene = in_double(scene)
+    share = experiments.shares_that_keep(build(), scene)
+    assert share.shape == (3, 4, 2, 4)
+    newest = torch.arange(64).view(4, 2, 2, 4)[:, 1]
+    for kept, shares in zip(build(keep=0.5).look(scene).kept.tolist(), share):
+        assert set(newest[shares <= 0.5].tolist()) == set(kept) & set(newest.flatten().tolist())
+    attention = experiments.scene_token_attention(build(vision="flex"), scene)
+    assert attention.shape == (3, 4, 2, 4) and attention.min() > 0
+    assert (attention.sum((1, 2, 3)) < 0.95).all()
+    planes = experiments.plane_contrast(build(vision="triplane"), scene)
+    assert [tuple(plane.shape) for plane in planes] == [(3, 12, 12), (3, 12, 2), (3, 12, 2)]
+    assert all(plane.std(0).max() > 1e-3 for plane in planes)
+
+
+def test_the_picture_is_drawn(short, tmp_path, command, monkeypatch, capsys):
+    for way in (experiments.WAYS[i] for i in (0, 1, 3)):
+        command("experiments", "encoders", "--out", tmp_path, "--size", H, W)
+        folder = experiments.folders_of(way, experiments.parse_flags())[0]
+        vision = way.flags.split()[1] if way.flags else "image"
+        build(torch.float32, vision=vision).save_pretrained(folder)
+    file = tmp_path / "seeing" / "a.png"
+    command("experiments", "encoders", "--out", tmp_path, "--size", H, W, "--picture", file)
+    experiments.main()
+    assert str(file) in capsys.readouterr().out
+    with Image.open(file) as picture:
+        assert picture.size == (1600, 1040) and len(picture.convert("L").getcolors()) > 100
+
+
+# --------------------------------------------------------------------------------------------------
+# Ways to see, from training to sample.py
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--vision triplane --planes-patch 6 6 2", "--vision flex --flex-tokens 7 --keep 0.5"])
+def test_trained_saved_loaded_and_driven(flags, cache, tmp_path, command, monkeypatch, capsys):
+    """Both stages from one script; the checkpoint knows how it sees; sample.py runs and prunes."""
+    common = f"--size {H} {W} --scenes 4 --batch 2 --val-scenes 2 --threads 1 --cache {cache}"
+    common = f"train.py {common} --steps 1 --action-every 2".split()
+    monkeypatch.setattr(os, "cpu_count", lambda: 0)  # render in this process
+    command(*common, "--stage", "action", "--out", tmp_path / "a", *flags.split())
+    train.main()
+    command(*common, "--stage", "reason", "--init", tmp_path / "a", "--out", tmp_path / "b")
+    train.main()
+    cfg = alpamayo.read_config(str(tmp_path / "b"))
+    if cfg.vision == "flex":  # another encoder behind the same tower
+        command(*common, "--stage", "reason", "--init", tmp_path / "b", "--out", tmp_path / "d",
+                "--vision", "image", "--keep", 1, "--muon-lr", 0, "--lr", 0)
+        train.main()
+        was, now = (load_file(tmp_path / name / "model.safetensors") for name in "bd")
+        changed = replace(cfg, vision="image", keep=1.0)
+        assert alpamayo.read_config(str(tmp_path / "d")) == changed
+        parts = {k.split(".")[3] for k in was.keys() ^ now.keys() if k != "view_embed"}
+        assert parts == {"flex", "merger", "deepstack_merger_list"}
+        assert all(torch.equal(was[k], now[k]) for k in was.keys() & now.keys())
+    if "triplane" in flags:
+        assert (cfg.vision, cfg.keep, cfg.planes_patch) == ("triplane", 1.0, (6, 6, 2))
+    else:
+        assert (cfg.vision, cfg.keep, cfg.flex_tokens) == ("flex", 0.5, 7)
+    model = Alpamayo.from_pretrained(str(tmp_path / "b"))
+    model.save_pretrained(str(tmp_path / "c"))
+    assert alpamayo.read_config(str(tmp_path / "c")) == cfg
+    monkeypatch.setattr(sample, "draw_scene", lambda *_: None)  # test_sample.py draws
+    command("sample.py", "--checkpoint", tmp_path / "b", "--n", 1, "--steps", 1, "--size", H, W,
+            "--keep", 0.5, "--retrieve", 0.5)
+    sample.main()
+    assert "sample 1" in capsys.readouterr().out
+
+
+def test_pages_of_pictures_need_one_more_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        experiments.draw.pyplot()
+
+

@@ -1,0 +1,235 @@
+"""
+How well a checkpoint plans, and drives, in scenes of the built-in world that it never saw.
+
+    python -m tools.evaluate                          512 scenes: a Markdown table, then JSON
+    python -m tools.evaluate --blind out/blind        beside a model that was trained on grey images
+    python -m tools.evaluate --drive                  64 scenarios of 20 s in closed loop
+    python -m tools.evaluate --drive --split tail     in combinations that training never showed
+"""
+import argparse
+import json
+
+import torch
+
+import data
+import world
+from alpamayo import HORIZON, load_model
+from tools import markdown
+from tools.common import (
+    SHARES,
+    Policy,
+    add_model_flags,
+    check_at_least,
+    drive_scenes,
+    load_checkpoint,
+    load_scenes,
+    measure_plans,
+)
+
+
+def mean_and_error(values):
+    """Mean and its standard error of values (N,)."""
+    error = values.std(correction=0) / len(values) ** 0.5
+    return values.mean().item(), error.item()
+
+
+def with_error(row, name, scale, digits):
+    """A number of a row ± its standard error."""
+    mean = scale * row[name]
+    error = scale * row[name + "_se"]
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Open loop: plans beside what the expert drove
+
+COLUMNS = ("scenes", "minade", "ade", "CV", "CTRV", "CTRA", "best", "minade_over_ctrv", *SHARES)
+TITLES = {  # of the columns that have another than their name
+    "minade": "minADE",
+    "ade": "ADE",
+    "best": "best of 3",
+    "minade_over_ctrv": "minADE / CTRV",
+}
+NOTE = """\
+Metres over 6.4 s, mean ± standard error. minADE: the best of {n} samples, each with its own
+reasoning; ADE: the first one. CV, CTRV, CTRA go on with the last speed v, turn rate w and
+acceleration a: speed v, v, max(v + a t, 0), heading 0, w t, w t; best of 3: the best of them in
+each scene. longitudinal, lateral, both: % of first samples that decide right; exact: % that say so
+word for word."""
+
+
+def with_other_images(scene):
+    """The Scene with its neighbour's images."""
+    return scene | {"images": scene["images"].roll(1, 0)}
+
+
+def in_grey(scene):
+    """The Scene as train.py --blind shows it."""
+    return scene | {"images": torch.full_like(scene["images"], 127)}
+
+
+def open_loop(model, args):
+    """Rows of numbers, {row: see `summary`}: by situation, over all scenes, by condition."""
+    scenes = load_scenes(model.cfg, args.split, args.scenes, args)
+    numbers = measure_plans(model, scenes, args)
+    rows = {}
+    for kind in world.KINDS[args.split]:
+        chosen = torch.tensor([name == kind for name in scenes.names])
+        if chosen.any():
+            rows[kind] = summary({name: values[chosen] for name, values in numbers.items()})
+    rows["all"] = summary(numbers)
+    conditions = {
+        "without the route": (model, data.without_route),
+        "another scene's images": (model, with_other_images),
+        "no images (grey)": (model, in_grey),
+    }
+    if not (model.cfg.route and args.route):
+        del conditions["without the route"]
+    if args.blind:
+        conditions["trained blind"] = load_model(args.blind), in_grey
+    for condition, (driver, show) in conditions.items():
+        rows[condition] = summary(measure_plans(driver, scenes, args, show))
+    return rows
+
+
+def summary(numbers):
+    """A row: mean and standard error of each of {name: (N,)}, and minADE relative to CTRV's."""
+    row = {"scenes": len(numbers["ade"])}
+    for name, values in numbers.items():
+        mean, error = mean_and_error(values)
+        row[name] = round(mean, 4)
+        row[name + "_se"] = round(error, 4)
+    row["minade_over_ctrv"] = round(row["minade"] / row["CTRV"], 4)
+    return row
+
+
+def cell(row, name):
+    """A number of a row as the table shows it."""
+    if name not in row:
+        return "-"  # no reasoning, no decisions
+    if name == "scenes":
+        return row[name]
+    if name in SHARES:
+        return with_error(row, name, 100, 0)
+    if name in ("minade", "ade"):
+        return with_error(row, name, 1, 2)
+    return f"{row[name]:.2f}"
+
+
+def open_table(rows):
+    """Rows of `open_loop` as Markdown."""
+    lines = []
+    for title, row in rows.items():
+        title = f"**{title}**" if title == "all" else title
+        lines.append([title, *(cell(row, name) for name in COLUMNS)])
+    return markdown(lines, ["situation", *(TITLES.get(name, name) for name in COLUMNS)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Closed loop: driving
+
+DRIVES = {  # shares
+    "close": "close encounter",
+    "at_fault": "at fault",
+    "collision": "collision",
+    "off_road": "off the road",
+    "ran": "ran a red light or stop sign",
+    "progress": "progress",
+    "comfort": "comfort",
+}
+DRIVE_NOTE = """\
+% of {drive} scenarios of {seconds:g} s, mean ± standard error; a new plan from new images every
+{replan:g} s. Close encounter: something solid within 0.25 m of the car. At fault excludes rear-end
+hits, and a car that stood; others brake, so few differ. A scenario ends at its first close
+encounter or off the road; a collision counts until 1 s later. A light or sign that is run is
+counted, but does not end the run: there is no cross traffic. Progress: metres driven, in % (at most
+100) of the expert's in the same time. Comfort: how many of the release's six bounds held. Score:
+kilometres between ends (> all that were driven, if none)."""
+
+
+def straight_on(scene):
+    """The policy of constant velocity."""
+    return torch.zeros(len(scene["name"]), HORIZON, 2)
+
+
+def closed_loop(model, args):
+    """Rows of numbers over scenarios, {policy: row}: shares, kilometres, how many ended early."""
+    first = world.SEEDS[args.split] + args.seed * args.drive
+    seeds = range(first, first + args.drive)
+    options = dict(seconds=args.seconds, replan=args.replan, device=model.device)
+    options |= data.view_of(model.cfg, args.size)
+    rows = {}
+    policies = {"expert": None, "constant velocity": straight_on, "model": Policy(model, args)}
+    for policy, driver in policies.items():
+        met = drive_scenes(driver, seeds, args.batch, **options)
+        row = rows[policy] = {"scenarios": args.drive}
+        for name in DRIVES:
+            row[name], row[name + "_se"] = mean_and_error(met[name].double())
+        row["km"] = met["km"].double().sum().item()
+        row["events"] = int((met["close"] | met["off_road"]).sum())
+        row["events_at_fault"] = int((met["at_fault"] | met["off_road"]).sum())
+    return rows
+
+
+def score(km, events):
+    """Kilometres between events."""
+    return f"{km / events:.2f}" if events else f"> {km:.1f}"
+
+
+def drive_table(rows):
+    """Rows of `closed_loop` as Markdown."""
+    lines = []
+    for policy, row in rows.items():
+        cells = [with_error(row, name, 100, 1) for name in DRIVES]
+        cells.append(score(row["km"], row["events"]))
+        cells.append(score(row["km"], row["events_at_fault"]))
+        lines.append([policy, *cells])
+    return markdown(lines, ["policy", *DRIVES.values(), "score, km", "score at fault"])
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse_flags():
+    p = argparse.ArgumentParser(
+        description="Evaluate a model on held-out scenes of the world, or let it drive there.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_model_flags(p)
+    add = p.add_argument
+    add("--split", choices=tuple(world.KINDS), default="val", help="whose scenes")
+    add("--scenes", type=int, default=512, help="to plan in")
+    add("--n", type=int, default=6, help="samples of a scene, each with its own reasoning")
+    add("--blind", metavar="FOLDER", help="a checkpoint that was trained with train.py --blind")
+    add("--drive", type=int, nargs="?", const=64, help="drive in closed loop: scenarios (64)")
+    add("--batch", type=int, default=32, help="scenes at a time")
+    add("--cache", metavar="FOLDER", default="data", help="where rendered scenes are kept")
+    args = p.parse_args()
+    check_at_least(args, 0, "seed")
+    check_at_least(args, 1, "scenes", "n", "steps", "batch", "drive")
+    return args
+
+
+def main():
+    args = parse_flags()
+    model = load_checkpoint(args)
+    if args.drive:
+        rows = closed_loop(model, args)
+        print(f"{drive_table(rows)}\n\n{DRIVE_NOTE.format(**vars(args))}")
+    else:
+        rows = open_loop(model, args)
+        print(f"{open_table(rows)}\n\n{NOTE.format(**vars(args))}")
+    record = {
+        "checkpoint": args.checkpoint,
+        "keep": model.cfg.keep,
+        "retrieve": model.cfg.retrieve,
+        "split": args.split,
+        "seed": args.seed,
+    }
+    if not args.drive:
+        record["samples"] = args.n
+    print(json.dumps({**record, "rows": rows}))
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -1,0 +1,510 @@
+"""
+Experiments of the paper in small: each prints a Markdown table, then its numbers as JSON.
+
+    python -m tools.experiments encoders                  Table 12: four ways to see, compared
+        --jobs 2 --seeds 0 1 2                            two trainings at a time, three of each row
+        --picture out/seeing.png                          draw what the trained ones look at
+        --parameters                                      count the encoders at full size, no more
+    python -m tools.experiments rewards "SFT=checkpoints/nano" "+ reasoning=out/a,out/b"
+                                                          Table 9: what each reward adds
+
+`encoders` trains a nano from nothing for each row, in the built-in world; it goes on after a kill.
+`rewards` takes checkpoints that stage rl trained, one a seed. The page reads: the ways to see,
+their training, their numbers, their table, their picture; the rewards; the command line.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import data
+import draw
+import rl
+import world
+from alpamayo import PRESETS, Config, VisionTower, load_model
+from tools import markdown
+from tools.common import check_at_least, drive_scenes, load_scenes, measure_plans
+
+NANO = PRESETS["nano"]
+PICTURES = NANO.frames // NANO.temporal_patch * len(NANO.cameras)  # of a scene
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+
+
+def spread(values, digits=2, scale=1, sign=""):
+    """Mean of values, and ± their standard deviation where there are several."""
+    values = scale * np.array(values)
+    mean = f"{values.mean():{sign}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.{digits}f}"
+
+
+# --------------------------------------------------------------------------------------------------
+# The ways to see, and their training
+
+
+class Way(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    flags: str = ""  # of train.py
+    paper: str = "-"  # the paper's row: tokens an image, minADE relative to single image
+    switches: dict = {}  # of a model that was trained without them: no training of its own
+
+
+SHARES_KEPT = (0.75, 0.5, 0.25, 0.1)
+WAYS = [
+    Way("single image", "", "160, 0 %"),
+    Way("triplane, patch 4 x 3 x 2", "--vision triplane --planes-patch 4 3 2", "104, -3 %"),
+    Way("triplane, patch 6 x 6 x 2", "--vision triplane --planes-patch 6 6 2", "45, +4 %"),
+    Way("Flex, 20 scene tokens", "--vision flex --flex-tokens 20", "50, -3 %"),
+    Way("Flex, 13", "--vision flex --flex-tokens 13", "32, -3 %"),
+    Way("Flex, 6", "--vision flex --flex-tokens 6", "16, -2 %"),
+    Way("Flex, 3", "--vision flex --flex-tokens 3", "8, -2 %"),
+    *(Way(f"keep {keep}, not retrained", switches={"keep": keep}) for keep in SHARES_KEPT),
+    *(Way(f"keep {keep}, trained with it", f"--keep {keep}") for keep in SHARES_KEPT),
+]
+
+
+def folders_of(way, args):
+    """Where the models of a row are: {seed: folder}. Models trained with pruning have one seed.
+
+    The path says all that the training depends on, so another training goes elsewhere."""
+    height, width = args.size
+    setting = f"world{world.WORLD_VERSION}-{args.train_steps}x{args.scenes}-{height}x{width}"
+    name = "-".join(way.flags.replace("--", "").split()) or "image"
+    seeds = args.seeds[:1] if "--keep" in way.flags else args.seeds
+    return {seed: f"{args.out}/{setting}/{name}-{seed}" for seed in seeds}
+
+
+def train_missing(args):
+    """Train what is missing of every row and seed, or go on where it stopped, --jobs at a time."""
+    for split, count in (("train", args.scenes), ("val", 32)):
+        load_scenes(NANO, split, count, args)  # once, before several processes would
+    runs = {}  # by folder: some rows share a model
+    for way in WAYS:
+        for seed, folder in folders_of(way, args).items():
+            runs[folder] = f"{way.flags} --seed {seed}"
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        work = pool.map(lambda folder: train(folder, runs[folder], args), runs)
+        list(tqdm(work, total=len(runs), desc="training", unit="run"))
+
+
+def train(folder, flags, args):
+    """Train a model to the end, from the start or where it stopped, in a process of one thread."""
+    saved = f"{folder}/training.safetensors"
+    if os.path.exists(saved):
+        with safe_open(saved, "pt") as file:
+            step = int(file.metadata()["step"])
+        if step == args.train_steps:
+            return
+        flags = ["--resume", folder]
+    else:
+        flags = f"--steps {args.train_steps} --scenes {args.scenes} {flags}".split()
+        flags += "--threads 1 --save-every 100 --val-scenes 32 --val-every 100000".split()
+        flags += ["--size", *map(str, args.size), "--cache", args.cache, "--out", folder]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, TRAIN, *flags], capture_output=True, text=True, env=env)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["train.py was killed"]
+        raise ValueError(f"{folder}: {lines[-1]}")
+
+
+
+
+# --------------------------------------------------------------------------------------------------
+# Their numbers
+
+
+def encoder_of(tower):
+    """What turns the tower's patches into the language model's tokens: a list of modules."""
+    names = ("triplane", "flex", "merger", "deepstack_merger_list")
+    return [getattr(tower, name) for name in names if hasattr(tower, name)]
+
+
+def parameters_of(modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+@torch.no_grad()
+def flops(model, scene):
+    """FLOPs of a scene's matrix products: {vision, prefill}."""
+    vision = FlopCounterMode(display=False)
+    prefill = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH):  # a CPU's fused attention is not counted
+        with vision:
+            prompt = model.embed_prompt(scene, reason=False)
+        with prefill:
+            model.prefill(prompt)
+    return {"vision": vision.get_total_flops(), "prefill": prefill.get_total_flops()}
+
+
+def milliseconds(model, scene):
+    """Time of vision and prefill for each scene of a batch."""
+    seconds = model.sample(scene, n=1, steps=1, reason=False, seed=0).seconds
+    return 1000 * (seconds["vision"] + seconds["prefill"]) / len(scene["images"])
+
+
+def compare(args):
+    """The table's numbers, {row: {name: number, or a list of one for each seed}}."""
+    scenes = load_scenes(NANO, "val", args.eval, args)
+    one = scenes.batch([0])
+    many = scenes.batch(range(min(args.batch, args.eval)))
+    rows = {}
+    models = {}  # of the first seed
+    for way in tqdm(WAYS, desc="evaluating", unit="row"):
+        seeds = [load_model(folder, **way.switches) for folder in folders_of(way, args).values()]
+        found = [measure_plans(model, scenes, args) for model in seeds]
+        minade = [numbers["minade"].mean().item() for numbers in found]
+        single = rows[WAYS[0].name]["minade"] if rows else minade
+        model = models[way.name] = seeds[0]
+        rows[way.name] = {
+            "minade": minade,
+            "relative": [a / b - 1 for a, b in zip(minade, single)],
+            "both": [numbers["both"].mean().item() for numbers in found],
+            "paper": way.paper,
+            "tokens": model.look(one).tokens.shape[1] / PICTURES,
+            "parameters": parameters_of(encoder_of(model.vlm.model.visual)),
+            "flops": flops(model, one),
+        }
+    times = {name: [] for name in rows}
+    for _ in tqdm(range(args.repeats), desc="timing", unit="round"):
+        for name, model in models.items():  # in turn: what else this machine does slows all alike
+            times[name].append([milliseconds(model, one), milliseconds(model, many)])
+    for name, row in rows.items():
+        row["ms"], row["ms_among"] = np.median(times[name], 0).tolist()
+    return rows
+
+
+
+
+# --------------------------------------------------------------------------------------------------
+# Their table
+
+NOTE = """\
+minADE: best of {n} samples, mean over {eval} held-out scenes of our world; both right: % of first
+samples that decide right. relative: minADE against single image of the same seed; seeds: {seeds};
+± their standard deviation; what is trained with pruning has the first seed only. Every model
+learned from nothing for {train_steps} steps of 32 scenes. Tokens: visual tokens of the language
+model for each of {pictures} pictures; a picture is two successive frames of a camera. Parameters:
+of what turns the tower's patches into tokens; triplane and Flex need no mergers. FLOP: matrix
+products of one scene. ms: vision + prefill on this machine with {threads} thread(s), median of
+{repeats} rounds over all rows, a scene by itself and a scene of a batch of {batch}. The paper's:
+Table 12, tokens an image and relative minADE, of real traffic, a 0.5B model and 160 tokens an
+image: compare the order only."""
+
+
+def encoder_table(rows):
+    """Rows of `compare` as Markdown."""
+    header = [
+        "encoder", "tokens a picture", "parameters", "minADE, m", "relative, %", "both right, %",
+        "MFLOP vision", "MFLOP prefill", "ms", "ms among", "the paper's"]
+    lines = []
+    for name, row in rows.items():
+        lines.append([
+            name,
+            f"{row['tokens']:.2f}",
+            f"{row['parameters']:,}",
+            spread(row["minade"]),
+            spread(row["relative"], 0, 100, "+"),
+            spread(row["both"], 0, 100),
+            f"{row['flops']['vision'] / 1e6:.1f}",
+            f"{row['flops']['prefill'] / 1e6:.1f}",
+            f"{row['ms']:.1f}",
+            f"{row['ms_among']:.2f}",
+            row["paper"],
+        ])
+    return markdown(lines, header)
+
+
+def full_size():
+    """Parameters of the encoders behind the release's tower, beside the paper's, as text."""
+    lines = []
+    for vision, last, paper in (("triplane", "patchify", "6.3 M"), ("flex", "out", "61.6 M")):
+        for width in (896, 4096):  # Qwen2.5-0.5B, the paper's, and the release
+            with torch.device("meta"):  # takes no memory
+                tower = VisionTower(replace(Config(), vision=vision, n_embd=width))
+            (encoder,) = encoder_of(tower)
+            projection = parameters_of([getattr(encoder, last)])
+            rest = parameters_of([encoder]) - projection
+            lines.append(
+                f"{vision:8} for a language model {width:4} wide: {rest / 1e6:4.1f} M, and "
+                f"{projection / 1e6:5.1f} M for the projection to its tokens; "
+                f"the paper says {paper}")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# Their picture
+
+
+def newest(groups, scene, cfg):
+    """Of values of the merge groups of a Scene (B, V): the newest pictures', (B, cameras, h, w)."""
+    B, cameras, _, _, H, W = scene["images"].shape
+    side = cfg.patch * cfg.merge
+    return groups.view(B, cameras, -1, H // side, W // side)[:, :, -1].cpu()
+
+
+def shares_that_keep(model, scene):
+    """The smallest of SHARES_KEPT that keeps each group of the newest pictures, or 1."""
+    everything = model.look(scene, keep=1.0).kept
+    share = torch.ones(everything.shape, device=model.device)
+    for keep in SHARES_KEPT:  # descending
+        share = share.scatter(1, model.look(scene, keep=keep).kept, keep)
+    return newest(share, scene, model.cfg)
+
+
+def calls_of(module, model, scene):
+    """What a module is given and returns while the model looks at a Scene: [(inputs, output)]."""
+    calls = []
+    hook = module.register_forward_hook(lambda _, inputs, output: calls.append((inputs, output)))
+    model.look(scene)
+    hook.remove()
+    return calls
+
+
+def scene_token_attention(model, scene):
+    """How much the scene tokens attend to each group of the newest pictures, in the last layer."""
+    attn = model.vlm.model.visual.flex.blocks[-1].attn
+    ((inputs, _),) = calls_of(attn, model, scene)
+    q, k, _ = attn.heads(*inputs[:2])
+    K = model.cfg.flex_tokens
+    logits = q[:, :, :K] @ k.mT / q.shape[-1] ** 0.5
+    attention = logits.softmax(-1).mean((1, 2))  # (B, K + groups)
+    return newest(attention[:, K:], scene, model.cfg)
+
+
+def plane_contrast(model, scene):
+    """How far the newest planes are from their mean over the batch: three (B, rows, columns)."""
+    contrasts = []
+    for _, plane in calls_of(model.vlm.model.visual.triplane.norm3, model, scene):
+        plane = plane.unflatten(0, (len(scene["images"]), -1))[:, -1]  # (B, rows, columns, C)
+        contrasts.append((plane - plane.mean(0)).norm(dim=-1).cpu())
+    return contrasts
+
+
+LIGHT = {1.0: 0.06, 0.75: 0.25, 0.5: 0.45, 0.25: 0.7, 0.1: 1.0}  # of the share that keeps a group
+
+
+@torch.no_grad()
+def draw_seeing(file, args):
+    """Draw what single image with pruning, Flex and triplanes look at: the first seed's models."""
+    plt = draw.pyplot()
+    models = [load_model(folders_of(WAYS[i], args)[args.seeds[0]]) for i in (0, 1, 3)]
+    single, triplane, flex = models
+    first = world.SEEDS["val"]
+    seed = world.find(args.situation, "val") if args.situation else first
+    batch = [seed, *range(first, first + 31)]  # the picture is of the first
+    scene = data.make_scenes(batch, **data.view_of(single.cfg, args.size))
+
+    lit = shares_that_keep(single, scene)[0]
+    lit.apply_(lambda share: LIGHT[round(share, 2)])
+    attention = scene_token_attention(flex, scene)[0]
+    rows = {
+        "the newest pictures": torch.ones_like(lit),
+        "pruning: keep 0.1 keeps what is fully lit, then, ever darker, 0.25, 0.5 and 0.75; what is "
+        "black goes first": lit,
+        f"Flex: the lit is what its {flex.cfg.flex_tokens} scene tokens attend to in the last "
+        "layer (root of the mean attention)": 0.06 + 0.94 * (attention / attention.max()).sqrt(),
+    }
+    with plt.rc_context(draw.STYLE):
+        figure = plt.figure(figsize=(16, 10.4), dpi=100)
+        name = f"{scene['name'][0]}, held-out scene {seed - first} of the world"
+        title = f"What each way of seeing looks at: {name}"
+        truth = f"truth: {scene['reasoning'][0]}"
+        figure.text(0.02, 0.965, title, size=17, weight="bold", color=draw.TRUTH)
+        figure.text(0.02, 0.937, truth, size=12, color=draw.PAST)
+        draw_lit(figure, draw.photos_of(scene), rows)
+        draw_planes(figure, triplane, scene)
+        draw.save_figure(figure, file)
+
+
+def draw_lit(figure, photos, rows):
+    """Photos in rows {title: light (cameras, h, w), 0 to 1}."""
+    margins = dict(left=0.02, right=0.98, top=0.905, bottom=0.33, wspace=0.03, hspace=0.16)
+    grid = figure.add_gridspec(len(rows), len(photos), **margins)
+    for row, (title, light) in enumerate(rows.items()):
+        for column, (camera, photo) in enumerate(photos.items()):
+            ax = figure.add_subplot(grid[row, column], anchor="NW")
+            by_pixel = F.interpolate(light[None, column, None], photo.image.shape[:2])[0, 0]
+            image = photo.image / 255 * by_pixel[..., None].numpy()
+            draw.draw_photo(ax, camera, draw.Photo(image, None, None), [])
+            if column == 0:
+                ax.set_title(title, pad=3)
+
+
+def draw_planes(figure, model, scene):
+    """The planes of a triplane model, dark where the first scene differs from the batch's mean."""
+    centres = model.vlm.model.visual.triplane.centres()  # (X, Y, Z, 3) m
+    x = centres[:, 0, 0, 0]
+    y = centres[0, :, 0, 1]
+    z = centres[0, 0, :, 2]
+    planes = {
+        "triplane from above: x ahead, y left, m; dark: unlike its mean over 32 scenes": (x, y),
+        "from the side: x, z": (x, z),
+        "from the front: y, z": (y, z),
+    }
+    margins = dict(left=0.045, right=0.98, top=0.28, bottom=0.04, wspace=0.12)
+    axes = figure.add_gridspec(1, 3, width_ratios=(2, 1, 1), **margins).subplots()
+    for ax, title, contrast in zip(axes, planes, plane_contrast(model, scene)):
+        ax.pcolormesh(*planes[title], contrast[0].T.numpy(), cmap="Oranges", shading="nearest")
+        ax.set_title(title)
+    path = scene["ego_future_xyz"][0]
+    axes[0].plot(path[:, 0], path[:, 1], color=draw.TRUTH, linewidth=1.5)
+    axes[2].invert_xaxis()  # looking ahead, left is left
+
+
+def encoders(args):
+    """Do what the flags of `encoders` ask for."""
+    check_at_least(args, 1, "train_steps", "scenes", "eval", "jobs")
+    if args.parameters:
+        print(full_size())
+        return
+    if args.picture:
+        draw_seeing(args.picture, args)
+        print(f"picture    {args.picture}")
+        return
+    train_missing(args)
+    rows = compare(args)
+    run = {"pictures": PICTURES, "threads": torch.get_num_threads(), **vars(args)}
+    print(encoder_table(rows))
+    print(f"\n{NOTE.format(**run)}\n\nParameters at full size:\n{full_size()}")
+    print(json.dumps({**run, "rows": rows}))
+
+
+# --------------------------------------------------------------------------------------------------
+# What each reward adds
+
+PAPER = """\
+| the paper's Table 9 | ADE | reasoning | consistency | close encounters, % |
+| --- | ---: | ---: | ---: | ---: |
+| SFT | 2.12 | 3.1 | 0.62 | 6.9 |
+| + reasoning | 2.19 | 4.5 | 0.53 | 5.8 |
+| + consistency | 1.92 | 4.5 | 0.85 | 6.2 |
+| + trajectory | 1.94 | 4.4 | 0.83 | 3.7 |"""
+
+
+def think_and_drive(folder, args):
+    """Means of a checkpoint's likeliest rollouts of held-out scenes, open and closed loop."""
+    model = load_model(folder)
+    found = {}
+    for split in (args.split, "val"):
+        scenes = load_scenes(model.cfg, split, args.eval, args)
+        for name, values in rl.likeliest(model, scenes, args.eval, args).items():
+            found[f"{split} {name}"] = values.mean().item()
+
+    def policy(scene):
+        return rl.likeliest_of(model, scene, args).actions[:, 0]
+
+    first = world.SEEDS[args.split]
+    view = data.view_of(model.cfg, args.size)
+    met = drive_scenes(policy, range(first, first + args.drive), seconds=args.seconds, **view)
+    for name in ("close", "off_road"):
+        found[name] = met[name].float().mean().item()
+    return found
+
+
+def rewards_table(rows, split):
+    """Rows {name: [numbers of each checkpoint]} as Markdown."""
+    columns = {
+        "ADE, m": (f"{split} ade", 2, 1),
+        "reasoning, 0 to 5": (f"{split} reason", 2, 1),
+        "consistency": (f"{split} consistency", 2, 1),
+        "close encounters, %": ("close", 1, 100),
+        "off the road, %": ("off_road", 1, 100),
+        "both right, %": (f"{split} right", 0, 100),
+        "val: reasoning": ("val reason", 2, 1),
+        "val: ADE": ("val ade", 2, 1),
+    }
+    lines = []
+    for row, found in rows.items():
+        cells = [row]
+        for name, digits, scale in columns.values():
+            cells.append(spread([numbers[name] for numbers in found], digits, scale))
+        lines.append(cells)
+    return markdown(lines, ["", *columns])
+
+
+def rewards(args):
+    """Print the table of the rows NAME=FOLDER,FOLDER."""
+    rows = {}
+    for row in args.rows:
+        name, equals, folders = row.partition("=")
+        if not equals:
+            raise ValueError(f"{row}: expected NAME=FOLDER,FOLDER")
+        rows[name] = [think_and_drive(folder, args) for folder in folders.split(",")]
+    print(rewards_table(rows, args.split))
+    print(f"\nThe likeliest rollout of {args.eval} held-out scenes; {args.drive} scenarios of "
+          f"{args.seconds:g} s.\n\n{PAPER}")
+    print(json.dumps(rows))
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+SAMPLING = {  # what measure_plans and rl.likeliest want beside the flags
+    "seed": 0,
+    "n": 6,
+    "steps": 10,
+    "batch": 32,
+    "reason": True,
+    "route": True,
+    "rewards": list(rl.WEIGHTS),
+    "flow_steps": 5,
+    "max_new_tokens": 40,
+    "repeats": 20,  # rounds of timing
+}
+
+
+def parse_flags():
+    p = argparse.ArgumentParser(
+        description="Experiments of the paper in small.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("experiment", choices=("encoders", "rewards"))
+    add("rows", nargs="*", metavar="NAME=FOLDER,FOLDER", help="rewards: a row, a checkpoint a seed")
+    add("--eval", type=int, default=256, help="held-out scenes to evaluate on")
+    add("--size", type=int, nargs=2, default=(64, 128), help="H W, pixels of the images")
+    add("--cache", default="data", help="the folder where rendered scenes are kept")
+
+    add = p.add_argument_group("encoders").add_argument
+    add("--out", default="out/encoders", help="the models: what is missing is trained")
+    add("--train-steps", type=int, default=400, help="optimiser steps of each training")
+    add("--scenes", type=int, default=8000, help="scenes to train with")
+    add("--seeds", type=int, nargs="+", default=[0], help="trainings of each row")
+    add("--jobs", type=int, default=1, help="trainings at a time, a thread each")
+    add("--parameters", action="store_true", help="count the encoders at full size, and stop")
+    add("--picture", metavar="PNG", help="draw what the trained encoders look at, and stop")
+    add("--situation", help="with --picture: the first held-out scene of that kind")
+
+    add = p.add_argument_group("rewards").add_argument
+    add("--split", choices=data.SPLITS, default="tail", help="held-out scenes")
+    add("--drive", type=int, default=128, help="scenarios to drive in closed loop")
+    add("--seconds", type=float, default=8.0, help="of each")
+    p.set_defaults(**SAMPLING)
+    return p.parse_intermixed_args()
+
+
+def main():
+    args = parse_flags()
+    if args.experiment == "encoders":
+        encoders(args)
+    else:
+        rewards(args)
+
+
+if __name__ == "__main__":
+    data.run(main)
