@@ -32,7 +32,6 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -69,7 +68,8 @@ def parse_flags():
         return flags_of_stopped_run(flags, parser.error)
     if flags.stage == "rl" and flags.preset == "nano" and not flags.plan:
         flags.init = flags.init or NANO
-    name = f"{Path(flags.init).resolve().name}-{flags.stage}" if flags.init else flags.preset
+    source = os.path.basename(os.path.abspath(flags.init or ""))
+    name = f"{source}-{flags.stage}" if flags.init else flags.preset
     flags.out = flags.out or os.path.join("out", name)
     check_flags(flags, parser.error)
     return flags
@@ -571,6 +571,7 @@ def lesson_at(step, flags):
 def supervised_step(run, step):
     """Returns the step's line of the log, and in it `tokens`, how many this process read."""
     flags = run.flags
+    run.model.train()
     lesson, with_actions = lesson_at(step, flags)
     generator = seeded(data.seed_of(flags.seed, step, run.rank), run.device)
     means = defaultdict(float)
@@ -672,6 +673,7 @@ def validate(run, stage):
 
     Scenes and noise are the same every time. Processes share the scenes, so all must call this."""
     flags = run.flags
+    run.model.eval()  # in stage rl for good: the update replays what was sampled
     if stage == "rl":
         with run.autocast:
             return rl.validate(run.model, run.val, flags, run.judge)
@@ -787,9 +789,13 @@ def phases_of_step(run, scene):
             memory.last_token(run.model, scene, flags.group, out.tokens.shape[2])
 
     def learn_from_rollouts():
-        rewards = torch.zeros(run.piece, flags.group)
+        replay = None
         with run.autocast:
-            losses = rl.losses_of(run.model, run.reference, (scene, out), rewards, flags)
+            if run.reference:
+                with memory.without_adapters(run.reference):
+                    replay = run.reference.replay(scene, out)
+            losses = run.model(scene, "rl", rollout=out, rewards=torch.zeros(out.tokens.shape[:2]),
+                               objective=flags.objective, kl=flags.kl, reference=replay)
         losses["policy"].backward()
 
     return {"rollouts": try_out, "losses": learn_from_rollouts, "update": change}
