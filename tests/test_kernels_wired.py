@@ -6,15 +6,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import test_rl  # noqa: E402
 from cpu_triton import poisoned, programs  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import alpamayo  # noqa: E402
 import data  # noqa: E402
 import kernels  # noqa: E402
-import test_rl  # noqa: E402
 import world  # noqa: E402
-
 
 # Triton's interpreter computes in masked-off lanes too
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
