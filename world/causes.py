@@ -93,10 +93,9 @@ LEFTMOST = (0, 2, 1)
 
 
 class Thing(NamedTuple):
-    """
-    Anything that stands on the ground, and its script: it brakes once, drifts sideways once and
-    changes its signal once. Times are seconds after t0. Cars also keep their distance (traffic.py).
-    """
+    """Anything that stands on the ground, and its script: it brakes once, drifts sideways once and
+    changes its signal once. Times are seconds after t0. Cars also keep their distance
+    (traffic.py)."""
     kind: int = NOTHING
     s: float = 0.0  # m, its centre when the scene starts, 2 s before t0
     d: float = 0.0
@@ -128,10 +127,8 @@ class Cause(NamedTuple):
 
 @dataclass
 class Draw:
-    """
-    All that is fixed about a scene. Times are seconds after t0, s and d are road coordinates in m
-    (roads.py). The World turns every number here into a tensor, one row for each scene.
-    """
+    """All that is fixed about a scene. Times are seconds after t0, s and d are road coordinates in
+    m (roads.py). The World turns every number here into a tensor, one row for each scene."""
     rng: np.random.Generator
     situation: str
     combines: set  # names of the causes that meet, keys of DRAW_CAUSE
@@ -162,10 +159,8 @@ class Draw:
     things: list = field(default_factory=list)
 
     def braking(self, decel, v_end=0.0):
-        """
-        The distance (m) in which the ego brakes from its cruise speed to v_end (m/s) at decel
-        (m/s^2), with half a second of delay.
-        """
+        """The distance (m) in which the ego brakes from its cruise speed to v_end (m/s) at decel
+        (m/s^2), with half a second of delay."""
         return (self.cruise ** 2 - v_end ** 2) / (2 * decel) + 0.5 * self.cruise
 
     def line(self, side):
@@ -183,10 +178,8 @@ class Draw:
             [thing.s for thing in self.things if thing.cause and not thing.oncoming], default=0)
 
     def settle(self, thing, length=0.0):
-        """
-        Add a thing of the roadside, unless its place is taken or it would stand in the side road.
-        length (m) is that of a building's front.
-        """
+        """Add a thing of the roadside, unless its place is taken or it would stand in the side
+        road. length (m) is that of a building's front."""
         for other in self.things:
             along = abs(thing.s - other.s) <= (thing.size[0] + other.size[0]) / 2
             across = abs(thing.d - other.d) <= (thing.size[1] + other.size[1]) / 2
@@ -237,10 +230,8 @@ def draw(seed):
 
 
 def find(situation, split, start=0):
-    """
-    The seed of the first scene of a situation in a split, number `start` of the split or later.
-    ValueError if the split has no such situation.
-    """
+    """The seed of the first scene of a situation in a split, number `start` of the split or later.
+    ValueError if the split has no such situation."""
     known = KINDS[split]
     if situation not in known:
         raise ValueError(
@@ -314,10 +305,8 @@ def _draw_road(scene, uniform):
 
 
 def _draw_crossing(scene, uniform):
-    """
-    Say where the side road is. A light that asks for nothing is green and lies beyond the cause.
-    With a pedestrian there is none: the two meet in the long tail only.
-    """
+    """Say where the side road is. A light that asks for nothing is green and lies beyond the cause.
+    With a pedestrian there is none: the two meet in the long tail only."""
     if scene.crossing == FAR:
         return
     does = scene.combines
@@ -479,12 +468,10 @@ def _cut_in(scene, uniform):  # signals and starts about now, or has started wit
 
 
 def _go_around(scene, offset, first, length, begin):
-    """
-    The ego goes around what stands from s = first on, over a length (m): aside from s = begin on,
-    fully before the first, back after the last, as gently back as out.
+    """The ego goes around what stands from s = first on, over a length (m): aside from s = begin
+    on, fully before the first, back after the last, as gently back as out.
 
-    Returns the s where it is fully aside. The decision is over there.
-    """
+    Returns the s where it is fully aside. The decision is over there."""
     full = first - FRONT - 1
     end = first + length + 2
     scene.nudge = (offset, begin, full, end, end + full - begin)
@@ -643,10 +630,8 @@ def _draw_traffic(scene, uniform):
 
 
 def _closed(scene):
-    """
-    The s at which the other cars are held up, as we are: a crossing pedestrian, a stop line, a turn
-    across their lane. FAR if nothing holds them.
-    """
+    """The s at which the other cars are held up, as we are: a crossing pedestrian, a stop line, a
+    turn across their lane. FAR if nothing holds them."""
     if "pedestrian" in scene.combines:
         return min(thing.s for thing in scene.things if thing.cause)
     if scene.combines & {"red light", "resume", "stop sign"}:
@@ -675,10 +660,9 @@ def _draw_roadside(scene, uniform):
 
 
 def _draw_scenery(scene, uniform, limit):
-    """
-    Buildings and trees on both sides, more in a town, and a rail along the outside of a sharp bend,
-    which shows it from afar. Nothing stands on the inside of the bend from s = limit - 15 m on.
-    """
+    """Buildings and trees on both sides, more in a town, and a rail along the outside of a sharp
+    bend, which shows it from afar. Nothing stands on the inside of the bend from s = limit - 15 m
+    on."""
     for side in (LEFT, RIGHT):
         edge = scene.edge(side)
         inside = "curve" in scene.combines and side == scene.side
@@ -708,14 +692,12 @@ def _draw_scenery(scene, uniform, limit):
 
 
 def _draw_lesson(scene, uniform):
-    """
-    When a training scene is shown, and where its driver errs.
+    """When a training scene is shown, and where its driver errs.
 
     An expert who never errs does not teach to correct an error, and one who is only seen at t0 does
     not teach what follows. So some scenes are shown later, and in most the driver drifts aside for
     a while, by 1.3 m at most. At t0 he is back on his line or on the way to it. Closed loop needs
-    this, where a learner's own small errors add up.
-    """
+    this, where a learner's own small errors add up."""
     if uniform() < 0.4:
         scene.late = round(uniform(0.5, 9), 1)
     if uniform() < 0.75:

@@ -36,9 +36,8 @@ def place(s, d, line):
 
 
 def locate(x, y, line):
-    """
-    The inverse of `place`: s, d and the line's heading there. Arcs bend by 90 degrees at most.
-    """
+    """The inverse of `place`: s, d and the line's heading there. Arcs bend by 90 degrees at
+    most."""
     start, k, length = line.unbind(-1)
     x = x - start
     arc = (torch.atan2(k * x, 1 - k * y) / k).clamp(min=0).minimum(length)

@@ -52,18 +52,15 @@ ASIDE = 0.4  # m: farther from its line the ego has to go back
 
 
 def follow(gap, v, lead):
-    """
-    The deceleration (m/s^2, never positive) of a driver at v m/s behind what is `gap` m ahead and
-    moves at `lead` m/s: the second term of the intelligent driver model (Treiber 2000).
-    """
+    """The deceleration (m/s^2, never positive) of a driver at v m/s behind what is `gap` m ahead
+    and moves at `lead` m/s: the second term of the intelligent driver model (Treiber 2000)."""
     closing = v * (v - lead) / (2 * math.sqrt(MAX_ACCEL * COMFORT))
     want = LEAST + (v * HEADWAY + closing).clamp(min=0)  # m
     return -MAX_ACCEL * (want / gap.clamp(min=0.5)) ** 2
 
 
 class World:
-    """
-    n scenes, one for each seed, that advance in steps of 0.1 s from t0 - 2 s on.
+    """n scenes, one for each seed, that advance in steps of 0.1 s from t0 - 2 s on.
 
     draws               what the seeds drew, n Draws
     scene               their numbers as tensors, (n,) or (n, k) each
@@ -74,8 +71,7 @@ class World:
     time                s after t0, (n,)
 
     `step` moves everything, `expert` drives, `causes` says why, `judge` says how it went, and
-    `images_of` (render.py) looks.
-    """
+    `images_of` (render.py) looks."""
 
     def __init__(self, seeds, device="cpu"):
         self.draws = [draw(int(seed)) for seed in seeds]
@@ -152,10 +148,8 @@ class World:
         return (self._scripted() & ((t.v > t.v_end + 0.1) | (t.v < 0.1))) | t.slows
 
     def poses(self):
-        """
-        World x, y (m) and heading (rad) of the things, (n, things) each. Cars and cyclists that
-        drift look where they go, and so do deer.
-        """
+        """World x, y (m) and heading (rad) of the things, (n, things) each. Cars and cyclists that
+        drift look where they go, and so do deer."""
         t = self.things
         x, y, yaw = place(t.s, t.d, self.scene.road[:, None])
         drives = (t.kind == CAR) | (t.kind == CYCLIST)
@@ -214,10 +208,8 @@ class World:
         self.curvature = curvature
 
     def _step_things(self):
-        """
-        The things follow their scripts: a speed to brake to, later their first speed again, and a
-        drift. Cars that would run into something brake harder.
-        """
+        """The things follow their scripts: a speed to brake to, later their first speed again, and
+        a drift. Cars that would run into something brake harder."""
         t = self.things
         scripted = self._scripted()
         target = t.v_end.where(scripted, t.start_v)  # m/s
@@ -232,10 +224,8 @@ class World:
         t.d = t.d + DT * self._drift()
 
     def _keep_distance(self, change, target):
-        """
-        The accelerations (n, things), m/s^2, of things that wish for `change` on their way to the
-        speed `target` (m/s). Cars slow for the nearest thing in their lane, or for the ego.
-        """
+        """The accelerations (n, things), m/s^2, of things that wish for `change` on their way to
+        the speed `target` (m/s). Cars slow for the nearest thing in their lane, or for the ego."""
         t = self.things
         car = SimpleNamespace(**{name: value[:, :, None] for name, value in vars(t).items()})
         other = SimpleNamespace(**{name: value[:, None] for name, value in vars(t).items()})
@@ -253,10 +243,8 @@ class World:
         return careful.where((t.kind == CAR) & (slow < -0.3), change)
 
     def _release(self):
-        """
-        Keep what is held held, or release it. A light holds until it is green, a stop sign until
-        the ego has stood there, and a car that blocks the way until it has passed.
-        """
+        """Keep what is held held, or release it. A light holds until it is green, a stop sign until
+        the ego has stood there, and a car that blocks the way until it has passed."""
         t = self.things
         hold = self.scene.hold
         s, _, _ = self.on_route()
@@ -282,11 +270,9 @@ class World:
         return (scene.side * turns).int().tolist()
 
     def causes(self):
-        """
-        What the driver of each scene has to answer to now: n lists of Causes, from what is there
+        """What the driver of each scene has to answer to now: n lists of Causes, from what is there
         and nothing of the future. Some causes are over, others have become another. Where nothing
-        asks for anything, an ego that is ASIDE of its line has to go back to it.
-        """
+        asks for anything, an ego that is ASIDE of its line has to go back to it."""
         t = self.things
         s, d, _ = self.on_route()
         aside = (d - self._nudge(s)[0]).tolist()
@@ -308,11 +294,9 @@ class World:
     # The expert
 
     def expert(self):
-        """
-        accel (n,), m/s^2, and curvature (n,), 1/m, of a driver who knows the causes from `react`
+        """accel (n,), m/s^2, and curvature (n,), 1/m, of a driver who knows the causes from `react`
         on: the intelligent driver model behind what is or will be in its way, a speed that suits
-        bend and bump, and a steady hand on the line.
-        """
+        bend and bump, and a steady hand on the line."""
         speed, lateral = self._wander()
         s, d, heading = self.on_route()
         return self._pedals(s, speed), self._steer(s, d, heading, lateral)
@@ -342,19 +326,15 @@ class World:
         return self.accel + (accel - self.accel).clamp(-JERK * DT, JERK * DT)
 
     def _slow_to(self, square, distance, where):
-        """
-        The acceleration (n,) that brings the square of the speed (m^2/s^2) down to `square` within
-        a distance (m); MAX_ACCEL, which asks for nothing, elsewhere than `where`.
-        """
+        """The acceleration (n,) that brings the square of the speed (m^2/s^2) down to `square`
+        within a distance (m); MAX_ACCEL, which asks for nothing, elsewhere than `where`."""
         v = self.speed
         accel = -(v ** 2 - square) / (2 * distance.maximum(v / 2).clamp(min=0.5))
         return accel.where(where, MAX_ACCEL)
 
     def _steer(self, s, d, heading, lateral):
-        """
-        The curvature (n,), 1/m: the line's a moment ahead, the nudge's, and a pull back to where
-        the ego should be (lateral: its wandering, m).
-        """
+        """The curvature (n,), 1/m: the line's a moment ahead, the nudge's, and a pull back to where
+        the ego should be (lateral: its wandering, m)."""
         v = self.speed
         start, k, length = self.scene.route.unbind(-1)
         soon = s + 0.3 * v  # hands take time
@@ -379,11 +359,9 @@ class World:
         return speed, lateral + offset.where(lapses, 0)
 
     def _in_the_way(self, bumper, aware):
-        """
-        What the driver has to brake for: gap (m, FAR if it need not) and speed (m/s, along the
+        """What the driver has to brake for: gap (m, FAR if it need not) and speed (m/s, along the
         route) of each thing (n, things) that it knows of and that is in its way, or will have
-        drifted there within FORESIGHT. bumper: s (n, 1), aware: (n, 1) bool.
-        """
+        drifted there within FORESIGHT. bumper: s (n, 1), aware: (n, 1) bool."""
         t = self.things
         x, y, yaw = self.poses()
         s, d, heading = locate(x, y, self.scene.route[:, None])
@@ -410,10 +388,8 @@ class World:
         return gap.where(obstacle, FAR), t.v * along
 
     def _nudge(self, s):
-        """
-        Where in its lane the ego should be at s (n,) or (k, n): offset to the left (m), its slope
-        and its bow (1/m). It goes aside and comes back along half cosines.
-        """
+        """Where in its lane the ego should be at s (n,) or (k, n): offset to the left (m), its
+        slope and its bow (1/m). It goes aside and comes back along half cosines."""
         offset, begin, full, end, gone = self.scene.nudge.unbind(-1)
         rate = math.pi / (full - begin)  # rad/m
         phase = (rate * (s - begin).where(s < end, gone - s)).clamp(0, math.pi)  # pi: out
@@ -427,8 +403,7 @@ class World:
     # The judge
 
     def judge(self):
-        """
-        How the ego fares now, a dictionary of (n,) bool:
+        """How the ego fares now, a dictionary of (n,) bool:
 
         collision   its rectangle and that of a thing overlap
         close       they would if the ego were NEAR (m) larger on every side: a close encounter. The
@@ -475,12 +450,11 @@ AFTER_HOLD = {"stop sign": "", "oncoming car": "double-parked car", "gap search"
 
 
 def _becomes(cause, ego, its):
-    """
-    The name of what a cause has become, "" if it is over. A car that has cut in is a slower lead.
+    """The name of what a cause has become, "" if it is over. A car that has cut in is a slower
+    lead.
 
     ego: s, d, speed, and whether it is held. its: s, d, speed, brake lights and signal of the
-    cause's first thing.
-    """
+    cause's first thing."""
     ego_s, ego_d, speed, held = ego
     s, d, v, brakes, signal = its
     name = cause.name
@@ -519,11 +493,9 @@ def _slow_for(car, other, solid=True):
 
 
 def _overlap(x, y, yaw, things, margin):
-    """
-    Whether things overlap the ego, grown by a margin (m). x, y, yaw (n, things): their poses from
-    the middle of the ego. Two rectangles do not overlap if they are apart along one of their four
-    axes (separating axis theorem).
-    """
+    """Whether things overlap the ego, grown by a margin (m). x, y, yaw (n, things): their poses
+    from the middle of the ego. Two rectangles do not overlap if they are apart along one of their
+    four axes (separating axis theorem)."""
     a = LENGTH / 2 + margin
     b = WIDTH / 2 + margin
     long = things.length / 2
