@@ -21,6 +21,7 @@ import torch
 from alpamayo import DT
 from clips import CAMERAS, ClipScenes, read_clips, read_reasoning
 from data import COMPONENTS, LATERAL, LONGITUDINAL, decisions, run
+from draw import pyplot
 from motion import (
     LATERAL_META,
     LEAD,
@@ -44,8 +45,7 @@ DECIDED = {  # what may have been decided
     "lateral": (*LATERAL, "none"),
     "exclude": ("no", "unsafe", "no decision"),  # ours, after the paper's safety exclusion
 }
-# A reason may name only what stage 1 did. These are words that a rule can look for, ours. A row has
-# one meaning.
+# A reason may name only what stage 1 did. A rule looks for these words (ours; a row is one thing).
 THINGS = """
 lights?
 signs?
@@ -395,15 +395,6 @@ def main():
             print(f"{f['time']:7.1f} s  {', '.join(f['kinds']):24}  {f['label'] or f['why']}")
         ready = sum(bool(f["label"]) for f in frames)
         print(f"{home}: {len(frames)} key frames, {ready} to be labelled")
-
-
-def pyplot():  # until draw.py has it
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
 
 
 if __name__ == "__main__":
