@@ -564,6 +564,7 @@ def lesson_at(step, flags):
 def supervised_step(run, step):
     """Returns the step's line of the log, and in it `tokens`, how many this process read."""
     flags = run.flags
+    run.model.train()
     lesson, with_actions = lesson_at(step, flags)
     generator = seeded(data.seed_of(flags.seed, step, run.rank), run.device)
     means = defaultdict(float)
@@ -678,6 +679,7 @@ def validate(run, stage):
 
     Scenes and noise are the same every time. Processes share the scenes, so all must call this."""
     flags = run.flags
+    run.model.eval()  # in stage rl for good: the update replays what was sampled
     if stage == "rl":
         with run.autocast:
             return rl.validate(run.model, run.val, flags, run.judge)

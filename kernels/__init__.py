@@ -1,22 +1,26 @@
 """
-The kernels: what costs most on a GPU, by hand in Triton, each beside the PyTorch lines that say what it computes.
+What costs most on a GPU, written by hand in Triton, each kernel beside the PyTorch that defines it.
 
-    salience.py           how much attention each key receives: what tokens are pruned by
-    pruned_attention.py   attention among the patches that are left, image by image
-    prefix_attention.py   attention of n samples over the prompt that they share and a tail that each has
-    flow_step.py          the flow's Euler step with the embedding of the new controls; the unicycle and its gradient
-    sampler.py            all steps of the flow over the expert, five launches a layer, recorded as one CUDA graph
-    tiles.py              what these share: vectors whose length is no power of two
+    salience.py           how much attention each key receives; tokens are pruned by it
+    pruned_attention.py   attention among the patches that are kept, image by image
+    prefix_attention.py   attention of n samples over the prompt they share and a tail each
+    flow_step.py          Euler step of the flow with the embedding of the new controls; roll-out
+    sampler.py            all steps of the flow over the expert, recorded as one CUDA graph
+    tiles.py              reading and multiplying tiles; vectors whose length is no power of two
+    bench.py              each kernel timed, or without a GPU counted and compiled (compiled.py)
 
-A kernel changes how fast something is computed, never what: each file has the PyTorch specification first, the kernel
-second and last the function that the model calls, which asks `by_hand` here which of the two runs.
+A kernel changes how fast something is computed, never what. Each file has the PyTorch first
+(`plain_...`), then the kernels, and last the function that the model calls. That function asks
+`by_hand` here which of the two runs.
 
-    ALPAMAYO_KERNELS=auto     Triton for 16-bit tensors on an NVIDIA GPU, PyTorch for all others (default)
+    ALPAMAYO_KERNELS=auto     Triton for 16-bit tensors on an NVIDIA GPU, else PyTorch (default)
     ALPAMAYO_KERNELS=torch    PyTorch
-    ALPAMAYO_KERNELS=triton   Triton, for 32-bit tensors too, or an error that says why it cannot be
+    ALPAMAYO_KERNELS=triton   Triton, for 32-bit tensors too, or an error that says why it cannot
 
-`kernels.use("torch")` does the same from within a program. 64-bit tensors, which only tests have, are PyTorch's always.
+`kernels.use("torch")` does the same within a program, and `with kernels.using("torch"):` within a
+block. 64-bit tensors, which only tests have, always go to PyTorch.
 """
+import contextlib
 import os
 import sys
 from types import SimpleNamespace
@@ -26,65 +30,94 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # torch for CPUs comes without: the kernels are then only read, and the specifications run
-    triton, tl = SimpleNamespace(__version__=None, jit=lambda kernel: kernel), SimpleNamespace(constexpr=float)
+except ImportError:  # torch for CPUs comes without it: the kernels can be read, PyTorch runs
+    triton = SimpleNamespace(__version__=None, jit=lambda f: f, constexpr_function=lambda f: f)
+    tl = SimpleNamespace(constexpr=float)
 
 CHOICES = ("auto", "torch", "triton")
 devices = {"cuda"}  # where a Triton kernel can run; tests/cpu_triton.py adds "cpu"
-chip = 90  # for tensors that are on no GPU: the compute capability that launches are laid out for, see `capability`,
-processors = 132  # and the number of multiprocessors, an H200's; see `multiprocessors`
-_choice, _said = None, set()
+chip = 90  # for tensors that are on no GPU: the capability that launches are laid out for
+processors = 132  # and the number of multiprocessors, an H200's
+_choice = None
+_said = set()  # decisions that were told
 
 
 def use(choice):
-    """Choose for the whole program: auto, torch or triton. What torch.compile has compiled already stays as it is."""
+    """Choose for the whole program: auto, torch or triton. torch.compile keeps what it compiled."""
     global _choice
     if choice not in CHOICES:
         raise ValueError(f"ALPAMAYO_KERNELS: expected auto, torch or triton, not {choice!r}")
     _choice = choice
-    _said.clear()
+
+
+@contextlib.contextmanager
+def using(choice):
+    """Choose for a `with` block."""
+    global _choice
+    before = _choice
+    use(choice)
+    try:
+        yield
+    finally:
+        _choice = before
 
 
 def capability(device):
-    """Compute capability as one number: 80 is an A100, 90 an H100 or H200, 100 a B200, 120 an RTX 5090 or RTX PRO 6000."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else divmod(chip, 10)
+    """Compute capability as one number: 80 is an A100, 90 an H100 or H200, 100 a B200, 120 an
+    RTX 5090 or RTX PRO 6000."""
+    if device.type != "cuda":
+        return chip
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
 def multiprocessors(device):
-    """How many programs run side by side, one of them a multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else processors
+    """How many there are; each runs one program or several at a time."""
+    if device.type != "cuda":
+        return processors
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _decide(device, dtype, even_32_bit):
+    """Whether Triton runs, and why or why not."""
+    on_gpu = device.type == "cuda"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False, f"they are not for {dtype}"
+    if _choice == "torch":
+        return False, "ALPAMAYO_KERNELS=torch"
+    if triton.__version__ is None:
+        return False, "Triton is not installed"
+    if device.type not in devices or on_gpu and (torch.version.hip or capability(device) < 80):
+        wanted = "an NVIDIA GPU of capability 8.0 or more"
+        return False, f"they need {wanted}, and the tensors are on {device.type}"
+    if on_gpu and device.index not in (None, torch.cuda.current_device()):
+        where = "they run on the current GPU, and the tensors are on"
+        return False, f"{where} {device}: call torch.cuda.set_device first"
+    if _choice == "triton":
+        return True, "ALPAMAYO_KERNELS=triton"
+    if not on_gpu or dtype == torch.float32 and not even_32_bit:
+        return False, "16-bit tensors on a GPU gain by them, and these are not"
+    return True, f"capability {capability(device)}"
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once, while it traces
 def by_hand(device, dtype, even_32_bit=False):
-    """Whether Triton, and not PyTorch, works on tensors of this device and dtype; says so on stderr when it first decides,
-    but for `auto` on a CPU, where there is nothing to decide. even_32_bit: `auto` takes Triton for 32-bit tensors too, for
-    where one launch replaces many."""
+    """Whether Triton, and not PyTorch, works on tensors of this device and dtype.
+
+    even_32_bit: `auto` takes Triton for 32-bit tensors too, where one launch replaces many.
+    A first decision is told on stderr, except `auto` on a CPU, where there is nothing to decide.
+    ValueError if Triton was asked for and cannot run."""
     if _choice is None:
         use(os.environ.get("ALPAMAYO_KERNELS", "auto"))
-    here = device.type in devices and (device.type != "cuda" or torch.version.hip is None and capability(device) >= 80)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        answer, why = False, f"they are not for {dtype}"
-    elif _choice == "torch":
-        answer, why = False, "ALPAMAYO_KERNELS=torch"
-    elif triton.__version__ is None:
-        answer, why = False, "Triton is not installed"
-    elif not here:
-        answer, why = False, f"they need an NVIDIA GPU of capability 8.0 or more, and the tensors are on {device.type}"
-    elif device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
-        answer, why = False, f"they run on the current GPU, and the tensors are on {device}: call torch.cuda.set_device first"
-    elif _choice == "triton":
-        answer, why = True, "ALPAMAYO_KERNELS=triton"
-    elif device.type != "cuda" or dtype == torch.float32 and not even_32_bit:
-        answer, why = False, "16-bit tensors on a GPU gain by them, and these are not"
-    else:
-        answer, why = True, f"capability {capability(device)}"
-    if _choice == "triton" and not answer and dtype != torch.float64:
+    answer, why = _decide(device, dtype, even_32_bit)
+    if dtype == torch.float64:
+        return answer
+    if _choice == "triton" and not answer:
         raise ValueError(f"ALPAMAYO_KERNELS=triton: the kernels cannot run: {why}")
-    told = (device.type, dtype, answer)
-    if not even_32_bit and told not in _said and dtype != torch.float64 and (_choice != "auto" or device.type != "cpu"):
-        _said.add(told)
+    decision = (_choice, device.type, dtype, answer)
+    nothing_to_decide = even_32_bit or _choice == "auto" and device.type == "cpu"
+    if decision not in _said and not nothing_to_decide:
+        _said.add(decision)
         which = f"Triton {triton.__version__}" if answer else "PyTorch"
         print(f"kernels: {which} for {str(dtype)[6:]} on {device.type} ({why})", file=sys.stderr)
     return answer

@@ -3,36 +3,48 @@ The kernels against PyTorch and against what the hardware allows.
 
     python -m kernels.bench
 
-prints a table, and as its last line the same as JSON. With a GPU: milliseconds (median) of each kernel and of what else
-computes the same (SDPA, compiled FlexAttention, flash-attn where installed), the largest error against float64 on the same
-inputs, operations and bytes a second, and how far that is from the floor: no kernel can take less time than its products
-at the rate of a large matrix product, nor than its inputs and outputs at the rate of a copy, both measured first. What n
-samples share is counted once. Attention and salience are one layer's; `sample_flow` is the whole sampler, all layers and
-steps, whose floor reads the expert's weights and the prefix once a step.
+prints a table, and as its last line the same as JSON. With a GPU: milliseconds (median) of each
+kernel and of its rivals, which compute the same (SDPA, compiled FlexAttention, flash-attn where
+installed); the largest error against float64 on the same inputs; operations and bytes a second; and
+how far that is from the floor. No kernel can take less time than its products at the rate of a
+large matrix product, nor than its inputs and outputs at the rate of a copy. Both rates are measured
+first. What n samples share is counted once. Attention and salience are one layer's. `sample_flow`
+is the whole sampler, all layers and steps; its floor reads the expert's weights and the prefix once
+a step.
 
-Without a GPU nothing is measured. The table then has the counted operations and bytes, the floors that they would have on
-an H200, and what each launch compiles to for four chips. All of that is arithmetic, and says nothing of speed.
+Without a GPU nothing is measured. The table then has the counted operations and bytes, their floors
+on an H200, and what each launch compiles to for four chips. All of that is arithmetic and says
+nothing of speed.
 """
 import argparse
 import copy
 import json
-import os
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import flex_attention
 from torch.nn.attention.bias import causal_lower_right
 
 import alpamayo
 import kernels
 from kernels import flow_step, prefix_attention, pruned_attention, salience, sampler
 
-# What a copy and a large bf16 product reach on an H200, bytes/s and operations/s: for floors where there is no GPU.
+try:
+    import flash_attn
+except ImportError:
+    flash_attn = None
+
+# What a copy and a large bf16 product reach on an H200, bytes/s and operations/s: for floors where
+# there is no GPU.
 H200 = 4.3e12, 788e12
-UNPRUNED = "SDPA, nothing pruned"  # what pruning is to be faster than; it has another answer
 CHIPS = (80, 90, 100, 120)  # A100; H100 and H200; B200; RTX 5090 and RTX PRO 6000
+UNPRUNED = "SDPA, nothing pruned"  # pruning is to be faster; the answer is another
+LAYERS = """Attention and salience are of one layer. The release has 27 in the tower, 36 in language
+model and expert. The nano's data stay in a GPU's L2 cache, and a launch alone takes microseconds,
+so its floors are out of reach."""
 
 
 @dataclass
@@ -51,9 +63,57 @@ class Shape:
 
 
 SHAPES = {
-    "release": Shape("release", alpamayo.PRESETS["alpamayo-r1-10b"], images=16, patches=720, prefix=3000, tail=40),
-    "nano": Shape("nano", alpamayo.PRESETS["nano"], images=8, patches=32, prefix=82, tail=20),
+    "release": Shape("release", alpamayo.PRESETS["alpamayo-r1-10b"], 16, 720, 3000, 40),
+    "nano": Shape("nano", alpamayo.PRESETS["nano"], 8, 32, 82, 20),
 }
+
+
+@dataclass
+class Problem:
+    """Inputs, and functions of them that compute the same."""
+
+    inputs: list  # tensors, modules, numbers, lists of them
+    ours: Callable
+    plain: Callable  # the PyTorch that defines it
+    rivals: Callable = None  # of the inputs: {name: (prepare, f)}, see `run`; None: `plain` alone
+    grads: list = None  # of the outputs, where gradients are part of the problem
+
+    def run(self, f, prepare=None):
+        """f(*inputs), or f(*prepare()), as a function of nothing. It prepares once, beforehand.
+        With gradients it prepares each time, as they go through that, and returns those of the
+        inputs behind the outputs."""
+        prepare = prepare or (lambda: self.inputs)
+        if self.grads is None:
+            return partial(torch.no_grad()(f), *prepare())
+        leaves = [x for x in self.inputs if torch.is_tensor(x) and x.requires_grad]
+
+        def both():
+            y = f(*prepare())
+            y = y if isinstance(y, tuple) else (y,)
+            return *y, *torch.autograd.grad(y, leaves, self.grads)
+
+        return both
+
+    def truth(self):
+        """What `plain` computes in float64."""
+        exact = replace(self, inputs=in_float64(self.inputs), grads=in_float64(self.grads))
+        return exact.run(self.plain)()
+
+    def others(self):
+        """{name: function of nothing}, not run yet."""
+        found = self.rivals(*self.inputs) if self.rivals else {"PyTorch": (None, self.plain)}
+        return {name: self.run(f, prepare) for name, (prepare, f) in found.items()}
+
+
+def in_float64(x):
+    """Copies of tensors and modules, or lists of them, with floating point numbers in float64."""
+    if isinstance(x, (list, tuple)):
+        return [in_float64(y) for y in x]
+    if isinstance(x, torch.nn.Module):
+        return copy.deepcopy(x).double()
+    if torch.is_tensor(x) and x.is_floating_point():
+        return x.detach().double().requires_grad_(x.requires_grad)
+    return x
 
 
 @dataclass
@@ -62,518 +122,495 @@ class Case:
 
     kernel: str
     shape: str
-    operations: float  # of the products that the formula asks for, two for each multiplication and addition
+    operations: float  # of the products in the formula, two for a multiplication and an addition
     traffic: float  # bytes: inputs read once, outputs written once
-    make: Callable  # (device, dtype): ours, others, exact: functions of nothing; others() is {name: what else computes it}
-    small: Callable = None  # the same launches in less memory, for the compiler; None: `make`
+    make: Callable  # a Problem of this dtype, on the default device
+
+    def problem(self, device, dtype):
+        """With gradients if the kernel's name says so."""
+        with torch.device(device):
+            made = self.make(dtype)
+        return made if self.kernel.endswith("gradients") else replace(made, grads=None)
+
+    def counts(self):
+        return {name: value for name, value in vars(self).items() if name != "make"}
+
+    def floor(self, copied, product):
+        """Seconds, and what sets them, where a chip copies so many bytes and multiplies so many
+        operations a second."""
+        memory, compute = self.traffic / copied, self.operations / product
+        return max(memory, compute), "memory" if memory > compute else "compute"
 
 
-def exact(f, *args):
-    """f of args in float64."""
-    double = lambda x: [*map(double, x)] if isinstance(x, list) else x.double() if is_float(x) else x
-    is_float = lambda x: torch.is_tensor(x) and x.is_floating_point()
-    return lambda: f(*map(double, args))
+def flex(sees, queries, keys):
+    """FlexAttention, compiled anew, under a mask: which query and key numbers see one another."""
+    torch.compiler.reset()  # it gives up on a function that was compiled for too many shapes
+    mask = flex_attention.create_block_mask(
+        lambda batch, head, i, j: sees(i, j), None, None, queries, keys, "cuda"
+    )
+    compiled = torch.compile(flex_attention.flex_attention, dynamic=False)
+    return partial(compiled, block_mask=mask, enable_gqa=True)
 
 
-def with_gradients(f, leaves, grads):
-    """f of the leaves and the gradients of those that want one, for these gradients of its outputs: a tuple."""
-
-    def run():
-        y = f(*leaves)
-        y = y if isinstance(y, tuple) else (y,)
-        return *y, *torch.autograd.grad(y, [x for x in leaves if x.requires_grad], grads)
-
-    return run
-
-
-def exact_with_gradients(f, leaves, grads):
-    double = lambda x: x.detach().double().requires_grad_(x.requires_grad)
-    return lambda: with_gradients(f, [*map(double, leaves)], [*map(double, grads)])()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Cases: a function for each kernel
+# --------------------------------------------------------------------------------------------------
+# In the tower
 
 
 def salience_cases(shape):
-    images, patches, H, d = shape.images, shape.patches, shape.cfg.v_head, shape.cfg.v_embd // shape.cfg.v_head
+    images, patches, H = shape.images, shape.patches, shape.cfg.v_head
+    d = shape.cfg.v_embd // H
 
-    def make(device, dtype):
-        q, k = torch.randn(2, images, patches, H, d, dtype=dtype, device=device).transpose(2, 3)
-        ours = lambda: salience.column_means(q, k)
-        others = lambda: {"PyTorch": lambda: salience.specification(q, k)}
-        return ours, others, exact(salience.specification, q, k)
+    def make(dtype):
+        q, k = torch.randn(2, images, patches, H, d, dtype=dtype).transpose(2, 3)
+        return Problem([q, k], salience.column_means, salience.plain_column_means)
 
-    operations, traffic = 2 * 2 * d * images * patches**2 * H, 2 * 2 * images * patches * H * d
+    operations = 2 * 2 * d * images * patches**2 * H
+    traffic = 2 * 2 * images * patches * H * d
     yield Case("salience", f"{shape.name}, {images} x {patches}", operations, traffic, make)
 
 
-def kept_at_random(images, patches, keep, device):
-    """offsets and rows of patches that are kept in groups of 4: as in the tower, other numbers in each image."""
-    groups = torch.randperm(images * patches // 4, generator=torch.Generator().manual_seed(0))
-    groups = groups[: round(keep * len(groups))].sort().values
-    rows = (groups[:, None] * 4 + torch.arange(4)).flatten()
-    counts = (rows // patches).bincount(minlength=images)
-    return torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).to(device), rows.to(device), counts
+def kept_at_random(images, patches, keep):
+    """offsets and rows of patches that are kept in groups of 4, as in the tower, other numbers in
+    each image. On the CPU, where the seed gives the same everywhere."""
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        groups = torch.randperm(images * patches // 4, generator=generator)
+        groups = groups[: round(keep * len(groups))].sort().values
+        rows = (groups[:, None] * 4 + torch.arange(4)).flatten()
+        starts = patches * torch.arange(images + 1)
+        return torch.searchsorted(rows, starts), rows
 
 
-def flex_attention(sees, queries, keys, device, **options):
-    """FlexAttention, compiled anew, under a mask: which numbers of queries and keys see one another."""
-    from torch.nn.attention import flex_attention as flex
+def pruned_rivals(q, k, v, offsets, patches, rows):
+    """They are given a copy of the kept patches, which ours gathers itself."""
 
-    torch.compiler.reset()  # it gives up on a function that was compiled for too many shapes
-    mask = flex.create_block_mask(lambda b, h, i, j: sees(i, j), None, None, queries, keys, device)
-    compiled = torch.compile(flex.flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask, **options)
+    def gathered():
+        return q[rows], k[rows], v[rows]
 
+    def dense():  # (images, H, patches, d)
+        return [x.unflatten(0, (-1, patches)).transpose(1, 2) for x in (q, k, v)]
 
-def flash_attention():
-    """The package flash-attn, or None."""
-    try:
-        import flash_attn
-    except ImportError:
-        return None
-    return flash_attn
+    def unpruned(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)[rows]
+
+    def image_by_image(*qkv):
+        return pruned_attention.plain_pruned_attention(*qkv, offsets, patches)
+
+    found = {UNPRUNED: (dense, unpruned), "SDPA, image by image": (gathered, image_by_image)}
+    if q.is_cuda:
+        image = rows // patches
+        attend = flex(lambda i, j: image[i] == image[j], len(rows), len(rows))
+
+        def flexible(*qkv):
+            return attend(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1)
+
+        found["FlexAttention"] = gathered, flexible
+    if q.is_cuda and flash_attn:
+        starts, most = offsets.int(), int(offsets.diff().max())
+
+        def flash(*qkv):
+            return flash_attn.flash_attn_varlen_func(*qkv, starts, starts, most, most)
+
+        found["flash-attn"] = gathered, flash
+    return found
 
 
 def pruned_attention_cases(shape):
-    """Patches gathered in the kernel, from the joint matrix of queries, keys and values. The others are given a copy."""
-    images, patches, H, d = shape.images, shape.patches, shape.cfg.v_head, shape.cfg.v_embd // shape.cfg.v_head
+    """Patches gathered in the kernel, from the joint matrix of queries, keys and values."""
+    images, patches, H = shape.images, shape.patches, shape.cfg.v_head
+    d = shape.cfg.v_embd // H
 
-    def inputs(device, dtype, keep):
-        qkv = torch.randn(images * patches, 3, H, d, dtype=dtype, device=device)
-        return qkv, *kept_at_random(images, patches, keep, device)
-
-    def forward(device, dtype, keep):
-        qkv, offsets, rows, counts = inputs(device, dtype, keep)
-        q, k, v = qkv.unbind(1)
-        ours = lambda: pruned_attention.pruned_attention(q, k, v, offsets, patches, rows)
-        truth = exact(pruned_attention.specification, q, k, v, offsets, patches, rows)
-        return ours, lambda: others(q, k, v, offsets, rows, counts), truth
-
-    def others(q, k, v, offsets, rows, counts):
-        kept = [a[rows] for a in (q, k, v)]
-        dense = [a.view(images, patches, H, d).transpose(1, 2) for a in (q, k, v)]
-        found = {
-            UNPRUNED: lambda: F.scaled_dot_product_attention(*dense).transpose(1, 2).reshape(-1, H, d)[rows],
-            "SDPA, image by image": lambda: pruned_attention.specification(*kept, offsets, patches),
-        }
-        if q.is_cuda:
-            image, heads = rows // patches, [a.transpose(0, 1)[None] for a in kept]
-            flex = flex_attention(lambda i, j: image[i] == image[j], len(rows), len(rows), q.device)
-            found["FlexAttention"] = lambda: flex(*heads)[0].transpose(0, 1)
-            if flash := flash_attention():
-                cu, most = offsets.int(), int(counts.max())
-                found["flash-attn"] = lambda: flash.flash_attn_varlen_func(*kept, cu, cu, most, most)
-        return found
-
-    def both(device, dtype, keep):
-        qkv, offsets, rows, _ = inputs(device, dtype, keep)
-        leaves, grads = [qkv.requires_grad_()], [torch.randn(len(rows), H, d, dtype=dtype, device=device)]
-        kernel = lambda qkv: pruned_attention.pruned_attention(*qkv.unbind(1), offsets, patches, rows)
-        images_in_turn = lambda qkv: pruned_attention.specification(*qkv.unbind(1), offsets, patches, rows)
-        others = lambda: {"SDPA, image by image": with_gradients(images_in_turn, leaves, grads)}
-        truth = exact_with_gradients(images_in_turn, leaves, grads)
-        return with_gradients(kernel, leaves, grads), others, truth
+    def make(keep, dtype):
+        qkv = torch.randn(images * patches, 3, H, d, dtype=dtype).unbind(1)
+        offsets, rows = (x.to(qkv[0].device) for x in kept_at_random(images, patches, keep))
+        inputs = [*(x.requires_grad_() for x in qkv), offsets, patches, rows]
+        return Problem(
+            inputs, pruned_attention.pruned_attention, pruned_attention.plain_pruned_attention,
+            pruned_rivals, [torch.randn(len(rows), H, d, dtype=dtype)],
+        )  # fmt: skip
 
     for keep in (1.0, 0.5, 0.25):
-        _, rows, counts = kept_at_random(images, patches, keep, "cpu")
-        pairs, vector = int(counts.square().sum()) * H, 2 * len(rows) * H * d  # vector: bytes of q, or k, v, out
+        offsets, rows = kept_at_random(images, patches, keep)
+        product = 2 * d * int(offsets.diff().square().sum()) * H
+        vector = 2 * len(rows) * H * d  # bytes of q, or k, v, out
         name = f"{shape.name}, keep {keep}"
-        yield Case("pruned_attention", name, 2 * 2 * d * pairs, 4 * vector, lambda *a, keep=keep: forward(*a, keep))
-        # 2 products forward, 5 backward; q, k, v, out, and again with grad, and their gradients, of all rows
+        yield Case("pruned_attention", name, 2 * product, 4 * vector, partial(make, keep))
+        # 2 products forward, 5 backward. q, k, v, out, and again with grad, and their gradients, of
+        # all rows.
         traffic = 9 * vector + 3 * 2 * images * patches * H * d
-        yield Case("pruned_attention + gradients", name, 7 * 2 * d * pairs, traffic, lambda *a, keep=keep: both(*a, keep))
+        yield Case("pruned_attention + gradients", name, 7 * product, traffic, partial(make, keep))
 
 
-def over_copies(q, k, v, causal):
-    """SDPA over keys of which each sample has all: what the release does, and all that SDPA can."""
-    mask = causal_lower_right(q.shape[2], k.shape[2]) if causal else None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+# --------------------------------------------------------------------------------------------------
+# Over a shared prefix
+
+
+def prefix_rivals(q, k0, v0, k1, v1, mask0, mask1):
+    """They get prefix and tails together, in one tensor. mask1: where there is one, it is causal.
+    """
+    n, _, T, _ = q.shape
+    P, S = k0.shape[2], k1.shape[2]
+    causal = mask1 is not None
+
+    def in_a_row(x):  # (n, heads, length, d) to (1, heads, n * length, d)
+        return x.transpose(0, 1).flatten(1, 2)[None]
+
+    def copied():  # a prefix for each sample, as in the release: (n, G, P + S, d)
+        return q, *(torch.cat([x.expand(n, -1, -1, -1), y], 2) for x, y in ((k0, k1), (v0, v1)))
+
+    def once():  # one prefix and all tails: (1, G, P + n * S, d)
+        return q, torch.cat([k0, in_a_row(k1)], 2), torch.cat([v0, in_a_row(v1)], 2)
+
+    def sdpa(q, k, v):
+        mask = causal_lower_right(T, P + S) if causal else None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    def sees(i, j):  # query i and key j of all samples'
+        own = (j - P) // S == i // T
+        return (j < P) | (own & ((j - P) % S <= i % T) if causal else own)
+
+    found = {"SDPA, prefix copied": (copied, sdpa)}
+    if q.is_cuda:
+        attend = flex(sees, n * T, P + n * S)
+
+        def flexible(q, k, v):
+            return attend(in_a_row(q), k, v)[0].unflatten(1, (n, T)).transpose(0, 1)
+
+        found["FlexAttention, one prefix"] = once, flexible
+    return found
+
+
+def prefix_attention_case(shape, what, n, H, T, S, gradients=False, causal=False):
+    """n samples of one scene. Tails are masked only where causal: the rivals would be slower with
+    masks. There the prefix is the language model's own prompt. The expert's has no gradient."""
+    P, G, d = shape.prefix, shape.cfg.n_kv_head, shape.cfg.head_dim
+
+    def make(dtype):
+        q = torch.randn(n, T, H, d, dtype=dtype).transpose(1, 2)  # as the projections give it
+        prefix = torch.randn(2, 1, G, P, d, dtype=dtype).unbind(0)
+        tail = torch.randn(2, n, G, S, d, dtype=dtype).unbind(0)
+        for x in (q, *tail, *prefix) if causal else (q, *tail):
+            x.requires_grad_()
+        mask = torch.ones(T, S, dtype=torch.bool).tril().expand(n, -1, -1) if causal else None
+        return Problem(
+            [q, *prefix, *tail, None, mask], prefix_attention.prefix_attention,
+            prefix_attention.plain_prefix_attention, prefix_rivals, [torch.randn_like(q)],
+        )  # fmt: skip
+
+    pairs = n * H * T * (P + (S - (T - 1) / 2 if causal else S))
+    queries = 2 * n * H * T * d  # bytes of q, or y
+    prefix, tails = 2 * 2 * G * P * d, 2 * 2 * n * G * S * d  # of their keys and values
+    name = f"{shape.name}, {what}, {n} sample{'s' * (n > 1)}"
+    operations, traffic = 2 * 2 * d * pairs, 2 * queries + prefix + tails
+    if not gradients:
+        return Case("prefix_attention", name, operations, traffic, make)
+    # Backward: the score again, the gradients of weight and q, and where wanted of key and value.
+    of_keys = pairs if causal else n * H * T * S
+    operations += 2 * d * (3 * pairs + 2 * of_keys)
+    traffic += 4 * queries + prefix + tails + (prefix if causal else 0) + tails
+    return Case("prefix_attention + gradients", name, operations, traffic, make)
 
 
 def prefix_attention_cases(shape):
-    """One scene. No tail is masked but by causality: the others would be slower with masks."""
-    cfg, P = shape.cfg, shape.prefix
-    G, d = cfg.n_kv_head, cfg.head_dim
-
-    def inputs(n, H, T, S, device, dtype):
-        q = torch.randn(n, T, H, d, dtype=dtype, device=device).transpose(1, 2)  # as the projections give it
-        k0, v0 = torch.randn(2, 1, G, P, d, dtype=dtype, device=device)
-        k1, v1 = torch.randn(2, n, G, S, d, dtype=dtype, device=device)
-        return q, k0, v0, k1, v1
-
-    def others(q, n, T, S, causal):
-        """{name: (how it wants prefix and tails together, attention of q over that)}."""
-        copies = lambda x0, x1: torch.cat([x0.expand(n, -1, -1, -1), x1], 2)  # (n, G, P + S, d)
-        once = lambda x0, x1: torch.cat([x0, x1.transpose(0, 1).flatten(1, 2)[None]], 2)  # (1, G, P + n S, d)
-        found = {"SDPA, prefix copied": (copies, lambda q, k, v: over_copies(q, k, v, causal))}
-        if q.is_cuda:  # the samples' queries as one sequence over one of keys: a mask says whose tail is whose
-
-            def sees(i, j):
-                own = (j - P) // S == i // T
-                return (j < P) | (own & ((j - P) % S <= i % T) if causal else own)
-
-            one = lambda x: x.transpose(0, 1).flatten(1, 2)[None]  # (n, H, T, d) to (1, H, n T, d)
-            back = lambda y: y[0].unflatten(1, (n, T)).transpose(0, 1)
-            flex = flex_attention(sees, n * T, P + n * S, q.device, enable_gqa=True)
-            found["FlexAttention, one prefix"] = once, lambda q, k, v: back(flex(one(q), k, v))
-            if flash := flash_attention():
-                across = lambda x: x.transpose(1, 2)
-                found["flash-attn, prefix copied"] = copies, lambda q, k, v: across(
-                    flash.flash_attn_func(across(q), across(k), across(v), causal=causal)
-                )
-        return found
-
-    def forward(n, H, T, S, device, dtype):
-        q, k0, v0, k1, v1 = inputs(n, H, T, S, device, dtype)
-
-        def theirs():  # copied or put together beforehand
-            found = others(q, n, T, S, False).items()
-            ready = {name: (lay(k0, k1), lay(v0, v1), attend) for name, (lay, attend) in found}
-            return {name: lambda k=k, v=v, attend=attend: attend(q, k, v) for name, (k, v, attend) in ready.items()}
-
-        ours = lambda: prefix_attention.prefix_attention(q, k0, v0, k1, v1)
-        return ours, theirs, exact(prefix_attention.specification, q, k0, v0, k1, v1)
-
-    def both(n, H, T, S, causal, device, dtype):
-        q, k0, v0, k1, v1 = inputs(n, H, T, S, device, dtype)
-        leaves, grads = [q.requires_grad_(), k0, v0, k1.requires_grad_(), v1.requires_grad_()], [torch.randn_like(q)]
-        if causal:  # the language model's own prompt; the expert's comes without gradient
-            k0.requires_grad_(), v0.requires_grad_()
-        mask = torch.ones(T, S, dtype=torch.bool, device=device).tril().expand(n, -1, -1) if causal else None
-        kernel = lambda *a: prefix_attention.prefix_attention(*a, None, mask)
-        together = lambda lay, attend: lambda q, k0, v0, k1, v1: attend(q, lay(k0, k1), lay(v0, v1))
-        theirs = lambda: {
-            name: with_gradients(together(*how), leaves, grads) for name, how in others(q, n, T, S, causal).items()
-        }
-        truth = exact_with_gradients(lambda *a: prefix_attention.specification(*a, None, mask), leaves, grads)
-        return with_gradients(kernel, leaves, grads), theirs, truth
-
-    def case(gradients, what, n, H, T, S, causal=False):
-        pairs = n * H * T * (P + (S - (T - 1) / 2 if causal else S))
-        queries = 2 * n * H * T * d  # bytes of q, or y
-        prefix, tails = 2 * 2 * G * P * d, 2 * 2 * n * G * S * d  # of their keys and values
-        name, args = f"{shape.name}, {what}, {n} sample{'s' * (n > 1)}", (n, H, T, S)
-        operations, traffic = 2 * 2 * d * pairs, 2 * queries + prefix + tails
-        if not gradients:
-            return Case("prefix_attention", name, operations, traffic, lambda *a: forward(*args, *a))
-        # backward: the score again, the gradients of weight and q, and, where it is wanted, those of key and value
-        of_keys = pairs if causal else n * H * T * S
-        operations += 2 * d * (3 * pairs + 2 * of_keys)
-        traffic += 4 * queries + prefix + tails + (prefix if causal else 0) + tails
-        return Case("prefix_attention + gradients", name, operations, traffic, lambda *a: both(*args, causal, *a))
-
+    cfg, few = shape.cfg, shape.samples[1]
+    expert = cfg.e_head, shape.tokens, shape.tail + shape.tokens
     for n in shape.samples:
-        yield case(False, "decoding", n, cfg.n_head, 1, shape.tail)
+        yield prefix_attention_case(shape, "decoding", n, cfg.n_head, 1, shape.tail)
     for n in shape.samples:
-        yield case(False, "expert", n, cfg.e_head, shape.tokens, shape.tail + shape.tokens)
-    n = shape.samples[1]
-    yield case(True, "expert", n, cfg.e_head, shape.tokens, shape.tail + shape.tokens)
-    # reinforcement learning reads the group's reasoning once more, all tokens at once
-    yield case(True, "reasoning", n, cfg.n_head, shape.tail, shape.tail, causal=True)
+        yield prefix_attention_case(shape, "expert", n, *expert)
+    yield prefix_attention_case(shape, "expert", few, *expert, gradients=True)
+    # Reinforcement learning reads the group's reasoning once more, all tokens at once.
+    said = cfg.n_head, shape.tail, shape.tail
+    yield prefix_attention_case(shape, "reasoning", few, *said, gradients=True, causal=True)
 
 
-def expert_of(cfg, device, dtype):
-    """Expert, action embedding and projection with random weights. The embedding's frequencies end at 1, not at 100, which
-    costs the same: else ten steps of random weights amplify rounding until nothing is left to compare."""
-    with torch.device(device):
-        cfg = replace(cfg, a_max_freq=1.0)
-        parts = alpamayo.Expert(cfg), alpamayo.ActionEmbed(cfg), torch.nn.Linear(cfg.e_embd, 2)
+# --------------------------------------------------------------------------------------------------
+# The flow
+
+
+def expert_of(cfg, dtype):
+    """Expert, action embedding and projection with random weights. The embedding's frequencies end
+    at 1, not at 100, which costs the same. Else ten steps of random weights amplify rounding until
+    nothing is left to compare."""
+    cfg = replace(cfg, a_max_freq=1.0)
+    parts = alpamayo.Expert(cfg), alpamayo.ActionEmbed(cfg), torch.nn.Linear(cfg.e_embd, 2)
     return [part.to(dtype).requires_grad_(False) for part in parts]
 
 
-def numbers(*parts, matrices=False):
-    return sum(p.numel() for part in parts for p in part.parameters() if p.ndim == 2 or not matrices)
+def weights(cfg):
+    """Numbers in all parameters of these parts, and in their matrices."""
+    with torch.device("meta"):
+        every = [p for part in expert_of(cfg, torch.bfloat16) for p in part.parameters()]
+    return sum(p.numel() for p in every), sum(p.numel() for p in every if p.ndim == 2)
 
 
 def flow_step_cases(shape):
-    """What lies between two evaluations of the expert, in buffers that are there, as the sampler calls it."""
+    """What lies between two evaluations of the expert, in buffers, as the sampler calls it."""
     T, C = shape.tokens, shape.cfg.e_embd
+    cfg = replace(shape.cfg, n_layer=0)
 
-    def make(n, device, dtype):
-        parts = expert_of(replace(shape.cfg, n_layer=0), device, dtype)
-        out, embed = sampler.weights_of(*parts)
-        x, hidden = torch.randn(n, T, 2, device=device), torch.randn(n, T, C, dtype=dtype, device=device)
-        t = torch.full((n,), 0.5, device=device)
-        after, tokens, share = torch.empty_like(x), torch.empty_like(hidden), flow_step.time_share(t[:1], embed)
-        scratch = flow_step.scratch_of(x, embed[-4])
+    def make(n, dtype):
+        out, embed = sampler.weights_of(*expert_of(cfg, dtype))
+        x, hidden = torch.randn(n, T, 2), torch.randn(n, T, C, dtype=dtype)
+        after, tokens = torch.empty_like(x), torch.empty_like(hidden)
+        t = torch.full((n,), 0.5)
+        share, scratch = flow_step.time_share(t[:1], embed), flow_step.step_scratch(x, embed[-4])
 
-        def ours():
-            flow_step.step_into(after, tokens, x, hidden, out, 0.1, share, embed, scratch)
+        def ours(x, hidden, out, step, t, embed):
+            flow_step.step_into(after, tokens, x, hidden, out, step, share, embed, scratch)
             return after, tokens
 
-        args = x, hidden, out, 0.1, t, embed
-        return ours, lambda: {"PyTorch": lambda: flow_step.specification(*args)}, exact(flow_step.specification, *args)
+        return Problem([x, hidden, out, 0.1, t, embed], ours, flow_step.plain_flow_step)
 
-    _, *parts = expert_of(replace(shape.cfg, n_layer=0), "meta", torch.bfloat16)
+    every, matrices = weights(cfg)
+    every -= C  # the expert's norm
     for n in shape.samples:
-        operations = 2 * n * T * numbers(*parts, matrices=True)
-        traffic = 2 * numbers(*parts) + n * T * (2 * 2 * C + 2 * 4 * 2)  # weights; hidden states and tokens; x and the next
+        states = 2 * 2 * n * T * C + 2 * 4 * n * T * 2  # hidden states, tokens; x and the next
         name = f"{shape.name}, {n} sample{'s' * (n > 1)}"
-        yield Case("flow_step", name, operations, traffic, lambda *a, n=n: make(n, *a))
+        yield Case("flow_step", name, 2 * n * T * matrices, 2 * every + states, partial(make, n))
 
 
 def roll_out_cases(shape):
     """The unicycle: in every model the same, and in float32 whatever the model is in."""
     n, T = shape.samples[-1], shape.tokens
 
-    def make(gradients, device, dtype):
-        actions = torch.randn(n, T, 2, device=device) * torch.tensor([1, 0.05], device=device)  # m/s^2, 1/m
-        leaves = [actions, 20 * torch.rand(n, device=device)]  # m/s
-        kernel, unicycle = flow_step.roll_out_by_kernel, in_pytorch(alpamayo.roll_out)
-        if not gradients:
-            others = lambda: {"PyTorch": lambda: unicycle(*leaves)}
-            return lambda: kernel(*leaves), others, exact(unicycle, *leaves)
-        grads = [torch.randn(n, T, *size, device=device) for size in ((3,), (3, 3))]
-        leaves = [x.requires_grad_() for x in leaves]
-        others = lambda: {"PyTorch": with_gradients(unicycle, leaves, grads)}
-        return with_gradients(kernel, leaves, grads), others, exact_with_gradients(unicycle, leaves, grads)
+    def make(dtype):
+        actions = torch.randn(n, T, 2) * torch.tensor([1, 0.05])  # m/s^2, 1/m
+        inputs = [actions.requires_grad_(), (20 * torch.rand(n)).requires_grad_()]  # m/s
+        grads = [torch.randn(n, T, 3), torch.randn(n, T, 3, 3)]
+        return Problem(inputs, flow_step.roll_out_by_kernel, alpamayo.roll_out, grads=grads)
 
-    name, traffic = f"{n} samples", 4 * n * (T * (2 + 3 + 9) + 1)  # and no products
-    yield Case("roll_out", name, 0, traffic, lambda *a: make(False, *a))
-    yield Case("roll_out + gradients", name, 0, traffic + 4 * n * (T * (2 * 2 + 3 + 9) + 2), lambda *a: make(True, *a))
+    traffic = 4 * n * (T * (2 + 3 + 9) + 1)  # and no products
+    yield Case("roll_out", f"{n} samples", 0, traffic, make)
+    traffic += 4 * n * (T * (2 * 2 + 3 + 9) + 2)
+    yield Case("roll_out + gradients", f"{n} samples", 0, traffic, make)
 
 
-def in_pytorch(f):
-    """f with no kernel in it."""
-
-    def run(*args):
-        before, kernels._choice = kernels._choice, "torch"
-        try:
-            return f(*args)
-        finally:
-            kernels._choice = before
-
-    return run
-
-
-def plain_loop(parts, steps, x, cos, sin, past):
-    """The loop of Alpamayo.integrate, from noise x: all its steps, (steps + 1, n, T, 2)."""
-    (expert, embed, project), flow = parts, [x]
+def plain_loop(parts, steps, noise, cos, sin, past, read=alpamayo.Expert.forward):
+    """The loop of Alpamayo.drive: after each step, how far x is from the noise, (steps, n, T, 2).
+    x itself has the noise in common with all others, which would hide their errors."""
+    expert, embed, project = parts
+    x, moved = noise, []
     for i in range(steps):
-        t = torch.full((len(x),), i / steps, dtype=x.dtype, device=x.device)
-        flow.append(flow[-1] + project(expert(embed(flow[-1], t), cos, sin, past)).to(x.dtype) / steps)
-    return torch.stack(flow)
+        tokens = embed(x, x.new_full((len(x),), i / steps))
+        x = x + project(read(expert, tokens, cos, sin, past)).to(x.dtype) / steps
+        moved.append(x - noise)
+    return torch.stack(moved)
 
 
-def moved(flow):
-    """How far each step is from the noise, which all have in common and which would make errors look small."""
-    return flow[1:] - flow[0]
+def read_copies(expert, x, cos, sin, caches):
+    """The expert as the release runs it. A layer's cache (keys, values), (n, G, P + S + T, d) each,
+    has the prefix once a sample and room for the T action tokens."""
+    T = x.shape[1]
+    for layer, (keys, values) in zip(expert.layers, caches):
+        a, z = layer.self_attn, layer.input_layernorm(x)
+        q, k, v = (w(z).unflatten(2, (-1, a.head_dim)) for w in (a.q_proj, a.k_proj, a.v_proj))
+        q = alpamayo.rotate(a.q_norm(q).transpose(1, 2), cos, sin)
+        keys[:, :, -T:] = alpamayo.rotate(a.k_norm(k).transpose(1, 2), cos, sin)
+        values[:, :, -T:] = v.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+        x = x + a.o_proj(y.transpose(1, 2).flatten(2))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return expert.norm(x)
 
 
-def loop_over_copies(parts, steps, x, cos, sin, prefix, tail):
-    """The same with the prefix copied for each sample, as the release does, here into one cache that stays in place."""
-    n, T = len(x), x.shape[1]
-    room = lambda x0, x1: torch.cat([x0.expand(n, -1, -1, -1), x1, x1.new_empty(n, x1.shape[1], T, x1.shape[3])], 2)
-    past = [alpamayo.Past((room(k0, k1), room(v0, v1))) for (k0, v0), (k1, v1) in zip(prefix, tail)]
+def sampler_rivals(parts, steps, noise, cos, sin, prefix, tail, seen):
+    """prefix (layers, 2, 1, G, P, d), tail (layers, 2, n, G, S, d)."""
 
-    def attend(q, k, v, own_k, own_v, mask0, mask1):
-        k[:, :, -T:], v[:, :, -T:] = own_k, own_v
-        return over_copies(q, k, v, False)
+    def shared():
+        past = [alpamayo.Past(tuple(kv), tuple(own)) for kv, own in zip(prefix, tail)]
+        return parts, steps, noise, cos, sin, past
 
-    def run():
-        before, alpamayo.prefix_attention = alpamayo.prefix_attention, attend
-        try:
-            return moved(plain_loop(parts, steps, x, cos, sin, past))
-        finally:
-            alpamayo.prefix_attention = before
+    def copied():
+        room = F.pad(tail, (0, 0, 0, noise.shape[1]))  # (layers, 2, n, G, S + T, d)
+        caches = torch.cat([prefix.expand(-1, -1, len(noise), -1, -1, -1), room], 4)
+        return parts, steps, noise, cos, sin, caches, read_copies
 
-    return run
+    return {"PyTorch": (shared, plain_loop), "PyTorch, prefix copied": (copied, plain_loop)}
 
 
 def sampler_cases(shape):
-    cfg, P, S, T = shape.cfg, shape.prefix, shape.tail, shape.tokens
+    cfg, steps, P, S, T = shape.cfg, shape.steps, shape.prefix, shape.tail, shape.tokens
     G, d = cfg.n_kv_head, cfg.head_dim
 
-    def make(n, cfg, steps, device, dtype):
-        parts = expert_of(cfg, device, dtype)
-        noise, seen = torch.randn(n, T, 2, device=device), torch.ones(n, S, dtype=torch.bool, device=device)
-        cos, sin = alpamayo.rope((P + S + torch.arange(T, device=device)).expand(3, n, -1), cfg, dtype)
-        kv = lambda *size: [torch.randn(2, *size, d, dtype=dtype, device=device).unbind(0) for _ in range(cfg.n_layer)]
-        prefix, tail = kv(1, G, P), kv(n, G, S)
-        past = [alpamayo.Past(kv, own) for kv, own in zip(prefix, tail)]
+    def ours(parts, *inputs):
+        flow = sampler.sample_flow(*parts, *inputs)
+        return flow[1:] - flow[0]
 
-        def truth():
-            double = lambda x: x.double() if torch.is_tensor(x) else x
-            inputs = [double(x) for x in (noise, cos, sin)], [[double(x) for x in layer] for layer in past]
-            return moved(plain_loop([copy.deepcopy(part).double() for part in parts], steps, *inputs[0], inputs[1]))
+    def plain(*inputs):
+        prepare, loop = sampler_rivals(*inputs)["PyTorch"]
+        return loop(*prepare())
 
-        others = lambda: {
-            "PyTorch": lambda: moved(in_pytorch(plain_loop)(parts, steps, noise, cos, sin, past)),
-            "PyTorch, prefix copied": loop_over_copies(parts, steps, noise, cos, sin, prefix, tail),
-        }
-        ours = lambda: moved(sampler.sample_flow(*parts, steps, noise, cos, sin, prefix, tail, seen))
-        return ours, others, truth
+    def make(n, dtype):
+        prefix = torch.randn(cfg.n_layer, 2, 1, G, P, d, dtype=dtype)
+        tail = torch.randn(cfg.n_layer, 2, n, G, S, d, dtype=dtype)
+        rope = alpamayo.rope((P + S + torch.arange(T)).expand(3, n, -1), cfg, dtype)
+        inputs = [expert_of(cfg, dtype), steps, torch.randn(n, T, 2), *rope, prefix, tail]
+        seen = torch.ones(n, S, dtype=torch.bool)
+        return Problem([*inputs, seen], ours, plain, sampler_rivals)
 
-    parts = expert_of(cfg, "meta", torch.bfloat16)
+    every, matrices = weights(cfg)
     for n in shape.samples:
         pairs = cfg.n_layer * cfg.e_head * n * T * (P + S + T)
-        keys = cfg.n_layer * 2 * G * (P + n * S) * d  # and values; those of the actions are made on the way
-        operations = shape.steps * 2 * (n * T * numbers(*parts, matrices=True) + 2 * d * pairs)
-        traffic = shape.steps * 2 * (numbers(*parts) + keys)
+        keys = cfg.n_layer * 2 * G * (P + n * S) * d  # and values; the actions' are made on the way
+        operations = steps * 2 * (n * T * matrices + 2 * d * pairs)
         name = f"{shape.name}, {n} sample{'s' * (n > 1)}"
-        # The compiler is shown one layer and two steps. Which launches there are depends on neither.
-        yield Case("sample_flow", name, operations, traffic, lambda *a, n=n: make(n, cfg, shape.steps, *a),
-                   lambda *a, n=n: make(n, replace(cfg, n_layer=1), 2, *a))  # fmt: skip
+        yield Case("sample_flow", name, operations, steps * 2 * (every + keys), partial(make, n))
 
 
 CASES = {
-    "salience": salience_cases, "pruned_attention": pruned_attention_cases, "prefix_attention": prefix_attention_cases,
-    "flow_step": flow_step_cases, "roll_out": roll_out_cases, "sampler": sampler_cases,
-}  # fmt: skip
-LAYERS = """Attention and salience are of one layer: the release has 27 in the tower, 36 in language model and expert. The nano's
-data stay in a GPU's L2 cache, and a launch alone takes microseconds, so that its floors are out of reach."""
+    "salience": salience_cases,
+    "pruned_attention": pruned_attention_cases,
+    "prefix_attention": prefix_attention_cases,
+    "flow_step": flow_step_cases,
+    "roll_out": roll_out_cases,
+    "sampler": sampler_cases,
+}
 
 
-def counts(case):
-    return dict(kernel=case.kernel, shape=case.shape, operations=case.operations, traffic=case.traffic)
+def cases_of(flags, small=False):
+    """The cases asked for. small: for the compiler, with one layer and two steps. What is launched
+    depends on neither."""
+    cases = {}
+    for kernel in flags.kernel:
+        for shape in map(SHAPES.get, flags.shape):
+            if small:
+                shape = replace(shape, cfg=replace(shape.cfg, n_layer=1), steps=2)
+            for case in CASES[kernel](shape):
+                cases[case.kernel, case.shape] = case  # the roll-out is the same in all shapes
+    return list(cases.values())
 
 
-def widths(cases):
-    """Of the columns of kernels and shapes. The second has, indented, what else computes the same: up to 26 letters."""
-    return max(len(case.kernel) for case in cases) + 2, max(30, *(len(case.shape) + 2 for case in cases))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # With a GPU
 
 
-def ceilings(clock, device):
+def ceilings(clock):
     """Bytes a second of a copy, operations a second of a large product in bf16."""
-    a, b = torch.empty(2, 2**29, dtype=torch.uint8, device=device)
-    x = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
+    a, b = torch.empty(2, 2**29, dtype=torch.uint8, device="cuda")
+    x = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
     return 2 * a.numel() / clock(lambda: b.copy_(a)), 2 * 8192**3 / clock(lambda: x @ x)
-
-
-def floor(case, ceiling):
-    """Seconds, and what sets them."""
-    memory, compute = case.traffic / ceiling[0], case.operations / ceiling[1]
-    return max(memory, compute), "memory" if memory > compute else "compute"
 
 
 def error_of(result, truth):
     """The largest, relative to the largest number; of several outputs the worst one's."""
-    pairs = zip(result, truth, strict=True) if isinstance(truth, tuple) else [(result, truth)]
+    pairs = zip(result, truth) if isinstance(truth, tuple) else [(result, truth)]
     return max(float((a.detach().double() - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def failed(e):
-    return dict(failed=f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}")
-
-
-def measure(case, device, clock, dtype=torch.bfloat16):
-    """Seconds of ours and of the others, and the error of each; or, of another, what kept it from running."""
-    ours, others, truth = case.make(device, dtype)
-    truth = truth()
+def compare(case, device, clock, dtype=torch.bfloat16):
+    """{name: error and seconds} of ours and of the rivals; or what kept a rival from running."""
+    problem = case.problem(device, dtype)
+    truth = problem.truth()
 
     def look(name, f):
-        f()  # compiles, and records a graph; what is timed, and compared, comes after
+        f()  # compiles, and records a graph; what is compared and timed comes after
         return dict(error=None if name == UNPRUNED else error_of(f(), truth), seconds=clock(f))
 
-    result = {"ours": look("ours", ours)}
-    for name, f in others().items():
-        try:
-            result[name] = look(name, f)
-        except Exception as e:
-            result[name] = failed(e)
+    with kernels.using("triton"):
+        result = {"ours": look("ours", problem.run(problem.ours))}
+    with kernels.using("torch"):
+        for name, f in problem.others().items():
+            try:
+                result[name] = look(name, f)
+            except Exception as e:
+                result[name] = dict(failed=repr(e))
     return result
 
 
-def on_gpu(cases, device):
+def on_gpu(cases):
     from triton.testing import do_bench
 
-    clock = lambda f: do_bench(f, return_mode="median") / 1e3
-    ceiling, (first, second) = ceilings(clock, device), widths(cases)
-    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {kernels.triton.__version__}")
-    print(f"a copy {ceiling[0] / 1e12:.2f} TB/s, a large bf16 product {ceiling[1] / 1e12:.0f} TFLOP/s\n{LAYERS}\n")
-    print(f"{'':{first}}{'':{second}}{'ms':>10}{'error':>9}{'TFLOP/s':>9}{'TB/s':>7}{'x floor':>9}{'x ours':>8}")
+    def clock(f):
+        return do_bench(f, return_mode="median") / 1e3
+
+    copied, product = ceilings(clock)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, "
+          f"triton {kernels.triton.__version__}: a copy {copied / 1e12:.2f} TB/s, "
+          f"a large bf16 product {product / 1e12:.0f} TFLOP/s\n{LAYERS}\n\n{'':62}"
+          f"{'ms':>10}{'error':>9}{'TFLOP/s':>9}{'TB/s':>7}{'x floor':>9}{'x ours':>8}")  # fmt: skip
     rows = []
     for case in cases:
-        least, _ = floor(case, ceiling)
+        least, _ = case.floor(copied, product)
         try:
-            result = measure(case, device, clock)
+            result = compare(case, "cuda", clock)
         except Exception as e:  # of ours, or of its reference; the other cases may run
-            result = {"ours": failed(e)}
+            result = {"ours": dict(failed=repr(e))}
         for name, r in result.items():
-            head = f"{case.kernel:{first}}{case.shape:{second}}" if name == "ours" else f"{'':{first}}  {name:{second - 2}}"
+            head = f"{case.kernel:30}{case.shape:32}" if name == "ours" else f"{'':32}{name:30}"
             if "failed" in r:
                 print(f"{head}  {r['failed'][:100]}", flush=True)
                 continue
-            s, error = r["seconds"], "-" if r["error"] is None else f"{r['error']:.1e}"
-            rates = f"{case.operations / s / 1e12:9.1f}{case.traffic / s / 1e12:7.2f}{s / least:9.2f}"
-            print(f"{head}{s * 1e3:10.4f}{error:>9}{rates}{s / result['ours']['seconds']:8.2f}", flush=True)
-        rows.append(counts(case) | dict(floor=least, **result))
-    return dict(copy=ceiling[0], product=ceiling[1], cases=rows)
+            s = r["seconds"]
+            error = "-" if r["error"] is None else f"{r['error']:.1e}"
+            print(f"{head}{s * 1e3:10.4f}{error:>9}{case.operations / s / 1e12:9.1f}"
+                  f"{case.traffic / s / 1e12:7.2f}{s / least:9.2f}"
+                  f"{s / result['ours']['seconds']:8.2f}", flush=True)  # fmt: skip
+        rows.append(case.counts() | dict(floor=least, **result))
+    return dict(copy=copied, product=product, cases=rows)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Without
 
 
 def analytic(cases):
     print("Nothing was measured: there is no GPU here. Floors are arithmetic, for an H200 at "
-          f"{H200[0] / 1e12} TB/s and {H200[1] / 1e12:.0f} TFLOP/s.\n{LAYERS}\n")  # fmt: skip
-    first, second = widths(cases)
-    print(f"{'':{first}}{'':{second}}{'GFLOP':>11}{'MB':>11}{'floor, us':>11}")
+          f"{H200[0] / 1e12} TB/s and {H200[1] / 1e12:.0f} TFLOP/s.\n{LAYERS}\n\n"
+          f"{'':62}{'GFLOP':>11}{'MB':>11}{'floor, us':>11}")  # fmt: skip
     rows = []
     for case in cases:
-        least, by = floor(case, H200)
-        counted = f"{case.operations / 1e9:11.3f}{case.traffic / 1e6:11.2f}{least * 1e6:11.2f} {by}"
-        print(f"{case.kernel:{first}}{case.shape:{second}}{counted}")
-        rows.append(counts(case) | dict(floor=least))
+        least, by = case.floor(*H200)
+        print(f"{case.kernel:30}{case.shape:32}{case.operations / 1e9:11.3f}"
+              f"{case.traffic / 1e6:11.2f}{least * 1e6:11.2f} {by}")  # fmt: skip
+        rows.append(case.counts() | dict(floor=least))
     return rows
 
 
 def compile_report(cases):
-    """What the launches of these cases compile to, by tests/cpu_triton.py."""
-    sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tests"))
-    from cpu_triton import compiling
+    """What the launches of these cases compile to, see compiled.py."""
+    from kernels.compiled import compiling
 
-    _, second = widths(cases)
-    print(f"\nCompiled by triton {kernels.triton.__version__} for chips that are not here, bf16. blocks: how many fit on a "
-          "multiprocessor. A launch that\nis the same machine code at another shape is told once.\n\n"  # fmt: skip
-          f"{'':18}{'':{second}}{'chip':>6}{'registers':>11}{'spilled':>9}{'shared, KB':>12}{'blocks x warps':>16}  matrix")
-    rows, seen = [], set()
-    kernels.use("triton")
+    print(f"\nCompiled by triton {kernels.triton.__version__} for chips that are not here, bf16. "
+          "blocks: how many fit\non a multiprocessor. A launch that is the same machine code at "
+          f"another shape is told once.\n\n{'':50}{'chip':>6}{'registers':>11}{'spilled':>9}"
+          f"{'shared, KB':>12}{'blocks x warps':>16}  matrix")  # fmt: skip
+    found = {}  # by machine code
     for case in cases:
-        ours, _, _ = (case.small or case.make)("cpu", torch.bfloat16)
+        problem = case.problem("cpu", torch.bfloat16)
         for chip in CHIPS:
             sampler.kept.clear()  # its buffers are laid out for one chip
             with compiling(chip) as builds:
-                ours()
+                problem.run(problem.ours)()
             for b in builds:
-                if b.sass in seen:
-                    continue
-                seen.add(b.sass)
-                matrix = f"{b.instructions[b.matrix()]} {b.matrix()}" if b.matrix() else "-"
-                print(f"{b.kernel:18}{case.shape:{second}}{b.chip:6}{b.registers:11}{b.spilled:9}{b.shared / 1024:12.1f}"
-                      f"{b.blocks:12} x {b.warps}  {matrix}", flush=True)  # fmt: skip
-                rows.append(dict(kernel=b.kernel, shape=case.shape, chip=b.chip, registers=b.registers, spilled=b.spilled,
-                                 shared=b.shared, blocks=b.blocks, warps=b.warps, matrix=b.matrix()))  # fmt: skip
-    return rows
+                if b.sass not in found:
+                    found[b.sass] = vars(b) | dict(shape=case.shape, matrix=b.matrix())
+                    print(f"{b.kernel:18}{case.shape:32}{chip:6}{b.registers:11}{b.spilled:9}"
+                          f"{b.shared / 1024:12.1f}{b.blocks:12} x {b.warps}  "
+                          f"{b.instructions[b.matrix()]} {b.matrix()}", flush=True)  # fmt: skip
+    told = ("kernel", "shape", "chip", "registers", "spilled", "shared", "blocks", "warps", "matrix")
+    return [{name: row[name] for name in told} for row in found.values()]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, help="this one only (default: all)")
-    parser.add_argument("--kernel", choices=CASES, help="the cases of this one only (default: all)")
-    parser.add_argument("--no-compile", action="store_true", help="without a GPU: leave out the compile report")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for flag, every in (("--shape", SHAPES), ("--kernel", CASES)):
+        parser.add_argument(flag, nargs="+", choices=every, default=[*every], help="default: all")
+    parser.add_argument("--no-compile", action="store_true",
+                        help="without a GPU: leave out the compile report")  # fmt: skip
     flags = parser.parse_args()
-    shapes = [SHAPES[flags.shape]] if flags.shape else SHAPES.values()
-    makers = [CASES[flags.kernel]] if flags.kernel else CASES.values()
-    cases = [case for make in makers for shape in shapes for case in make(shape)]
-    cases = list({(case.kernel, case.shape): case for case in cases}.values())  # the roll-out is in all shapes the same
+    cases = cases_of(flags)
     report = dict(torch=torch.__version__, triton=kernels.triton.__version__)
     if torch.cuda.is_available():
-        kernels.use("triton")
-        report |= dict(device=torch.cuda.get_device_name(), measured=True, **on_gpu(cases, torch.device("cuda")))
+        report |= dict(device=torch.cuda.get_device_name(), measured=True, **on_gpu(cases))
     else:
         report |= dict(device="none", measured=False, cases=analytic(cases))
         if kernels.triton.__version__ is None:
             print("\nTriton is not installed: nothing was compiled.")
         elif not flags.no_compile:
-            report["builds"] = compile_report(cases)
+            report["builds"] = compile_report(cases_of(flags, small=True))
     print(json.dumps(report))
 
 

@@ -1,51 +1,68 @@
 """
-Attention among the patches that are left, image by image,
+Attention among the patches that are kept, image by image,
 
-    out[r] = sum over s of softmax_s(q[r] . k[s] / sqrt(d)) v[s]        r and s kept patches of the same image
+    out[r] = sum over s of softmax_s(q[r] . k[s] / sqrt(d)) v[s]     r, s: kept patches of one image
 
-After pruning (SparseVILA, arXiv 2510.17777; `salience.py` ranks) every image keeps another number of patches, down to none
-at all. Padding them to one length would compute what was just saved, so they lie one after the other, image i from
-offsets[i] to offsets[i + 1], and each program works on one block of one image's patches. Only kept patches ask and only
-kept patches are seen: at a quarter kept, a sixteenth of the products.
+After pruning (SparseVILA, arXiv 2510.17777; `salience.py` ranks) every image keeps another number
+of patches, down to none at all. Padding them to one length would compute what was just saved. So
+they lie one after the other, image i from offsets[i] to offsets[i + 1], and each program works on
+one block of one image's patches. Queries and keys are both kept patches: at a quarter kept, a
+sixteenth of the products.
 
-Where not all of q, k and v was dropped yet, `rows` says which rows stay: the kernels read them where they are (and write
-their gradients there), rather than from a copy.
+q, k and v may still have all rows. Then `rows` says which rows stay. The kernels read them where
+they are, and write their gradients there, without a copy.
 
-The softmax is streamed as in FlashAttention-2 (arXiv 2307.08691), whose names and equations the backward pass keeps. With
-S = q k^T / sqrt(d), P = softmax(S), O = P V and dO the gradient of O:
+The softmax is streamed as in FlashAttention-2 (arXiv 2307.08691), whose names and equations the
+backward pass keeps. With S = q k^T / sqrt(d), P = softmax(S), O = P V and dO the gradient of O:
 
     dV = P^T dO      dP = dO V^T      dS = P * (dP - D),  D = row sums of dO * O
     dQ = dS K / sqrt(d)      dK = dS^T Q / sqrt(d)
 
-P is not kept but computed again from the logarithm of each row's sum of exponentials (Lse).
+P is not stored. It is computed again from Lse, the log of each row's sum of exponentials.
 """
 import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.library import custom_op
 
 from kernels import by_hand, capability, tiles, tl, triton
 
 
-def specification(q, k, v, offsets, longest, rows=None):
-    """q, k, v (T, H, d); image i has the kept patches offsets[i] to offsets[i + 1], at most `longest`, of R in all; kept
-    patch r is row rows[r], all different, or row r. Returns (R, H, d)."""
+def plain_pruned_attention(q, k, v, offsets, longest, rows=None):
+    """q, k, v (T, H, d) to (R, H, d). Image i has the kept patches offsets[i] to offsets[i + 1], at
+    most `longest`, of R in all. Kept patch r is row rows[r], all different, or row r."""
     if rows is not None:
         q, k, v = q[rows], k[rows], v[rows]
     counts = offsets.diff().tolist()
     if counts and max(counts) > longest:
-        raise ValueError(f"pruned_attention: an image has {max(counts)} patches, more than longest = {longest}")
-    images = zip(*(a.transpose(0, 1).split(counts, 1) for a in (q, k, v)))  # (H, patches, d) each
-    # A batch of one, since that is what the fast implementations want; an image with no patch gives none.
-    y = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in images if q.shape[1]]
-    return torch.cat([q.transpose(0, 1)[:, :0], *y], 1).transpose(0, 1)
+        many = f"an image has {max(counts)} patches, more than longest = {longest}"
+        raise ValueError(f"pruned_attention: {many}")
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (H, R, d)
+    out = [q[:, :0]]
+    for image in zip(q.split(counts, 1), k.split(counts, 1), v.split(counts, 1)):
+        if image[0].shape[1]:  # an image may have no patch left
+            batch = [x[None] for x in image]  # the fast implementations want one
+            out.append(F.scaled_dot_product_attention(*batch)[0])
+    return torch.cat(out, 1).transpose(0, 1)
 
 
-# A program is of one head of one image: a block of its queries that passes by all keys, or a block of keys that passes by
-# all queries. Strides count vectors of d numbers (`tiles`). Exponentials are powers of 2, which the hardware has: scale =
-# log2(e) / sqrt(d), and Lse is a logarithm to base 2. Lse and D are (images, H, padded), so that each image begins anew at
-# a multiple of 16 bytes: an image's last block is filled up, with infinity and 0, and needs no mask when it is read.
+# --------------------------------------------------------------------------------------------------
+# The kernels. A program has one head of one image: a block of its queries that goes along all keys,
+# or a block of keys that goes along all queries. Q, K and V are tensors with their strides
+# (tiles.in_vectors). Exponentials are powers of 2, which the hardware has: scale =
+# log2(e) / sqrt(d), and Lse is a logarithm to base 2. Lse and D are (images, H, padded): each image
+# begins at a multiple of 16 bytes and its last block is filled up, with infinity in Lse and 0 in D,
+# so no mask is needed to read them.
+
+
+@triton.jit
+def my_image(Offsets):
+    """This program's head and image, the image's first patch and how many it has."""
+    head, image = tl.program_id(1), tl.program_id(2)
+    first = tl.load(Offsets + image).to(tl.int32)
+    return head, image, first, tl.load(Offsets + image + 1).to(tl.int32) - first
 
 
 @triton.jit
@@ -57,213 +74,221 @@ def row_of(Rows, patch, ok):
 
 
 @triton.jit
-def forward(
-    Q, K, V, Out, Lse, Offsets, Rows, padded, scale, q_row, q_head, k_row, k_head, v_row, v_head, H: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+def attend_patches(
+    Q, K, V, Out, Lse, Offsets, Rows, padded, scale, H: tl.constexpr, D: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    head, image = tl.program_id(1), tl.program_id(2)
-    first = tl.load(Offsets + image).to(tl.int32)
-    n = tl.load(Offsets + image + 1).to(tl.int32) - first  # patches of this image
-    i = tl.program_id(0) * BQ + tl.arange(0, BQ)  # (BQ,) queries among them
+    head, image, first, n = my_image(Offsets)
+    i = tl.program_id(0) * BQ + tl.arange(0, BQ)  # (BQ,) queries of the image
     at = (image * H + head) * padded + i
     if tl.program_id(0) * BQ >= n:  # the grid is laid out for the longest image
         tl.store(Lse + at, tl.full([BQ], float("inf"), tl.float32))
         return
-    row = row_of(Rows, first + i, i < n)
-    q0, q1 = tiles.load(Q, row * q_row + head * q_head, i < n, D, D0, D1)
+    q = tiles.load(Q, (row_of(Rows, first + i, i < n), head), i < n, D)
     top = tl.full([BQ], float("-inf"), tl.float32)  # largest score so far
     total = tl.zeros([BQ], tl.float32)  # of exponentials relative to it
-    y0, y1 = tiles.zeros(BQ, D0, D1)
+    y = tiles.zeros(BQ, D)
     for start in range(0, n, BK):
         j = start + tl.arange(0, BK)  # (BK,) keys
         key = row_of(Rows, first + j, j < n)
-        k0, k1 = tiles.load(K, key * k_row + head * k_head, j < n, D, D0, D1)
-        v0, v1 = tiles.load(V, key * v_row + head * v_head, j < n, D, D0, D1)
-        score = tiles.products(q0, q1, k0, k1, D1) * scale  # (BQ, BK)
+        k = tiles.load(K, (key, head), j < n, D)
+        v = tiles.load(V, (key, head), j < n, D)
+        score = tiles.products(q, k) * scale  # (BQ, BK)
         score = tl.where((j < n)[None, :], score, float("-inf"))
         new = tl.maximum(top, tl.max(score, 1))
         p = tl.exp2(score - new[:, None])
         shrink = tl.exp2(top - new)
         total = total * shrink + tl.sum(p, 1)
-        y0, y1 = tiles.scaled(y0, y1, shrink, D1)
-        y0, y1 = tiles.add(y0, y1, p, v0, v1, D1)
+        y = tiles.add(tiles.scaled(y, shrink), p, v)
         top = new
-    y0, y1 = tiles.scaled(y0, y1, 1 / total, D1)
-    tiles.store(Out, (first + i) * H + head, i < n, y0, y1, D, D0, D1)
+    tiles.store((Out, H, 1), (first + i, head), i < n, tiles.scaled(y, 1 / total), D)
     tl.store(Lse + at, tl.where(i < n, top + tl.log2(total), float("inf")))
 
 
 @triton.jit
 def backward_queries(
-    Q, K, V, Out, Lse, Grad, Delta, DQ, Offsets, Rows, padded, scale, q_row, q_head, k_row, k_head, v_row, v_head,
-    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    Q, K, V, Out, Lse, Grad, Delta, DQ, Offsets, Rows, padded, scale, H: tl.constexpr,
+    D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries, and Delta, their D, which `backward_keys` reads."""
-    head, image = tl.program_id(1), tl.program_id(2)
-    first = tl.load(Offsets + image).to(tl.int32)
-    n = tl.load(Offsets + image + 1).to(tl.int32) - first
+    head, image, first, n = my_image(Offsets)
     i = tl.program_id(0) * BQ + tl.arange(0, BQ)  # (BQ,)
     if tl.program_id(0) * BQ >= n:
         return
     row = row_of(Rows, first + i, i < n)
-    q0, q1 = tiles.load(Q, row * q_row + head * q_head, i < n, D, D0, D1)
-    o0, o1 = tiles.load(Out, (first + i) * H + head, i < n, D, D0, D1)
-    g0, g1 = tiles.load(Grad, (first + i) * H + head, i < n, D, D0, D1)
-    delta = tl.sum(o0.to(tl.float32) * g0.to(tl.float32), 1)  # (BQ,)
-    if D1:
-        delta += tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
+    q = tiles.load(Q, (row, head), i < n, D)
+    o = tiles.load((Out, H, 1), (first + i, head), i < n, D)
+    g = tiles.load((Grad, H, 1), (first + i, head), i < n, D)
+    delta = tl.sum(o[0].to(tl.float32) * g[0].to(tl.float32), 1)  # (BQ,)
+    if len(o) > 1:
+        delta += tl.sum(o[1].to(tl.float32) * g[1].to(tl.float32), 1)
     at = (image * H + head) * padded + i
     tl.store(Delta + at, delta)
     lse = tl.load(Lse + at)
-    dq0, dq1 = tiles.zeros(BQ, D0, D1)
+    dq = tiles.zeros(BQ, D)
     for start in range(0, n, BK):
         j = start + tl.arange(0, BK)  # (BK,)
         key = row_of(Rows, first + j, j < n)
-        k0, k1 = tiles.load(K, key * k_row + head * k_head, j < n, D, D0, D1)
-        v0, v1 = tiles.load(V, key * v_row + head * v_head, j < n, D, D0, D1)
-        p = tiles.products(q0, q1, k0, k1, D1) * scale - lse[:, None]  # (BQ, BK)
-        p = tl.exp2(tl.minimum(p, 0.0))  # no weight is above 1; beyond n, where the score is 0, it could be infinite
-        ds = p * (tiles.products(g0, g1, v0, v1, D1) - delta[:, None])  # and there the keys are 0, so nothing is added
-        dq0, dq1 = tiles.add(dq0, dq1, ds, k0, k1, D1)
+        k = tiles.load(K, (key, head), j < n, D)
+        v = tiles.load(V, (key, head), j < n, D)
+        p = tiles.products(q, k) * scale - lse[:, None]  # (BQ, BK)
+        # No weight is above 1. Keys beyond n have score 0, whose weight could be infinite; they are
+        # 0, so with a finite weight they add nothing.
+        p = tl.exp2(tl.minimum(p, 0.0))
+        ds = p * (tiles.products(g, v) - delta[:, None])
+        dq = tiles.add(dq, ds, k)
     over = tl.full([BQ], 0.6931471805599453, tl.float32) * scale  # 1 / sqrt(d) = scale * ln 2
-    dq0, dq1 = tiles.scaled(dq0, dq1, over, D1)
-    tiles.store(DQ, row * H + head, i < n, dq0, dq1, D, D0, D1)
+    tiles.store((DQ, H, 1), (row, head), i < n, tiles.scaled(dq, over), D)
 
 
 @triton.jit
 def backward_keys(
-    Q, K, V, Lse, Grad, Delta, DK, DV, Offsets, Rows, padded, scale, q_row, q_head, k_row, k_head, v_row, v_head,
-    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    Q, K, V, Lse, Grad, Delta, DK, DV, Offsets, Rows, padded, scale, H: tl.constexpr,
+    D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a block of keys. P and dS are transposed, keys by queries, as that is how they are used."""
-    head, image = tl.program_id(1), tl.program_id(2)
-    first = tl.load(Offsets + image).to(tl.int32)
-    n = tl.load(Offsets + image + 1).to(tl.int32) - first
+    """dK and dV of a block of keys. P and dS are transposed, keys by queries, as they are used."""
+    head, image, first, n = my_image(Offsets)
     j = tl.program_id(0) * BK + tl.arange(0, BK)  # (BK,)
     if tl.program_id(0) * BK >= n:
         return
     row = row_of(Rows, first + j, j < n)
-    k0, k1 = tiles.load(K, row * k_row + head * k_head, j < n, D, D0, D1)
-    v0, v1 = tiles.load(V, row * v_row + head * v_head, j < n, D, D0, D1)
-    dk0, dk1 = tiles.zeros(BK, D0, D1)
-    dv0, dv1 = tiles.zeros(BK, D0, D1)
+    k = tiles.load(K, (row, head), j < n, D)
+    v = tiles.load(V, (row, head), j < n, D)
+    dk = tiles.zeros(BK, D)
+    dv = tiles.zeros(BK, D)
     for start in range(0, n, BQ):
         i = start + tl.arange(0, BQ)  # (BQ,)
-        query = row_of(Rows, first + i, i < n)
-        q0, q1 = tiles.load(Q, query * q_row + head * q_head, i < n, D, D0, D1)
-        g0, g1 = tiles.load(Grad, (first + i) * H + head, i < n, D, D0, D1)
+        q = tiles.load(Q, (row_of(Rows, first + i, i < n), head), i < n, D)
+        g = tiles.load((Grad, H, 1), (first + i, head), i < n, D)
         at = (image * H + head) * padded + i
-        lse, delta = tl.load(Lse + at), tl.load(Delta + at)
-        p = tl.exp2(tiles.products(k0, k1, q0, q1, D1) * scale - lse[None, :])  # (BK, BQ), 0 for queries beyond n
-        dv0, dv1 = tiles.add(dv0, dv1, p, g0, g1, D1)
-        ds = p * (tiles.products(v0, v1, g0, g1, D1) - delta[None, :])
-        dk0, dk1 = tiles.add(dk0, dk1, ds, q0, q1, D1)
+        lse = tl.load(Lse + at)
+        delta = tl.load(Delta + at)
+        p = tl.exp2(tiles.products(k, q) * scale - lse[None, :])  # (BK, BQ), 0 beyond n
+        dv = tiles.add(dv, p, g)
+        ds = p * (tiles.products(v, g) - delta[None, :])
+        dk = tiles.add(dk, ds, q)
     over = tl.full([BK], 0.6931471805599453, tl.float32) * scale
-    dk0, dk1 = tiles.scaled(dk0, dk1, over, D1)
-    tiles.store(DK, row * H + head, j < n, dk0, dk1, D, D0, D1)
-    tiles.store(DV, row * H + head, j < n, dv0, dv1, D, D0, D1)
+    tiles.store((DK, H, 1), (row, head), j < n, tiles.scaled(dk, over), D)
+    tiles.store((DV, H, 1), (row, head), j < n, dv, D)
 
 
-BLOCK = 64  # queries of a program at most, and to a multiple of what Lse and D are filled up
+# --------------------------------------------------------------------------------------------------
+# Launching them
+
+BLOCK = 64  # queries of a program at most; Lse and D are filled up to a multiple of it
 
 
-def launch(kernel, itemsize, chip):
-    """Queries BQ and keys BK of a program, warps, and stages of copying ahead: chosen by what they compile to; no GPU has
-    timed them. 64 queries rather than 128, since a quarter of an image is 180 patches, and more programs fit on a
-    multiprocessor. Chips before and beside Hopper and Blackwell's servers hold in registers what these read from shared
-    memory, so their backward blocks are smaller. At least two programs of each kernel fit on a multiprocessor."""
-    if itemsize == 4:  # float32 is not for matrix units
-        return dict(BQ=32, BK=32 if kernel is forward else 16, num_warps=4, num_stages=1)
-    if kernel is forward:
-        return dict(BQ=64, BK=64, num_warps=4, num_stages=3)
-    if 90 <= chip < 120:
-        return dict(BQ=64, BK=64, num_warps=4, num_stages=2)
-    size = dict(BQ=64, BK=32) if kernel is backward_queries else dict(BQ=16, BK=64)
-    return dict(**size, num_warps=4, num_stages=2)
+def blocks_of(kernel, q):
+    """Queries BQ and keys BK of a program, warps, and stages of copying ahead.
+
+    Chosen by what they compile to; no GPU has timed them. At least two programs of each kernel fit
+    on a multiprocessor. 64 queries rather than 128: a quarter of an image is 180 patches, and more
+    programs fit. sm_80 and sm_120 hold in registers what sm_90 and sm_100 read from shared memory,
+    so their backward blocks are smaller."""
+    BQ, BK, stages = 64, 64, 2
+    if q.element_size() == 4:  # float32 does not use the matrix units
+        BQ, BK, stages = 32, 32 if kernel is attend_patches else 16, 1
+    elif kernel is attend_patches:
+        stages = 3
+    elif not 90 <= capability(q.device) < 120:
+        BQ, BK = (64, 32) if kernel is backward_queries else (16, 64)
+    return dict(BQ=BQ, BK=BK, num_warps=4, num_stages=stages)
 
 
-def arguments(q, k, v, longest):
-    """What the three kernels have in common: q, k, v; sizes and strides; what is known when they are compiled."""
-    (q, *q_strides), (k, *k_strides), (v, *v_strides) = map(tiles.in_vectors, (q, k, v))
+def common_arguments(q, k, v, lse):
+    """What all three kernels take: q, k and v with their strides, and sizes."""
+    d = q.shape[2]
+    sizes = dict(padded=lse.shape[2], scale=math.log2(math.e) * d**-0.5, H=q.shape[1], D=d)
+    return [tiles.in_vectors(x) for x in (q, k, v)], sizes
+
+
+def empty_outputs(q, k, v, offsets, longest, rows):
+    """Out (R, H, d) and Lse (images, H, padded), not yet written."""
     _, H, d = q.shape
-    D0, D1 = tiles.parts(d)
-    sizes = triton.cdiv(longest, BLOCK) * BLOCK, math.log2(math.e) * d**-0.5, *q_strides, *k_strides, *v_strides
-    return (q, k, v), sizes, dict(H=H, D=d, D0=D0, D1=D1)
+    R = len(q if rows is None else rows)
+    padded = (longest + BLOCK - 1) // BLOCK * BLOCK
+    lse = q.new_empty(len(offsets) - 1, H, padded, dtype=torch.float32)
+    return q.new_empty(R, H, d), lse
 
 
 @custom_op("alpamayo::pruned_attention", mutates_args=())
-def by_kernel(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, longest: int, rows: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Out (R, H, d) and Lse (images, H, padded)."""
-    images, (_, H, d), R = len(offsets) - 1, q.shape, len(q) if rows is None else len(rows)
-    (q, k, v), sizes, known = arguments(q, k, v, longest)
-    out, lse = q.new_empty(R, H, d), q.new_empty(images, H, sizes[0], dtype=torch.float32)
-    if R:
-        options = launch(forward, q.element_size(), capability(q.device))
-        grid = triton.cdiv(lse.shape[2], options["BQ"]), H, images
-        forward[grid](q, k, v, out, lse, offsets, rows, *sizes, **known, **options)
+def pruned_attention_op(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Out and Lse, see `empty_outputs`."""
+    out, lse = empty_outputs(q, k, v, offsets, longest, rows)
+    if len(out):
+        blocks = blocks_of(attend_patches, q)
+        tensors, sizes = common_arguments(q, k, v, lse)
+        images, H, padded = lse.shape
+        grid = triton.cdiv(padded, blocks["BQ"]), H, images
+        attend_patches[grid](*tensors, out, lse, offsets, rows, **sizes, **blocks)
     return out, lse
 
 
-@by_kernel.register_fake
-def _(q, k, v, offsets, longest, rows):
-    R, (_, H, d) = len(q) if rows is None else len(rows), q.shape
-    padded = (longest + BLOCK - 1) // BLOCK * BLOCK
-    return q.new_empty(R, H, d), q.new_empty(len(offsets) - 1, H, padded, dtype=torch.float32)
+pruned_attention_op.register_fake(empty_outputs)
+
+
+def empty_gradients(q, k, v, offsets, longest, rows, *_):
+    """Of q, k and v (T, H, d); zero in rows that were not kept."""
+    make = torch.empty if rows is None else torch.zeros
+    return tuple(make(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
 
 @custom_op("alpamayo::pruned_attention_backward", mutates_args=())
-def backward_by_kernel(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, longest: int, rows: torch.Tensor | None,
-    out: torch.Tensor, lse: torch.Tensor, grad: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of q, k and v, (T, H, d) each; zero in rows that were not kept."""
-    make = torch.empty if rows is None else torch.zeros
-    dq, dk, dv = (make(a.shape, dtype=a.dtype, device=a.device) for a in (q, k, v))
-    images, itemsize, chip = len(offsets) - 1, q.element_size(), capability(q.device)
-    (q, k, v), sizes, known = arguments(q, k, v, longest)
-    grad, delta, H = grad.contiguous(), torch.empty_like(lse), known["H"]
-    if len(out):
-        options = launch(backward_queries, itemsize, chip)
-        backward_queries[triton.cdiv(longest, options["BQ"]), H, images](
-            q, k, v, out, lse, grad, delta, dq, offsets, rows, *sizes, **known, **options
-        )
-        options = launch(backward_keys, itemsize, chip)
-        backward_keys[triton.cdiv(longest, options["BK"]), H, images](
-            q, k, v, lse, grad, delta, dk, dv, offsets, rows, *sizes, **known, **options
-        )
+def pruned_attention_backward_op(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, rows: Tensor | None,
+    out: Tensor, lse: Tensor, grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = empty_gradients(q, k, v, offsets, longest, rows)
+    if not len(out):
+        return dq, dk, dv
+    tensors, sizes = common_arguments(q, k, v, lse)
+    images, H, _ = lse.shape
+    grad = grad.contiguous()
+    delta = torch.empty_like(lse)
+    blocks = blocks_of(backward_queries, q)
+    backward_queries[triton.cdiv(longest, blocks["BQ"]), H, images](
+        *tensors, out, lse, grad, delta, dq, offsets, rows, **sizes, **blocks
+    )
+    blocks = blocks_of(backward_keys, q)
+    backward_keys[triton.cdiv(longest, blocks["BK"]), H, images](
+        *tensors, lse, grad, delta, dk, dv, offsets, rows, **sizes, **blocks
+    )
     return dq, dk, dv
 
 
-@backward_by_kernel.register_fake
-def _(q, k, v, offsets, longest, rows, out, lse, grad):
-    return tuple(torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in (q, k, v))
+pruned_attention_backward_op.register_fake(empty_gradients)
 
 
-def keep_for_backward(ctx, inputs, output):
+def keep_patches(ctx, inputs, output):
     q, k, v, offsets, ctx.longest, rows = inputs
     ctx.save_for_backward(q, k, v, offsets, rows, *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def backward(ctx, grad, _):
-    q, k, v, offsets, rows, out, lse = ctx.saved_tensors
-    return *backward_by_kernel(q, k, v, offsets, ctx.longest, rows, out, lse, grad), None, None, None
+def gradients_of_patches(ctx, grad, _):
+    q, k, v, offsets, *more = ctx.saved_tensors
+    grads = pruned_attention_backward_op(q, k, v, offsets, ctx.longest, *more, grad)
+    return *grads, None, None, None
 
 
-by_kernel.register_autograd(backward, setup_context=keep_for_backward)
+pruned_attention_op.register_autograd(gradients_of_patches, setup_context=keep_patches)
 
 
 def pruned_attention(q, k, v, offsets, longest, rows=None):
-    """Attention within images of different numbers of patches: q, k, v (T, H, d); image i has the patches offsets[i] to
-    offsets[i + 1] (images + 1,) of R in all, none has more than `longest`, which lays out the launch without waiting for
-    the GPU's numbers. rows (R,): patch r is row rows[r], no row twice; without, patch r is row r. Returns (R, H, d)."""
-    if torch.is_autocast_enabled(q.device.type):  # as PyTorch's own attention does
-        q, k, v = (a.to(torch.get_autocast_dtype(q.device.type)) for a in (q, k, v))
+    """Attention within images of different numbers of patches: q, k, v (T, H, d) to (R, H, d).
+
+    offsets (images + 1,): image i has the patches offsets[i] to offsets[i + 1], of R in all.
+    longest: no image has more; it lays out the launch without waiting for the GPU's numbers.
+    rows (R,): patch r is row rows[r], no row twice; without it, patch r is row r."""
+    device = q.device.type
+    if torch.is_autocast_enabled(device):  # as PyTorch's own attention does
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     if q.ndim != 3 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
-        said = ", ".join(f"{name} {tuple(a.shape)} {a.dtype}" for name, a in zip("qkv", (q, k, v)))
+        tensors = zip("qkv", (q, k, v))
+        said = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in tensors)
         raise ValueError(f"pruned_attention: {said}: expected (T, H, d) of one shape and dtype")
     if by_hand(q.device, q.dtype):
-        return by_kernel(q, k, v, offsets, longest, rows)[0]
-    return specification(q, k, v, offsets, longest, rows)
+        return pruned_attention_op(q, k, v, offsets, longest, rows)[0]
+    return plain_pruned_attention(q, k, v, offsets, longest, rows)

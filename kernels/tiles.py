@@ -1,101 +1,155 @@
 """
-Tiles of vectors whose length d is no power of two.
+Reading, writing and multiplying tiles.
 
-A Triton program computes on tiles, whose sides are powers of two. The heads of the release's vision tower have d = 72 =
-1152 / 16 numbers. Padded to 128, 44 % of every product would multiply zeros. So a vector is cut in two parts, 64 + 16, of
-which 8 are padding: a tile of n vectors is a pair of tiles, (n, D0) and (n, D1), and a product of vectors is the sum of
-two products, 80 wide together. Other lengths: nano's 24 is one tile of 32, as a second part would save nothing, and where
-D1 = 0 the second of a pair is not used.
+For a reader who knows PyTorch but not Triton: a kernel is written for one program. The GPU runs as
+many programs as the grid says, in any order. X is the address of a tensor's first number; X + i is
+a tile of addresses where i is a tile of integers. tl.load and tl.store take a mask, False for what
+lies outside the tensor. A tl.constexpr is known when the kernel is compiled, so `if` on it costs
+nothing at run time. A tile lives in the registers of one block of threads. Its sides are powers of
+two.
 
-For a reader who knows PyTorch but not Triton: a kernel is written for one program, of which the GPU runs as many as the
-grid says, in any order. X is the address of a tensor's first number; X + at is a tile of addresses where at is a tile of
-integers; tl.load and tl.store take a mask, False for what lies outside the tensor. What is tl.constexpr is known when the
-kernel is compiled, so `if D1:` costs nothing when it runs. A tile lives in the registers of one block of threads.
+Vectors whose length d is not a power of two. The heads of the release's vision tower have d = 72 =
+1152 / 16 numbers. Padded to 128, 44 % of every product would multiply zeros. So a vector is cut in
+two parts, 64 + 16, of which 8 are padding. A tile of n vectors is then a tuple of two tiles,
+(n, 64) and (n, 16), and a product of vectors is the sum of two products, 80 wide together. Where a
+second part would save nothing (nano's 24 fit in 32), the tuple has one tile.
 """
 import torch
 
 from kernels import tl, triton
 
 
-def power_of_2(n):
-    return 1 << (n - 1).bit_length()
-
-
-def parts(d):
-    """(D0, D1): the widths of the tiles that hold d numbers. The matrix units want at least 16."""
-    whole = max(16, power_of_2(d))
+@triton.constexpr_function
+def part(d, i):
+    """Width of tile i, 0 or 1, of vectors of d numbers; 0 where the first tile holds all of them.
+    The matrix units want at least 16."""
+    whole = max(16, triton.next_power_of_2(d))
     first = whole // 2
-    second = max(16, power_of_2(max(1, d - first)))
-    return (first, second) if first >= 16 and first + second < whole else (whole, 0)
+    second = max(16, triton.next_power_of_2(max(1, d - first)))
+    if first < 16 or first + second >= whole:
+        first, second = whole, 0
+    return second if i else first
 
 
 def in_vectors(x):
-    """x (..., d), or a copy, whose vectors all begin at multiples of d numbers, and its strides but the last, counted in
-    vectors. A kernel multiplies them by d, which it knows when it is compiled, and so the compiler sees that each vector
-    begins at a multiple of 16 bytes (d = 72 in bf16: 144) and copies 16 bytes at a time."""
+    """x (..., d), or a copy, whose vectors all begin at multiples of d numbers; and its strides
+    except the last, in units of d. This tuple is how a kernel takes a tensor that may be a view.
+
+    A kernel multiplies the strides by d, which is known when it is compiled. So the compiler sees
+    that each vector begins at a multiple of 16 bytes (d = 72 in bf16: 144) and copies 16 at a time.
+    """
     d = x.shape[-1]
-    fits = x.stride(-1) == 1 and all(s % d == 0 for n, s in zip(x.shape[:-1], x.stride()) if n > 1)
-    x = x if fits else x.clone(memory_format=torch.contiguous_format)
+    strides = x.stride()[:-1]
+    whole = all(s % d == 0 for n, s in zip(x.shape, strides) if n > 1)
+    if x.stride(-1) != 1 or not whole:
+        x = x.clone(memory_format=torch.contiguous_format)
     return x, *(s // d for s in x.stride()[:-1])
 
 
 @triton.jit
-def load(X, vector, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Vectors of X by their numbers `vector` (n,), zero where not ok (n,) and beyond d: tiles (n, D0), (n, D1)."""
-    at = X + vector.to(tl.int64)[:, None] * D  # (n, 1)
-    i = tl.arange(0, D0)[None, :]
-    x0 = tl.load(at + i, mask=ok[:, None] if D0 <= D else ok[:, None] & (i < D), other=0.0)
-    x1 = x0
-    if D1:
-        i = D0 + tl.arange(0, D1)[None, :]
-        x1 = tl.load(at + i, mask=ok[:, None] if D0 + D1 <= D else ok[:, None] & (i < D), other=0.0)
-    return x0, x1
+def block(X, row, column, ok, width):
+    """Rows (m,) and columns (n,) of a matrix that is `width` wide, (m, n); 0 beyond it and in rows
+    that are not ok (m,). ok None: all are."""
+    there = (column < width)[None, :]
+    if ok is not None:
+        there = ok[:, None] & there
+    return tl.load(X + row[:, None] * width + column[None, :], mask=there, other=0.0)
 
 
 @triton.jit
-def store(X, vector, ok, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def put(X, row, column, ok, width, x):
+    """The reverse of `block`, rounded to X's dtype."""
+    there = (column < width)[None, :]
+    if ok is not None:
+        there = ok[:, None] & there
+    x = x.to(X.dtype.element_ty)
+    tl.store(X + row[:, None] * width + column[None, :], x, mask=there)
+
+
+@triton.jit
+def linear(X, GAIN, W, row, ok, n, N, K, start, stop, BK: tl.constexpr):
+    """Columns n of (gain * x) W^T in float32, the sum over k from start to stop: X (rows, K),
+    GAIN (K,) or None, W (N, K)."""
+    y = tl.zeros([row.shape[0], n.shape[0]], tl.float32)
+    for k in range(start, stop, BK):
+        k = k + tl.arange(0, BK)
+        x = block(X, row, k, ok, K)
+        if GAIN is not None:
+            x = (x * tl.load(GAIN + k, mask=k < K, other=0.0)[None, :]).to(x.dtype)
+        w = block(W, n, k, n < N, K)
+        y = tl.dot(x, tl.trans(w), y, input_precision="ieee")
+    return y
+
+
+@triton.jit
+def _places(X, at, ok, I: tl.constexpr, D: tl.constexpr):
+    """Addresses of tile I of the vectors at these indices, one for each stride of X, and which of
+    its numbers exist."""
+    vector = at[0] * X[1]
+    for i in tl.static_range(1, len(at)):
+        vector += at[i] * X[i + 1]
+    column = I * part(D, 0) + tl.arange(0, part(D, I))[None, :]
+    there = ok[:, None]
+    if I * part(D, 0) + part(D, I) > D:
+        there = there & (column < D)
+    return X[0] + vector.to(tl.int64)[:, None] * D + column, there
+
+
+@triton.jit
+def load(X, at, ok, D: tl.constexpr):
+    """Vectors of X, a tensor with its strides (see in_vectors), at the indices `at`, of which one
+    or more are (n,). Zeros where not ok (n,) and beyond d. Returns a tuple of tiles."""
+    place, there = _places(X, at, ok, 0, D)
+    x = (tl.load(place, mask=there, other=0.0),)
+    if part(D, 1):
+        place, there = _places(X, at, ok, 1, D)
+        x += (tl.load(place, mask=there, other=0.0),)
+    return x
+
+
+@triton.jit
+def store(X, at, ok, x, D: tl.constexpr):
     """The reverse of `load`, rounded to X's dtype."""
-    at = X + vector.to(tl.int64)[:, None] * D
-    i = tl.arange(0, D0)[None, :]
-    tl.store(at + i, x0.to(X.dtype.element_ty), mask=ok[:, None] if D0 <= D else ok[:, None] & (i < D))
-    if D1:
-        i = D0 + tl.arange(0, D1)[None, :]
-        tl.store(at + i, x1.to(X.dtype.element_ty), mask=ok[:, None] if D0 + D1 <= D else ok[:, None] & (i < D))
+    place, there = _places(X, at, ok, 0, D)
+    tl.store(place, x[0].to(X[0].dtype.element_ty), mask=there)
+    if part(D, 1):
+        place, there = _places(X, at, ok, 1, D)
+        tl.store(place, x[1].to(X[0].dtype.element_ty), mask=there)
 
 
 @triton.jit
-def products(a0, a1, b0, b1, D1: tl.constexpr):
-    """All products of vectors, a b^T, in float32. ieee: of float32 vectors too, which would be cut to 19 bits otherwise."""
-    x = tl.dot(a0, tl.trans(b0), input_precision="ieee")
-    if D1:
-        x = tl.dot(a1, tl.trans(b1), x, input_precision="ieee")
-    return x  # (rows of a, rows of b)
+def products(a, b):
+    """All products of vectors, a b^T (rows of a, rows of b), in float32. "ieee": float32 inputs are
+    not cut to 19 bits."""
+    x = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    if len(a) > 1:
+        x = tl.dot(a[1], tl.trans(b[1]), x, input_precision="ieee")
+    return x
 
 
 @triton.jit
-def add(y0, y1, w, x0, x1, D1: tl.constexpr):
-    """y + w x: to each vector of y (m, d) the vectors of x (n, d) by their weights w (m, n)."""
-    w = w.to(x0.dtype)
-    y0 = tl.dot(w, x0, y0, input_precision="ieee")
-    if D1:
-        y1 = tl.dot(w, x1, y1, input_precision="ieee")
-    return y0, y1
+def add(y, w, x):
+    """y + w x: adds to each vector of y (m, d) the vectors of x (n, d) with their weights (m, n)."""
+    w = w.to(x[0].dtype)
+    total = (tl.dot(w, x[0], y[0], input_precision="ieee"),)
+    if len(y) > 1:
+        total += (tl.dot(w, x[1], y[1], input_precision="ieee"),)
+    return total
 
 
 @triton.jit
-def zeros(N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def zeros(N: tl.constexpr, D: tl.constexpr):
     """N vectors to add to, in float32."""
-    y0 = tl.zeros([N, D0], tl.float32)
-    y1 = y0
-    if D1:
-        y1 = tl.zeros([N, D1], tl.float32)
-    return y0, y1
+    y = (tl.zeros([N, part(D, 0)], tl.float32),)
+    if part(D, 1):
+        y += (tl.zeros([N, part(D, 1)], tl.float32),)
+    return y
 
 
 @triton.jit
-def scaled(y0, y1, by, D1: tl.constexpr):
+def scaled(y, by):
     """Each vector of y (n, d) times its own factor (n,)."""
-    y0 = y0 * by[:, None]
-    if D1:
-        y1 = y1 * by[:, None]
-    return y0, y1
+    x = (y[0] * by[:, None],)
+    if len(y) > 1:
+        x += (y[1] * by[:, None],)
+    return x

@@ -1,24 +1,28 @@
 """
-The kernels against float64, without a GPU: in Triton's interpreter, and compiled for four chips (see cpu_triton.py).
+The kernels against float64, without a GPU: in Triton's interpreter (cpu_triton.py), and compiled
+for four chips (kernels/compiled.py).
 
     python -m pytest tests/test_kernels.py
 
-Sizes are fresh at random each time and no multiple of a block; outputs begin as NaN; programs run in any order; an address
-outside a tensor raises. The references are written out here, in float64, and are not the kernels' specifications, which
-are tested by them too. Where there is a GPU the same tests run on it, but for what is compiled for others.
+Sizes are fresh at random each time and no multiple of a block; outputs begin as NaN; programs run
+in any order; an address outside a tensor raises. The references are written out here, in float64.
+The PyTorch beside the kernels (`plain_...`) is tested by them too. Where there is a GPU the same
+tests run on it, except those that compile for other chips.
 """
+import math
 import random
 from dataclasses import replace
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 from cpu_triton import compiling, poisoned, programs  # noqa: E402
 
 import kernels  # noqa: E402
 from alpamayo import PRESETS  # noqa: E402
-from kernels import bench, pruned_attention, salience, tiles  # noqa: E402
+from kernels import bench, salience, tiles  # noqa: E402
+from kernels import pruned_attention as pruned  # noqa: E402
 
 # Relative to the reference's norm. 16-bit: inputs are exact, weights and outputs are rounded.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -27,13 +31,12 @@ MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-cross_compiled = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is here: kernels are compiled for it alone")
+cross_compiled = pytest.mark.skipif(DEVICE == "cuda", reason="kernels are compiled for the GPU here")
 
 
 @pytest.fixture(autouse=True)
-def by_hand(monkeypatch):
-    monkeypatch.setattr(kernels, "_choice", "triton")
-    with torch.device(DEVICE):
+def by_hand():
+    with kernels.using("triton"), torch.device(DEVICE):
         yield
 
 
@@ -48,17 +51,19 @@ def normal(*shape, dtype):
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tiles
 
 
 def test_parts():
-    """Wide enough, powers of two of at least 16 that the matrix units take, and never wider than padding would be."""
-    assert [tiles.parts(d) for d in (72, 24, 64, 128, 8, 40)] == [(64, 16), (32, 0), (64, 0), (128, 0), (16, 0), (32, 16)]
-    for d in range(1, 257):
-        D0, D1 = tiles.parts(d)
-        assert d <= D0 + D1 <= max(16, tiles.power_of_2(d)) and D0 >= 16 and D0 in (16, 32, 64, 128, 256)
-        assert D1 == 0 or D1 >= 16 and D1 == tiles.power_of_2(D1)
+    """Wide enough, powers of two of at least 16 that the matrix units take, and never wider than
+    padding would be."""
+    widths = {d: (tiles.part(d, 0), tiles.part(d, 1)) for d in range(1, 257)}
+    assert widths[72] == (64, 16) and widths[24] == (32, 0) and widths[64] == (64, 0)
+    assert widths[128] == (128, 0) and widths[8] == (16, 0) and widths[40] == (32, 16)
+    for d, (D0, D1) in widths.items():
+        assert d <= D0 + D1 <= max(16, 2 ** math.ceil(math.log2(d)))
+        assert D0 in (16, 32, 64, 128, 256) and D1 in (0, 16, 32, 64, 128)
 
 
 def test_strides_are_counted_in_vectors():
@@ -66,12 +71,13 @@ def test_strides_are_counted_in_vectors():
     q, k, v = normal(5, 3, 2, 24, dtype=torch.float32).unbind(1)
     same, *strides = tiles.in_vectors(k)
     assert same.data_ptr() == k.data_ptr() and strides == [6, 1]
-    for other in (normal(24, 5, 2, dtype=torch.float32).permute(1, 2, 0), normal(5, 2, 30, dtype=torch.float32)[..., :24]):
+    transposed = normal(24, 5, 2, dtype=torch.float32).permute(1, 2, 0)
+    for other in (transposed, normal(5, 2, 30, dtype=torch.float32)[..., :24]):
         copy, *strides = tiles.in_vectors(other)
         assert torch.equal(copy, other) and strides == [2, 1] and copy.is_contiguous()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Salience
 
 
@@ -103,25 +109,28 @@ def test_column_means(dtype, causal):
         assert means.dtype == torch.float32
         close(means, expected, 2e-6)  # in all dtypes: no weight is rounded
         close(means.sum(1), torch.ones(B, dtype=torch.float64), 2e-6)
-        close(salience.specification(q.double(), k.double(), causal), expected, 1e-12)
+        close(salience.plain_column_means(q.double(), k.double(), causal), expected, 1e-12)
 
 
 def test_column_means_at_the_edges():
     for T, S in ((1, 1), (1, 64), (1, 65), (64, 1), (2, 3)):
-        q, k = normal(1, 2, T, 72, dtype=torch.float32), normal(1, 2, S, 72, dtype=torch.float32)
+        q = normal(1, 2, T, 72, dtype=torch.float32)
+        k = normal(1, 2, S, 72, dtype=torch.float32)
         for causal in (False, True)[: 1 + (T <= S)]:
             with poisoned():
                 close(salience.column_means(q, k, causal), reference_means(q, k, causal), 2e-6)
-    big = 10 * torch.randn(2, 1, 1, 70, 24)  # scores of +-100 and more, whose exponentials are beyond float32
+    big = 10 * torch.randn(2, 1, 1, 70, 24)  # scores of +-100 and more: their exp is beyond float32
     close(salience.column_means(*big), reference_means(*big, False), 1e-4)
     assert salience.column_means(torch.empty(2, 4, 3, 8), torch.empty(2, 4, 0, 8)).shape == (2, 0)
     with pytest.raises(ValueError, match=r"q \(2, 4, 3, 8\), k \(2, 3, 5, 8\): expected"):
         salience.column_means(torch.empty(2, 4, 3, 8), torch.empty(2, 3, 5, 8))
+    with pytest.raises(ValueError, match=r"q \(4, 3, 8\), k \(2, 4, 5, 8\): expected"):
+        salience.column_means(torch.empty(4, 3, 8), torch.empty(2, 4, 5, 8))
     with pytest.raises(ValueError, match="3 queries are not the last of 2 tokens"):
         salience.column_means(torch.empty(2, 4, 3, 8), torch.empty(2, 4, 2, 8), causal=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention among kept patches
 
 
@@ -146,9 +155,11 @@ def check_attention(counts, dropped, H, d, dtype):
     qkv = normal(T, 3, H, d, dtype=dtype).requires_grad_()
     grad = normal(sum(counts), d, H, dtype=dtype).transpose(1, 2)
     with poisoned(), programs(random.choice(["forward", "backward", "shuffled"])):
-        y = pruned_attention.pruned_attention(*qkv.unbind(1), offsets, max(counts) + random.choice([0, 70]), rows)
+        longest = max(counts) + random.choice([0, 70])
+        y = pruned.pruned_attention(*qkv.unbind(1), offsets, longest, rows)
         (dqkv,) = torch.autograd.grad(y, qkv, grad)
-    exact, which = qkv.detach().double().requires_grad_(), torch.arange(T) if rows is None else rows
+    exact = qkv.detach().double().requires_grad_()
+    which = torch.arange(T) if rows is None else rows
     expected = reference_attention(*exact.unbind(1), counts, which)
     (dexpected,) = torch.autograd.grad(expected, exact, grad.double())
     assert y.dtype == dqkv.dtype == dtype
@@ -158,22 +169,24 @@ def check_attention(counts, dropped, H, d, dtype):
         close(dqkv[:, i], dexpected[:, i], TOLERANCE[dtype] * 1.5, least=dexpected.norm())
     gone = torch.ones(T, dtype=torch.bool).index_fill(0, which, False)
     assert (dqkv[gone] == 0).all()
-    by_specification = pruned_attention.specification(*exact.unbind(1), offsets, max(counts), rows)
-    close(by_specification, expected.detach(), 1e-12)
+    plain = pruned.plain_pruned_attention(*exact.unbind(1), offsets, max(counts), rows)
+    close(plain, expected.detach(), 1e-12)
 
 
 @every_dtype
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the padding's keys, which are not stored
 def test_scores_far_below_zero(dtype):
-    """All of them: then the padding of a tile, whose scores are 0, would have weights beyond all numbers."""
-    far = 7 * torch.ones(40, 1, 24, dtype=torch.float64)  # scores around -240
-    q, k = ((sign * far + torch.randn(40, 1, 24, dtype=torch.float64)).to(dtype).requires_grad_() for sign in (1, -1))
+    """All of them: then the padding of a tile, whose scores are 0, would have infinite weights."""
+    noise = torch.randn(2, 40, 1, 24, dtype=torch.float64)
+    q = (noise[0] + 7).to(dtype).requires_grad_()  # scores around -240
+    k = (noise[1] - 7).to(dtype).requires_grad_()
     v = normal(40, 1, 24, dtype=dtype).requires_grad_()
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    y = pruned_attention.pruned_attention(q, k, v, torch.tensor([0, 40]), 40)
+    y = pruned.pruned_attention(q, k, v, torch.tensor([0, 40]), 40)
     expected = reference_attention(*exact, [40], torch.arange(40))
     close(y, expected, 100 * TOLERANCE[dtype])
-    for g, e in zip(torch.autograd.grad(y.square().sum(), (q, k, v)), torch.autograd.grad(expected.square().sum(), exact)):
+    grads = torch.autograd.grad(y.square().sum(), (q, k, v))
+    for g, e in zip(grads, torch.autograd.grad(expected.square().sum(), exact)):
         assert g.isfinite().all()
         if dtype == torch.float32:  # differences of what is far off: in 16 bits little is left of them
             close(g, e, 1e-2)
@@ -198,39 +211,43 @@ def test_pruned_attention_at_the_edges():
     check_attention([64], 0, 1, 72, torch.float32)
     q, k, v = normal(3, 70, 2, 24, dtype=torch.float32).requires_grad_()
     for counts in ([], [0], [0, 0, 0]):
-        y = pruned_attention.pruned_attention(q, k, v, *kept(counts, 0)[:1], 70, torch.empty(0, dtype=torch.long))
+        none = torch.empty(0, dtype=torch.long)
+        y = pruned.pruned_attention(q, k, v, *kept(counts, 0)[:1], 70, none)
         assert y.shape == (0, 2, 24)
         assert all((g == 0).all() for g in torch.autograd.grad(y.sum(), (q, k, v)))
     big = 10 * q.detach(), 10 * k.detach(), v.detach()  # as above
-    y = pruned_attention.pruned_attention(*big, torch.tensor([0, 70]), 70)
+    y = pruned.pruned_attention(*big, torch.tensor([0, 70]), 70)
     close(y, reference_attention(*(a.double() for a in big), [70], torch.arange(70)), 1e-4)
-    with pytest.raises(ValueError, match=r"k \(70, 2, 12\) torch.float32.* expected \(T, H, d\) of one shape and dtype"):
-        pruned_attention.pruned_attention(q, k[..., :12], v, torch.tensor([0, 70]), 70)
-    kernels.use("torch")
-    with pytest.raises(ValueError, match="an image has 69 patches, more than longest = 68"):
-        pruned_attention.pruned_attention(q, k, v, torch.tensor([0, 1, 70]), 68)
+    said = r"k \(70, 2, 12\) torch.float32.* expected \(T, H, d\) of one shape and dtype"
+    with pytest.raises(ValueError, match=said):
+        pruned.pruned_attention(q, k[..., :12], v, torch.tensor([0, 70]), 70)
+    with kernels.using("torch"), pytest.raises(ValueError, match="69 patches, more than .* = 68"):
+        pruned.pruned_attention(q, k, v, torch.tensor([0, 1, 70]), 68)
 
 
 def test_autocast():
     """Queries that a rotation made float32 beside values in bf16, as in the tower."""
     q, k, v = normal(3, 40, 2, 24, dtype=torch.float32)
     with torch.autocast(DEVICE, torch.bfloat16):
-        y = pruned_attention.pruned_attention(q, k, v.bfloat16(), torch.tensor([0, 40]), 40)
+        y = pruned.pruned_attention(q, k, v.bfloat16(), torch.tensor([0, 40]), 40)
     assert y.dtype == torch.bfloat16
     close(y, reference_attention(q.double(), k.double(), v.double(), [40], torch.arange(40)), 1e-2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What torch.compile and autograd see
 
 
 def test_operators():
-    """PyTorch's own check of custom operators: shapes foretold without running are true, and gradients are there."""
+    """PyTorch's own check of custom operators: shapes told without running are true, and gradients
+    are there."""
     q, k, v = normal(3, 20, 2, 24, dtype=torch.float32).requires_grad_()
     offsets, rows = torch.tensor([0, 9, 9, 14]), torch.randperm(20)[:14]
-    torch.library.opcheck(pruned_attention.by_kernel, (q, k, v, offsets, 9, rows))
-    torch.library.opcheck(pruned_attention.by_kernel, (q, k, v, torch.tensor([0, 9, 20]), 15, None))
-    torch.library.opcheck(salience.by_kernel, (torch.randn(2, 4, 5, 24), torch.randn(2, 2, 9, 24), True))
+    torch.library.opcheck(pruned.pruned_attention_op, (q, k, v, offsets, 9, rows))
+    whole = torch.tensor([0, 9, 20])
+    torch.library.opcheck(pruned.pruned_attention_op, (q, k, v, whole, 15, None))
+    heads = torch.randn(2, 4, 5, 24), torch.randn(2, 2, 9, 24)
+    torch.library.opcheck(salience.column_means_op, (*heads, True))
 
 
 def test_compiled_model():
@@ -238,51 +255,59 @@ def test_compiled_model():
 
     def f(qkv, offsets, rows):
         q, k, v = qkv.unbind(1)
-        order = salience.column_means(q.transpose(0, 1)[None], k.transpose(0, 1)[None])[0].argsort()
-        return pruned_attention.pruned_attention(q, k, v, offsets, 30, rows).square() + order[:30, None, None] * 1e-3
+        means = salience.column_means(q.transpose(0, 1)[None], k.transpose(0, 1)[None])[0]
+        y = pruned.pruned_attention(q, k, v, offsets, 30, rows)
+        return y.square() + means.argsort()[:30, None, None] * 1e-3
 
-    qkv, args = torch.randn(50, 3, 2, 24, requires_grad=True), (torch.tensor([0, 10, 30]), torch.randperm(50)[:30])
-    plain, compiled = f(qkv, *args), torch.compile(f, fullgraph=True, backend="aot_eager")(qkv, *args)
+    qkv = torch.randn(50, 3, 2, 24, requires_grad=True)
+    args = torch.tensor([0, 10, 30]), torch.randperm(50)[:30]
+    plain = f(qkv, *args)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(qkv, *args)
     torch.testing.assert_close(compiled, plain)
     a, b = (torch.autograd.grad(y.sum(), qkv)[0] for y in (compiled, plain))
     torch.testing.assert_close(a, b)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The bench
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes in masked-off lanes too
 def test_bench():
-    """What it would do with a GPU, but for the clock: every case of a small shape computes what it says it computes."""
-    cfg = replace(PRESETS["nano"], n_layer=1, n_head=4, n_kv_head=2, head_dim=24, mrope_section=(4, 4, 4), v_embd=48,
-                  v_head=2, e_embd=40, e_head=2, e_mlp=72, a_embd=24)  # fmt: skip
-    small = bench.Shape("small", cfg, images=3, patches=20, prefix=50, tail=5, samples=(1, 3), tokens=16, steps=2)
+    """What it would do with a GPU, without the clock: every case of a small shape computes what it
+    says it computes."""
+    cfg = replace(
+        PRESETS["nano"], n_layer=1, n_head=4, n_kv_head=2, head_dim=24, mrope_section=(4, 4, 4),
+        v_embd=48, v_head=2, e_embd=40, e_head=2, e_mlp=72, a_embd=24,
+    )  # fmt: skip
+    small = bench.Shape("small", cfg, 3, 20, 50, 5, samples=(1, 3), tokens=16, steps=2)
     for cases in bench.CASES.values():
         for case in cases(small):
-            # two steps of the sampler amplify bf16's rounding too much to tell it from a mistake
-            dtype, limit = (torch.float32, 1e-3) if case.kernel == "sample_flow" else (torch.bfloat16, 2e-2)
-            result = bench.measure(case, torch.device(DEVICE), lambda f: 1e-3, dtype)
+            dtype, limit = torch.bfloat16, 2e-2
+            if case.kernel == "sample_flow":  # two steps amplify bf16's rounding too much
+                dtype, limit = torch.float32, 1e-3
+            result = bench.compare(case, DEVICE, lambda f: 1e-3, dtype)
             errors = {name: r["error"] for name, r in result.items() if name != bench.UNPRUNED}
             assert len(errors) >= 2 and max(errors.values()) < limit, (case, errors)
-            assert bench.floor(case, (1e12, 1e30)) == (case.traffic / 1e12, "memory")
+            assert case.floor(1e12, 1e30) == (case.traffic / 1e12, "memory")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What they compile to
 
 
 def builds_of(chip, dtype, d, H=16, images=16, patches=720, keep=4):
     """Launches at the release's shape; nothing is computed."""
-    qkv, R = torch.empty(images * patches, 3, H, d, dtype=dtype), images * patches // keep
-    q, k, v = qkv.unbind(1)
-    offsets, rows = torch.arange(images + 1) * (patches // keep), torch.arange(R)
+    q, k, v = torch.empty(images * patches, 3, H, d, dtype=dtype).unbind(1)
+    offsets = torch.arange(images + 1) * (patches // keep)
+    rows = torch.arange(images * patches // keep)
     with compiling(chip) as builds:
         heads = [a.view(images, patches, H, d).transpose(1, 2) for a in (q, k)]
-        salience.by_kernel(*heads, False)
-        out, lse = pruned_attention.by_kernel(q, k, v, offsets, patches, rows)
-        pruned_attention.backward_by_kernel(q, k, v, offsets, patches, rows, out, lse, out)
-    assert [b.kernel for b in builds] == ["row_sums", "column_sums", "forward", "backward_queries", "backward_keys"]
+        salience.column_means_op(*heads, False)
+        out, lse = pruned.pruned_attention_op(q, k, v, offsets, patches, rows)
+        pruned.pruned_attention_backward_op(q, k, v, offsets, patches, rows, out, lse, out)
+    names = ["row_sums", "column_sums", "attend_patches", "backward_queries", "backward_keys"]
+    assert [b.kernel for b in builds] == names
     return builds
 
 
@@ -290,9 +315,10 @@ def builds_of(chip, dtype, d, H=16, images=16, patches=720, keep=4):
 @pytest.mark.parametrize("chip", MATRIX)
 def test_compiles_for(chip):
     for b in builds_of(chip, torch.bfloat16, 72):
-        said = f"sm_{chip} {b.kernel}: {b.registers} registers, {b.spilled} bytes spilled, {b.shared} bytes shared"
+        said = f"sm_{chip} {b.kernel}: {b.registers} registers, {b.spilled} bytes spilled, "
+        said += f"{b.shared} bytes shared"
         assert b.matrix() == MATRIX[chip] and b.spilled == 0 and b.fits, said
-        assert b.blocks >= (3 if b.kernel in ("row_sums", "column_sums") else 2), said  # as the files say
+        assert b.blocks >= (3 if b.kernel in ("row_sums", "column_sums") else 2), said  # as told
         assert b.async16 >= 4, said
 
 
