@@ -372,8 +372,8 @@ def pairs_of(boxes, rays):
     """Boxes (m, boxes) with each camera that may see them: Columns (pairs,), sorted by part.
 
     A pair has a rectangle of height rows of width rays, from column left and row top on. Rows count
-    on from camera to camera. slab (8, pairs) is cos, sin, and in the box's own axes its centre, seen
-    from the camera, and half its size."""
+    on from camera to camera. slab (8, pairs) is cos, sin, the centre as the camera sees it and half
+    the size, both in the box's own axes."""
     scene, box = (boxes.half.amin(-1) > 0).nonzero(as_tuple=True)  # (k,)
     order = boxes.part[scene, box].argsort(stable=True)
     boxes = boxes[scene[order], box[order]]
