@@ -271,8 +271,8 @@ def draw_numbers(ax, scene, out, drives):
     lines = {drive.label: drive.look.line for drive in reversed(drives)}
     lines["the past"] = BEHIND
     handles = [Line2D([], [], label=label, **line) for label, line in lines.items()]
-    place = dict(loc="upper left", borderaxespad=0)
-    ax.legend(handles=handles, frameon=False, labelcolor=TRUTH, **place)
+    place = dict(loc="upper left", borderaxespad=0, frameon=False)
+    ax.legend(handles=handles, labelcolor=TRUTH, **place)
     if "ego_future_xyz" in scene:
         truth = scene["ego_future_xyz"]
         best = min_ade(out.xyz.cpu(), truth).item()

@@ -14,6 +14,7 @@ sys.path.insert(0, ROOT)
 if os.environ.get("ALPAMAYO_KERNELS") == "triton" and not torch.cuda.is_available():
     # The whole suite by the kernels, in Triton's interpreter; but what tests start as processes of their own is PyTorch's.
     import cpu_triton  # noqa: F401
+
     import kernels
 
     kernels.use(os.environ.pop("ALPAMAYO_KERNELS"))

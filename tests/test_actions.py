@@ -11,8 +11,22 @@ import torch
 
 import alpamayo
 from alpamayo import (
-    CURVATURE_BOUND, LOW_SPEED, PRESETS, ActionSpace, Config, Vocabulary, fit_actions,
-    from_bins, initial_speed, pick, roll_out, rot_of, to_bins, unwrap, with_words, yaw_of,
+    CURVATURE_BOUND,
+    LOW_SPEED,
+    PRESETS,
+    ActionSpace,
+    Config,
+    Vocabulary,
+    fit_actions,
+    from_bins,
+    initial_speed,
+    pick,
+    roll_out,
+    rot_of,
+    to_bins,
+    unwrap,
+    with_words,
+    yaw_of,
 )  # fmt: skip
 from release import TEXT_TOKENS, WordTokenizer, release_json
 

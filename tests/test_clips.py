@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from alpamayo import project
+from clips import Motion, rotation
 from data import load
 from world import RIG
 
@@ -102,6 +103,41 @@ def check_arc(scene, tolerance):
 def last_image(t):
     """The number of the last image at or before t."""
     return int(np.searchsorted(TIMES, t + 1e-7, side="right") - 1)
+
+
+def test_a_cubic_is_its_own_spline_and_turning_is_even():
+    """At irregular times, up to the ends ("not-a-knot"); slerp about a slanted axis."""
+    times = np.cumsum(np.random.default_rng(0).uniform(0.05, 0.2, 12))
+    t = np.linspace(times[0], times[-1], 50)
+
+    def cubic(t):
+        return np.stack([t**3, t - t**2, 1 + 0 * t], -1)
+
+    slanted = rotation(*np.array([[0.4], [0.3], [0.2]]))  # (1, 3, 3)
+    motion = Motion("poses", times, cubic(times), slanted @ rotation(times, 0 * times, 0 * times))
+    xyz, rot, velocity = motion.pose(t)
+    assert np.allclose(xyz, cubic(t), rtol=0, atol=1e-12)
+    assert np.allclose(velocity, np.stack([3 * t**2, 1 - 2 * t, 0 * t], -1), rtol=0, atol=1e-11)
+    assert np.allclose(rot, slanted @ rotation(t, 0 * t, 0 * t), rtol=0, atol=1e-12)
+
+
+def test_yaw_pitch_and_roll():
+    yaw, pitch, roll = 0.4, 0.3, 0.2
+    (rot,) = rotation(*np.array([[yaw], [pitch], [roll]]))
+    forward = [math.cos(yaw) * math.cos(pitch), math.sin(yaw) * math.cos(pitch), -math.sin(pitch)]
+    assert np.allclose(rot[:, 0], forward)  # a positive pitch is nose down
+    assert np.allclose(rot[2], [forward[2], math.cos(pitch) * math.sin(roll),
+                                math.cos(pitch) * math.cos(roll)])  # left side up
+    assert np.allclose(rot @ rot.T, np.eye(3)) and np.linalg.det(rot) == pytest.approx(1)
+
+
+def test_kinematics_know_nothing_of_what_follows():
+    """The car speeds up from t0 on: its acceleration at t0 is still none."""
+    times = np.arange(100) / 10
+    later = np.maximum(times - 5, 0)
+    x = 8 * times + 2 * later**2
+    motion = Motion("poses", times, np.stack([x, 0 * x, 0 * x], -1), rotation(*[0 * x] * 3))
+    assert abs(motion.kinematics(5.0)[-1, 1]) < 0.5 and motion.kinematics(5.6)[-1, 1] > 3.5
 
 
 def test_folder_recovers_the_arc_and_takes_the_last_image(folder):

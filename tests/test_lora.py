@@ -3,7 +3,6 @@ Adapters and activation checkpointing: less memory, the same numbers.
 
     python -m pytest tests/test_lora.py
 """
-
 import sys
 from dataclasses import replace
 
@@ -60,9 +59,8 @@ def test_adapters_change_nothing_before_they_learn(scene):
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert torch.equal(told.tokens, again.tokens) and torch.equal(told.xyz, again.xyz)
     names = [n for n, _ in model.named_parameters() if "lora_" in n]
-    assert len(names) == 2 * 7 * model.cfg.n_layer and all(
-        "language_model.layers" in n for n in names
-    )
+    assert len(names) == 2 * 7 * model.cfg.n_layer
+    assert all("language_model.layers" in n for n in names)
 
 
 def test_merging_changes_nothing_but_rounding(scene, tmp_path):
@@ -81,9 +79,8 @@ def test_merging_changes_nothing_but_rounding(scene, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in kept.items()}
     changed = {k for k in kept if not torch.equal(kept[k], tensors[k])}
-    assert len(changed) == 7 * model.cfg.n_layer and all(
-        k.endswith("_proj.weight") for k in changed
-    )
+    assert len(changed) == 7 * model.cfg.n_layer
+    assert all(k.endswith("_proj.weight") for k in changed)
     fresh = make()
     fresh.load_state_dict(tensors, strict=True)
     for other in (fresh, Alpamayo.from_pretrained(str(tmp_path))):
@@ -96,19 +93,15 @@ def test_merging_changes_nothing_but_rounding(scene, tmp_path):
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_only_adapters_learn_and_the_base_may_be_half(scene, dtype, monkeypatch):
     model = make()
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        f"train.py --init a --lora 4 --train vlm --lr 5e-3 --warmup 0 --dtype {dtype}".split(),
-    )
+    words = f"train.py --init a --lora 4 --train vlm --lr 5e-3 --warmup 0 --dtype {dtype}"
+    monkeypatch.setattr(sys, "argv", words.split())
     flags = train.parse_flags()
     run = train.Run(flags, arithmetic=dtype, model=model)
     train.prepare(run)
     params = run.params
     base = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    assert {p.dtype for p in params} == {torch.float32} and {p.dtype for p in base.values()} == {
-        getattr(torch, dtype)
-    }
+    assert {p.dtype for p in params} == {torch.float32}
+    assert {p.dtype for p in base.values()} == {getattr(torch, dtype)}
     assert len(params) == 2 * 7 * model.cfg.n_layer
     seen = []
     for step in range(8):
@@ -119,17 +112,20 @@ def test_only_adapters_learn_and_the_base_may_be_half(scene, dtype, monkeypatch)
     assert all(torch.equal(base[n], p) for n, p in model.named_parameters() if n in base)
 
 
-@pytest.mark.parametrize(
-    "switches", (dict(), dict(keep=0.5), dict(vision="flex"), dict(vision="triplane")), ids=str
-)
+SWITCHES = (dict(), dict(keep=0.5), dict(vision="flex"), dict(vision="triplane"))
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_activations_computed_twice_are_the_same(scene, switches):
     """Losses, every gradient, and the cache that the layers return."""
 
     def step(model):
         lm, found = model.vlm.model.language_model, []
-        hook = lm.register_forward_hook(
-            lambda lm, args, out: found.extend(a.detach().clone() for kv in out[1] for a in kv)
-        )
+
+        def keep_cache(lm, args, out):
+            found.extend(a.detach().clone() for kv in out[1] for a in kv)
+
+        hook = lm.register_forward_hook(keep_cache)
         losses = losses_of(model, scene)
         hook.remove()
         total(losses).backward()
@@ -142,44 +138,35 @@ def test_activations_computed_twice_are_the_same(scene, switches):
             m.mlp.register_forward_pre_hook(lambda mlp, args: calls.append(mlp))
     a, cache_a, grads_a = step(models[0])
     b, cache_b, grads_b = step(models[1])
-    assert (
-        all(torch.equal(a[k], b[k]) for k in a)
-        and all(map(torch.equal, cache_a, cache_b))
-        and len(cache_a) == 2 * TINY.n_layer
-    )
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(map(torch.equal, cache_a, cache_b)) and len(cache_a) == 2 * TINY.n_layer
     assert {calls.count(mlp) for mlp in calls} == {2}  # in forward, and again in backward
     for name, g in grads_a.items():
         assert (g is None) == (grads_b[name] is None), name
         if g is not None:
-            torch.testing.assert_close(
-                grads_b[name], g, rtol=1e-5, atol=1e-6 * float(g.abs().max()) + 1e-12, msg=name
-            )
+            atol = 1e-6 * float(g.abs().max()) + 1e-12
+            torch.testing.assert_close(grads_b[name], g, rtol=1e-5, atol=atol, msg=name)
 
 
-@pytest.mark.in_pytorch(
-    "the half that is killed runs in another process, and equals the other to the last bit"
-)
+@pytest.mark.in_pytorch("half runs in another process, and equals the other to the last bit")
 def test_a_killed_run_with_adapters_goes_on(cache, tmp_path, monkeypatch):  # noqa: F811
     """As if it had not been killed: from the weights that it began with.
 
     Those of its checkpoint have the adapters merged and would add them twice. Where the first
-    weights are gone or others, it says so."""
+    weights are others, it says so."""
     base = tmp_path / "base"
     make().save_pretrained(str(base))
     flags = "--lora 4 --dtype bfloat16 --stage reason --train vlm --val-every 10 --steps 10".split()
-    monkeypatch.setattr(
-        sys, "argv", command(cache, tmp_path / "whole", "--init", str(base), *flags)[1:]
-    )
+    args = command(cache, tmp_path / "whole", "--init", str(base), *flags)
+    monkeypatch.setattr(sys, "argv", args[1:])
     train.main()
     args = command(cache, tmp_path / "killed", "--init", str(base), *flags)
     killed_and_resumed(args, tmp_path / "killed")
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
     lines = log(tmp_path / "whole")
     assert lines[9]["text"] < lines[1]["text"] - 0.1
-    tensors, first = (
-        load_file(tmp_path / "whole" / "model.safetensors"),
-        load_file(base / "model.safetensors"),
-    )
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    first = load_file(base / "model.safetensors")
     assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in first.items()}
     assert torch.equal(tensors["expert.norm.weight"], first["expert.norm.weight"].bfloat16())
     saved = load_file(tmp_path / "whole" / "training.safetensors")

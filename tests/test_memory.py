@@ -3,7 +3,6 @@ The plan of memory: what it says before a run is what the run takes.
 
     python -m pytest tests/test_memory.py
 """
-
 import re
 import sys
 
@@ -17,9 +16,7 @@ import train
 import world
 from alpamayo import PRESETS, Alpamayo, Vocabulary, with_words
 
-pytestmark = pytest.mark.in_pytorch(
-    "what is planned, and counted, is what PyTorch's lines allocate"
-)
+pytestmark = pytest.mark.in_pytorch("planned, and counted, is what PyTorch's lines allocate")
 TEXTS = [data.sentence(cause, world.LEFT) for cause in data.CAUSES]
 
 
@@ -29,9 +26,8 @@ def planned(monkeypatch, capsys, flags):
     train.main()
     lines = capsys.readouterr().out.splitlines()
     rows = [re.split(r" {2,}", line) for line in lines[1:]]
-    return {name: [float(cell) for cell in cells] for name, *cells in rows[1:]} | {
-        "phases": rows[0][1:]
-    }
+    table = {name: [float(cell) for cell in cells] for name, *cells in rows[1:]}
+    return table | {"phases": rows[0][1:]}
 
 
 def nano():
@@ -62,14 +58,14 @@ def test_a_planned_step_takes_what_pytorch_allocates(monkeypatch, capsys):
     assert total == pytest.approx(most / 2**30, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "more",
-    (
-        "--kl 0.1",
-        "--policy tokens --train vlm --lora 4 --kl 0.1",
-        "--policy tokens --checkpointing",
-    ),
+OF_RL = (
+    "--kl 0.1",
+    "--policy tokens --train vlm --lora 4 --kl 0.1",
+    "--policy tokens --checkpointing",
 )
+
+
+@pytest.mark.parametrize("more", OF_RL)
 def test_a_planned_step_of_rl_is_that_of_real_tensors(monkeypatch, capsys, more):
     """The same phases on tensors that have contents."""
     more = f"--stage rl --batch 2 --group 3 --max-new-tokens 12 {more}"

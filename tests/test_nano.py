@@ -10,7 +10,8 @@ import world
 from alpamayo import Alpamayo
 from world import causes
 
-pytestmark = pytest.mark.in_pytorch("what the weights have learned is asked in hundreds of scenes, too many for Triton's interpreter")
+pytestmark = pytest.mark.in_pytorch(
+    "what the weights know is asked in hundreds of scenes, too many for Triton's interpreter")
 CAUSED = [name for name in world.SITUATIONS if name not in ("free", "curve", "turn")]
 EACH = 10
 
@@ -25,12 +26,14 @@ def reasons(model, seeds):
     cfg = model.cfg
     scene = data.make_scenes(seeds, **data.view_of(cfg, (64, 128)))
     said = model.sample(scene, n=1, temperature=0, steps=1, seed=0).reasoning
-    return [text.partition(" since ")[2] for (text,) in said], [t.partition(" since ")[2] for t in scene["reasoning"]]
+    said = [text.partition(" since ")[2] for (text,) in said]
+    return said, [text.partition(" since ")[2] for text in scene["reasoning"]]
 
 
 def test_without_its_cause_a_reason_is_gone(nano, monkeypatch):
-    """The same seeds twice, the second time with the cause alone taken out of the world: a model that had learned
-    anything else, the crowd or the road that usually come with it, would go on naming it."""
+    """The same seeds twice, the second time with the cause alone taken out of the world. A model
+    that had learned anything else, the crowd or the road that usually come with it, would go on
+    naming it."""
     draw, seeds = world.draw, {name: [] for name in CAUSED}
     for seed in range(15_000_000, 15_000_000 + 2000):  # seeds that no run looked at
         name = draw(seed).situation
@@ -52,8 +55,9 @@ def test_without_its_cause_a_reason_is_gone(nano, monkeypatch):
         without = sum(a == b for a, b in zip(later, true))
         print(f"{name:14} named in {with_it} of {EACH} scenes; in {without} when it was taken away")
         named, still = named + with_it, still + without
-    print(f"all            named in {named} of {EACH * len(CAUSED)}; in {still} when it was taken away")
-    assert named >= 0.93 * EACH * len(CAUSED) and still <= 0.1 * named
+    every = EACH * len(CAUSED)
+    print(f"all            named in {named} of {every}; in {still} when it was taken away")
+    assert named >= 0.93 * every and still <= 0.1 * named
 
 
 def test_missing_cameras_leave_a_model_that_drives(nano):
@@ -61,6 +65,7 @@ def test_missing_cameras_leave_a_model_that_drives(nano):
     view = data.view_of(cfg, (64, 128)) | {"camera_ids": (1, 6)}
     scene = data.make_scenes(range(10_000_000, 10_000_024), **view)
     out = nano.sample(scene, n=1, temperature=0, steps=5, seed=0)
-    right = [data.decisions(said) == data.decisions(true) for (said,), true in zip(out.reasoning, scene["reasoning"])]
+    pairs = zip(out.reasoning, scene["reasoning"])
+    right = [data.decisions(said) == data.decisions(true) for (said,), true in pairs]
     print(f"two front cameras: {sum(right)} of 24 decide right")
     assert sum(right) >= 18 and torch.isfinite(out.xyz).all()

@@ -15,11 +15,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT
+from conftest import ROOT
 from safetensors.torch import load_file
 from test_clips import folder  # noqa: F401, a clip of one's own
 from test_train import assert_same_run, cache, complaint, killed_and_resumed, log, run  # noqa: F401
-from test_vision import H, TINY, W
+from test_vision import TINY, H, W
 
 import alpamayo
 import data
@@ -291,7 +291,7 @@ def experts_offsets(seeds):
     w = world.World(seeds)
     w.catch_up()
     beside = []
-    for tick in range(data.PAST + 64):
+    for _ in range(data.PAST + 64):
         w.step(*w.expert())
         beside.append(world.locate(w.x, w.y, w.scene.route)[1])
     return torch.stack(beside[data.PAST :], 1)[:, None]
@@ -316,7 +316,7 @@ def test_plans_are_driven_among_the_others():
     w = world.World(seeds)
     w.catch_up()
     controls = []
-    for tick in range(data.PAST + 64):
+    for _ in range(data.PAST + 64):
         w.step(*w.expert())
         controls.append(torch.stack([w.accel, w.curvature], -1))
     expert = torch.stack(controls[data.PAST :], 1)

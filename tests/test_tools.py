@@ -34,6 +34,12 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("scenes")
 
 
+@pytest.fixture(autouse=True)
+def render_here(monkeypatch):
+    """Scenes are rendered in this process: starting others takes longer."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 0)
+
+
 @pytest.fixture
 def command(monkeypatch):
     """Sets the command line that a script of this process sees."""
@@ -216,10 +222,10 @@ def test_rewards(cache, command, capsys):
 
 @pytest.fixture
 def short(monkeypatch):
-    """The least that can be measured; scenes are rendered in this process."""
-    for name in ("n", "steps", "repeats"):
+    """The least that can be measured."""
+    for name in ("n", "steps"):
         monkeypatch.setitem(experiments.SAMPLING, name, 1)
-    monkeypatch.setattr(os, "cpu_count", lambda: 0)
+    monkeypatch.setattr(experiments, "REPEATS", 1)
 
 
 def test_the_table_trains_what_is_missing(short, cache, tmp_path, command, monkeypatch, capsys):
@@ -275,13 +281,13 @@ def test_a_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiments.subprocess, "run", run_nothing)
     save_file({"x": torch.zeros(1)}, tmp_path / "training.safetensors", {"step": "2"})
-    experiments.train(tmp_path, "--keep 0.5", args)
+    experiments.run_training(tmp_path, "--keep 0.5", args)
     assert ran[0][2:] == ["--resume", tmp_path]
     with pytest.raises(ValueError, match="elsewhere: ValueError: too few"):
-        experiments.train(f"{tmp_path}/elsewhere", "--keep 0.5", args)
+        experiments.run_training(f"{tmp_path}/elsewhere", "--keep 0.5", args)
     assert {"--keep", "0.5", "--steps", "3"} <= set(ran[1])
     save_file({"x": torch.zeros(1)}, tmp_path / "training.safetensors", {"step": "3"})
-    experiments.train(tmp_path, "--keep 0.5", args)
+    experiments.run_training(tmp_path, "--keep 0.5", args)
     assert len(ran) == 2
 
 
@@ -292,7 +298,7 @@ def test_what_the_picture_shows(scene):  # noqa: F811
     share = experiments.shares_that_keep(build(), scene)
     assert share.shape == (3, 4, 2, 4)
     newest = torch.arange(64).view(4, 2, 2, 4)[:, 1]
-    for kept, shares in zip(build(keep=0.5).look(scene).kept.tolist(), share):
+    for kept, shares in zip(build(keep=0.5).look(scene)[-1].tolist(), share):
         assert set(newest[shares <= 0.5].tolist()) == set(kept) & set(newest.flatten().tolist())
     attention = experiments.scene_token_attention(build(vision="flex"), scene)
     assert attention.shape == (3, 4, 2, 4) and attention.min() > 0
@@ -302,7 +308,7 @@ def test_what_the_picture_shows(scene):  # noqa: F811
     assert all(plane.std(0).max() > 1e-3 for plane in planes)
 
 
-def test_the_picture_is_drawn(short, tmp_path, command, monkeypatch, capsys):
+def test_the_picture_is_drawn(tmp_path, command, capsys):
     for way in (experiments.WAYS[i] for i in (0, 1, 3)):
         command("experiments", "encoders", "--out", tmp_path, "--size", H, W)
         folder = experiments.folders_of(way, experiments.parse_flags())[0]
@@ -327,7 +333,6 @@ def test_trained_saved_loaded_and_driven(flags, cache, tmp_path, command, monkey
     """Both stages from one script; the checkpoint knows how it sees; sample.py runs and prunes."""
     common = f"--size {H} {W} --scenes 4 --batch 2 --val-scenes 2 --threads 1 --cache {cache}"
     common = f"train.py {common} --steps 1 --action-every 2".split()
-    monkeypatch.setattr(os, "cpu_count", lambda: 0)  # render in this process
     command(*common, "--stage", "action", "--out", tmp_path / "a", *flags.split())
     train.main()
     command(*common, "--stage", "reason", "--init", tmp_path / "a", "--out", tmp_path / "b")

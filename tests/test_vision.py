@@ -17,8 +17,19 @@ import torch.nn.functional as F
 import alpamayo
 import data
 import world
+from alpamayo import (
+    PRESETS,
+    Alpamayo,
+    Config,
+    Vocabulary,
+    column_means,
+    image_positions,
+    look_up,
+    rope,
+    rotate,
+    with_words,
+)
 from world import causes, images_of
-from alpamayo import PRESETS, Alpamayo, Config, Vocabulary, column_means, image_positions, look_up, rope, rotate, with_words
 
 H, W = 32, 64
 TINY = with_words(
@@ -104,7 +115,7 @@ def test_a_thing_of_the_world_is_found_where_it_stands():
     """A box put into a rendered scene changes what each camera that sees its middle shows there, and nothing at points
     that are well aside of it."""
     for distance, side in ((12, 0), (9, 6), (8, -7)):
-        images, centre = [], None
+        images = []
         for kind in (causes.NOTHING, causes.BUILDING):
             w = world.World([5])
             w.things.kind[:] = causes.NOTHING
@@ -323,7 +334,7 @@ def hidden_behind_masks(model, scene, kept):
     cos, sin = rope(positions, cfg, y.dtype)
     for i, layer in enumerate(lm.layers):
         a, h = layer.self_attn, layer.input_layernorm(y)
-        heads = lambda f, n: f(h).view(B, P, n, cfg.head_dim)
+        heads = lambda f, n, h=h: f(h).view(B, P, n, cfg.head_dim)
         q = rotate(a.q_norm(heads(a.q_proj, cfg.n_head)).transpose(1, 2), cos, sin)
         k = rotate(a.k_norm(heads(a.k_proj, cfg.n_kv_head)).transpose(1, 2), cos, sin)
         v = heads(a.v_proj, cfg.n_kv_head).transpose(1, 2)
@@ -418,7 +429,7 @@ def test_retrieval_is_hiding(scene, monkeypatch):
     def run(model):
         logits.clear()
         said = iter([*script.T, torch.full((6,), model.vocabulary["traj_future_start"])])
-        monkeypatch.setattr(alpamayo, "pick", lambda l, *_: logits.append(l) or (t := next(said), torch.zeros(t.shape)))
+        monkeypatch.setattr(alpamayo, "pick", lambda x, *_: logits.append(x) or (t := next(said), torch.zeros(t.shape)))
         model.sample(in_double(scene), n=2, noise=noise)
         return torch.stack(logits)
 

@@ -1,4 +1,7 @@
-"""The built-in world: the same everywhere, honest about causes, driven cleanly.    python -m pytest tests/test_world.py"""
+"""The built-in world: the same everywhere, honest about causes, driven cleanly.
+
+    python -m pytest tests/test_world.py"""
+
 import math
 import os
 
@@ -24,19 +27,28 @@ def scene():
 def test_a_scene_is_what_design_says(scene):
     shapes = {k: tuple(v.shape[1:]) for k, v in scene.items() if torch.is_tensor(v)}
     assert shapes == {
-        "images": (4, 4, 3, 32, 64), "camera_ids": (4,), "ego_history_xyz": (16, 3), "ego_history_rot": (16, 3, 3),
-        "ego_kinematics": (20, 4), "ego_future_xyz": (64, 3), "ego_future_rot": (64, 3, 3), "camera_to_ego": (4, 4, 4), "intrinsics": (4, 10),
-    }  # fmt: skip
+        "images": (4, 4, 3, 32, 64),
+        "camera_ids": (4,),
+        "ego_history_xyz": (16, 3),
+        "ego_history_rot": (16, 3, 3),
+        "ego_kinematics": (20, 4),
+        "ego_future_xyz": (64, 3),
+        "ego_future_rot": (64, 3, 3),
+        "camera_to_ego": (4, 4, 4),
+        "intrinsics": (4, 10),
+    }
     assert scene["images"].dtype == torch.uint8 and scene["images"].float().std() > 20
     assert torch.allclose(scene["ego_history_xyz"][:, -1], torch.zeros(3), atol=1e-6)
     assert torch.allclose(scene["ego_history_rot"][:, -1], torch.eye(3).expand(24, 3, 3), atol=1e-6)
-    assert (scene["ego_history_xyz"][:, 0, 0] < 1e-3).all() and scene["camera_ids"][0].tolist() == [0, 1, 2, 6]
+    assert (scene["ego_history_xyz"][:, 0, 0] < 1e-3).all()
+    assert scene["camera_ids"][0].tolist() == [0, 1, 2, 6]
 
 
 def test_a_seed_is_a_scene_wherever_it_stands(scene):
     alone = data.make_scenes([7], **SMALL)
     for key, value in alone.items():
-        same = torch.equal(value[0], scene[key][7]) if torch.is_tensor(value) else value[0] == scene[key][7]
+        there = scene[key][7]
+        same = torch.equal(value[0], there) if torch.is_tensor(value) else value[0] == there
         assert same, key
     other = data.make_scenes([10_000_007], **SMALL)
     assert not torch.equal(other["images"], alone["images"])
@@ -51,11 +63,14 @@ def test_a_scene_may_be_empty(monkeypatch):
         return scene
 
     monkeypatch.setattr("world.traffic.draw", empty)
-    assert data.make_scenes([5], **SMALL)["reasoning"] == ["Keep speed and keep lane since the road ahead is free."]
+    assert data.make_scenes([5], **SMALL)["reasoning"] == [
+        "Keep speed and keep lane since the road ahead is free."
+    ]
 
 
 def test_the_world_is_version_two():
-    """What these seeds are on every machine. If this fails on purpose, raise WORLD_VERSION and write the new values."""
+    """What these seeds are on every machine. If this fails on purpose, raise WORLD_VERSION and
+    write the new values."""
     scene = data.make_scenes([10_000_000, 10_000_001, 20_000_002, 30_000_003], **SMALL)
     assert (world.WORLD_VERSION, scene["name"]) == (2, VERSION_TWO["name"])
     end = scene["ego_future_xyz"][:, -1, :2].numpy()
@@ -76,7 +91,8 @@ def test_every_sentence_parses_back_to_its_decisions():
         assert longitudinal in data.LONGITUDINAL and component in data.COMPONENTS
         for side in (world.LEFT, world.RIGHT):
             parsed = data.decisions(data.sentence(situation, side))
-            assert parsed is not None and parsed[0] == longitudinal and parsed[1].split()[0] == lateral.split()[0]
+            assert parsed is not None and parsed[0] == longitudinal
+            assert parsed[1].split()[0] == lateral.split()[0]
     assert set(data.CAUSES) == {*world.SITUATIONS, *world.RARE, "aside"}
     assert data.decisions("Cones block the left side.") is None and data.decisions("") is None
     assert data.decisions("Fly and keep lane since the road ahead is free.") is None
@@ -85,29 +101,41 @@ def test_every_sentence_parses_back_to_its_decisions():
 def test_where_causes_meet_the_urgent_one_decides_and_the_trace_is_minimal():
     R = world.RIGHT
     assert data.compose([("double-parked car", R), ("pedestrian", R)])[:3] == (
-        "yield", "straddle left",
-        "Yield and straddle left since a parked car blocks the right side of the lane and a pedestrian crosses from the right.")
+        "yield",
+        "straddle left",
+        "Yield and straddle left since a parked car blocks the right side of the lane and "
+        "a pedestrian crosses from the right.",
+    )
     green = data.compose([("green light", R), ("pedestrian", R)])
-    assert green[2:] == ("Yield and keep lane since a pedestrian crosses from the right.", [1])  # the light decides nothing
+    # The light decides nothing.
+    assert green[2:] == ("Yield and keep lane since a pedestrian crosses from the right.", [1])
     assert data.compose([("red light", R), ("cut-in", R)])[:2] == ("yield", "keep lane")
     assert data.compose([("curve", R), ("cones", R)])[:2] == ("adapt speed", "straddle left")
 
 
 def combined(scene):
-    """Which held-out combinations and rare objects a Draw shows, judged by its things and road alone, not by its name."""
+    """Which held-out combinations and rare objects a Draw shows, judged by its things and road
+    alone, not by its name."""
     kinds = [thing.kind for thing in scene.things]
     crosses = any(t.kind == causes.PEDESTRIAN and t.drift for t in scene.things)
     in_lane = [t for t in scene.things if t.kind == causes.CAR and t.v == 0 and abs(t.d) < 2]
     sharp = scene.road[2] > 0 and abs(scene.road[1]) > 1 / 100
     on_path = any(t.kind == causes.CONE and abs(t.d) < world.LANE / 2 for t in scene.things)
-    red = any(t.kind == causes.LIGHT and causes.RED in (t.signal,) and t.t_signal > 0 for t in scene.things)
+    lights = [t for t in scene.things if t.kind == causes.LIGHT]
+    red = any(t.signal == causes.RED and t.t_signal > 0 for t in lights)
+    drifts = any(t.kind == causes.CAR and t.drift for t in scene.things)
     found = {
-        "pedestrian behind a parked car": crosses and bool(in_lane), "pedestrian at a speed bump": crosses and world.BUMP in kinds,
-        "pedestrian at a green light": crosses and any(t.signal == causes.GREEN for t in scene.things),
-        "cut-in at a red light": red and any(t.kind == causes.CAR and t.drift for t in scene.things),
-        "cones in a curve": sharp and on_path, "braking lead in a curve": sharp and any(t.accel < 0 for t in scene.things),
-        "dusk and rain": scene.dusk > 0 and scene.rain > 0, "deer": causes.DEER in kinds, "cyclist": causes.CYCLIST in kinds,
-        "debris": causes.DEBRIS in kinds}
+        "pedestrian behind a parked car": crosses and bool(in_lane),
+        "pedestrian at a speed bump": crosses and world.BUMP in kinds,
+        "pedestrian at a green light": crosses and any(t.signal == causes.GREEN for t in lights),
+        "cut-in at a red light": red and drifts,
+        "cones in a curve": sharp and on_path,
+        "braking lead in a curve": sharp and any(t.accel < 0 for t in scene.things),
+        "dusk and rain": scene.dusk > 0 and scene.rain > 0,
+        "deer": causes.DEER in kinds,
+        "cyclist": causes.CYCLIST in kinds,
+        "debris": causes.DEBRIS in kinds,
+    }
     return {name for name, true in found.items() if true}
 
 
@@ -118,14 +146,30 @@ def test_the_long_tail_does_not_leak_into_training():
     for split in ("tail", "rare"):  # and the same rules do find it where it is
         scenes = [world.draw(seed) for seed in range(world.SEEDS[split], world.SEEDS[split] + 300)]
         assert all(scene.situation in combined(scene) for scene in scenes)
-        assert {scene.situation for scene in scenes} == set(world.COMBINATIONS if split == "tail" else world.RARE)
+        assert {scene.situation for scene in scenes} == set(
+            world.COMBINATIONS if split == "tail" else world.RARE
+        )
     for seed in (-1, world.SEEDS["end"]):
         with pytest.raises(ValueError, match="seed"):
             world.draw(seed)
 
 
+def test_find_gives_the_first_seed_of_a_situation():
+    assert list(world.KINDS) == list(world.SEEDS)[:-1] and world.KINDS["val"] == world.SITUATIONS
+    for split, situation in (("val", "red light"), ("tail", "cones in a curve"), ("rare", "deer")):
+        first = world.SEEDS[split]
+        for start in (0, 30):
+            seed = world.find(situation, split, start)
+            assert world.draw(seed).situation == situation
+            assert all(world.draw(s).situation != situation for s in range(first + start, seed))
+    message = "situation 'deer': not in split val; expected one of free, curve, slower lead"
+    with pytest.raises(ValueError, match=message):
+        world.find("deer", "val")
+
+
 def seeds_of(names, split, each, start=0):
-    """The first `each` seeds of every one of these situations, from the split's `start` on: {name: [seed]}."""
+    """The first `each` seeds of each of these situations, from the split's `start` on:
+    {name: [seed]}."""
     found = {name: [] for name in names}
     for seed in range(world.SEEDS[split] + start, world.SEEDS["end"]):
         name = world.draw(seed).situation
@@ -137,24 +181,38 @@ def seeds_of(names, split, each, start=0):
 
 @pytest.mark.parametrize("split", ["val", "tail", "rare"])
 def test_every_cause_can_be_seen_in_the_history(split, monkeypatch):
-    """Take the things that are a cause out of the world, one by one (cones and barriers together): the images before t0
-    must differ. The curve, the free road and the route have no thing; the road itself is the cause, or the text is."""
-    names = {"val": [n for n in world.SITUATIONS if n not in ("free", "curve", "turn")], "tail": list(world.COMBINATIONS)[:-1],
-             "rare": list(world.RARE)}[split]
+    """Take the things that are a cause out of the world, one by one (cones and barriers together):
+    the images before t0 must differ. The curve, the free road and the route have no thing; the road
+    itself is the cause, or the text is."""
+    names = {
+        "val": [n for n in world.SITUATIONS if n not in ("free", "curve", "turn")],
+        "tail": list(world.COMBINATIONS)[:-1],
+        "rare": list(world.RARE),
+    }[split]
     found, draw, without = seeds_of(names, split, 6 if split == "val" else 3), world.draw, []
     seeds = [seed for some in found.values() for seed in some]
     many = (causes.CONE, causes.BARRIER, causes.DEBRIS)
-    parts = {seed: sorted({t.kind if t.kind in many else i for i, t in enumerate(draw(seed).things) if t.cause and t.kind != causes.SIGN}
-                          | {i for i, t in enumerate(draw(seed).things) if t.cause and t.signal != causes.YELLOW and t.kind == causes.SIGN})
-             for seed in seeds}  # a warning sign is not the bump
+
+    def part_of(i, thing):
+        """What is taken out at once with this thing of a scene; None if it stays."""
+        warns = thing.kind == causes.SIGN and thing.signal == causes.YELLOW  # and is not the bump
+        if not thing.cause or warns:
+            return None
+        return thing.kind if thing.kind in many else i
+
+    parts = {}
+    for seed in seeds:
+        every = {part_of(i, thing) for i, thing in enumerate(draw(seed).things)}
+        parts[seed] = sorted(every - {None})
     jobs = [(seed, part) for seed in seeds for part in parts[seed]]
 
     def drawn(seed):
         scene = draw(seed)
         if without:
             part = without.pop(0)
-            gone = lambda i, t: t.cause and (t.kind == part if t.kind in many else i == part)
-            scene.things = [causes.Thing() if gone(i, t) else t for i, t in enumerate(scene.things)]
+            for i, t in enumerate(scene.things):
+                if part_of(i, t) == part:
+                    scene.things[i] = causes.Thing()
         return scene
 
     monkeypatch.setattr("world.traffic.draw", drawn)
@@ -162,9 +220,12 @@ def test_every_cause_can_be_seen_in_the_history(split, monkeypatch):
     with_it = data.make_scenes([seed for seed, _ in jobs], **view)["images"].int()
     without.extend(part for _, part in jobs)
     without_it = data.make_scenes([seed for seed, _ in jobs], **view)["images"].int()
-    changed = ((with_it - without_it).abs().amax(3) > 20).flatten(3).sum(-1).amax((1, 2))  # pixels of the best image
+    differs = (with_it - without_it).abs().amax(3) > 20
+    changed = differs.flatten(3).sum(-1).amax((1, 2))  # pixels of the best image
     assert len(jobs) > len(seeds) or split != "tail"
-    assert (changed >= 8).all(), [(*job, draw(job[0]).situation, int(n)) for job, n in zip(jobs, changed) if n < 8]
+    assert (changed >= 8).all(), [
+        (*job, draw(job[0]).situation, int(n)) for job, n in zip(jobs, changed) if n < 8
+    ]
 
 
 def test_labels_know_nothing_of_the_future(monkeypatch):
@@ -181,20 +242,33 @@ def test_labels_know_nothing_of_the_future(monkeypatch):
     def without_future(seed):
         scene = draw(seed)
         times = ("t_signal", "t_accel", "t_go", "t_drift")
-        things = [t._replace(**{k: causes.NEVER for k in times if getattr(t, k) > 0}) for t in scene.things]
-        # Where scripts will end is the future, too: a braking car may stop or not, a drift may go further.
-        scene.things = [t._replace(v_end=t.v_end * 0.5, d_end=t.d_end + 3 * (t.d_end > t.d) - 3 * (t.d_end < t.d)) for t in things]
+        things = [
+            t._replace(**{k: causes.NEVER for k in times if getattr(t, k) > 0})
+            for t in scene.things
+        ]
+        # Where scripts will end is the future, too: a braking car may stop or not, a drift may go
+        # further.
+        scene.things = [
+            t._replace(
+                v_end=t.v_end * 0.5, d_end=t.d_end + 3 * (t.d_end > t.d) - 3 * (t.d_end < t.d)
+            )
+            for t in things
+        ]
         return scene
 
     before = labels()
     monkeypatch.setattr("world.traffic.draw", without_future)
     assert labels() == before
-    assert all(set(part) >= {"component", "what"} and part["component"] in data.COMPONENTS
-               for label in before for part in label.components)
+    assert all(
+        set(part) >= {"component", "what"} and part["component"] in data.COMPONENTS
+        for label in before
+        for part in label.components
+    )
 
 
 def test_labels_move_on_with_the_scene():
-    """After the answer comes what comes then: a light turns green, a pedestrian has crossed, a car has cut in."""
+    """After the answer comes what comes then: a light turns green, a pedestrian has crossed, a car
+    has cut in."""
     found = seeds_of(["red light", "pedestrian", "cut-in", "stop sign", "braking lead"], "val", 5)
     traffic = world.World([seed for some in found.values() for seed in some])
     said = []
@@ -203,15 +277,21 @@ def test_labels_move_on_with_the_scene():
             said.append([label.trace.partition(" since ")[2] for label in data.labels_of(traffic)])
         traffic.step(*traffic.expert())
     seen = [list(dict.fromkeys(texts)) for texts in zip(*said)]  # of each scene, in order
-    free, green = "the road ahead is free.", ("the light ahead has turned green.", "the light ahead is green.")
+    free = "the road ahead is free."
+    green = ("the light ahead has turned green.", "the light ahead is green.")
     for texts in seen[:5]:
         assert texts[0] == "the light ahead is red." and texts[1] in green and texts[-1] == free
     assert all(texts[-1] == free and "crosses" in texts[0] for texts in seen[5:10])
-    assert all("cuts in" in texts[0] and texts[1] == "the car ahead is slower." for texts in seen[10:15])
+    assert all(
+        "cuts in" in texts[0] and texts[1] == "the car ahead is slower." for texts in seen[10:15]
+    )
     assert all(texts == ["a stop sign stands ahead.", free] for texts in seen[15:20])
-    assert all(texts[:2] == ["the car ahead is braking.", "the car ahead is slower."]
-               or texts[:2] == ["the car ahead is braking.", "the car ahead has stopped."]
-               or texts[0] == "the car ahead is slower." for texts in seen[20:])  # it brakes from t0 - 1.2 s on
+    for texts in seen[20:]:  # it brakes from t0 - 1.2 s on
+        assert (
+            texts[:2] == ["the car ahead is braking.", "the car ahead is slower."]
+            or texts[:2] == ["the car ahead is braking.", "the car ahead has stopped."]
+            or texts[0] == "the car ahead is slower."
+        )
 
 
 @pytest.mark.parametrize("split", ["val", "tail", "rare"])
@@ -247,7 +327,10 @@ def test_the_expert_does_what_the_label_says(split):
         elif verb == "turn":
             assert turned[i] * (1 if side == "left" else -1) > 0.15, where
         else:
-            assert max(left[i], -right[i]) < 0.5 or label.longitudinal in ("yield", "search a gap"), where  # those go on later
+            assert max(left[i], -right[i]) < 0.5 or label.longitudinal in (
+                "yield",
+                "search a gap",
+            ), where  # those go on later
 
 
 def test_at_fault_is_not_who_was_struck_from_behind():
@@ -255,7 +338,9 @@ def test_at_fault_is_not_who_was_struck_from_behind():
     traffic.x[:], traffic.y[:], traffic.yaw[:], traffic.speed[:] = 0.0, 0.0, 0.0, 8.0
     now = traffic.judge()
     assert now["close"] and not now["at_fault"]
-    traffic.things.v[0, 0] = 2.0  # slower than we: then we have changed into its lane, or reversed into it
+    traffic.things.v[0, 0] = (
+        2.0  # slower than we: then we have changed into its lane, or reversed into it
+    )
     assert traffic.judge()["at_fault"]
     traffic.things.s[0, 0], traffic.speed[:] = world.FRONT + 2.3, 8.0  # 0.1 m ahead
     assert traffic.judge()["at_fault"] and not traffic.judge()["collision"]
@@ -265,19 +350,25 @@ def test_at_fault_is_not_who_was_struck_from_behind():
 
 def test_training_is_also_shown_what_comes_later():
     late = [seed for seed in range(120) if world.draw(seed).late > 0]
-    assert 30 < len(late) < 70 and not any(world.draw(world.SEEDS["val"] + i).late for i in range(120))
+    assert 30 < len(late) < 70 and not any(
+        world.draw(world.SEEDS["val"] + i).late for i in range(120)
+    )
     scene = data.make_scenes(late, size=(2, 4), frames=1)
     at_once = data.make_scenes(late[:1], size=(2, 4), frames=1)
-    assert torch.equal(scene["ego_future_xyz"][0], at_once["ego_future_xyz"][0])  # whatever it stands beside
-    moved_on = [text != data.compose([(c.name, c.side) for c in world.draw(seed).causes])[2]
-                for text, seed in zip(scene["reasoning"], late)]
+    assert torch.equal(
+        scene["ego_future_xyz"][0], at_once["ego_future_xyz"][0]
+    )  # whatever it stands beside
+    moved_on = [
+        text != data.compose([(c.name, c.side) for c in world.draw(seed).causes])[2]
+        for text, seed in zip(scene["reasoning"], late)
+    ]
     assert sum(moved_on) > 10
     assert scene["ego_kinematics"][..., 1].min() < -1  # some of them are braking already
 
 
 def test_lessons_err_and_come_back():
-    """Training scenes whose driver drifts aside: off the line at t0, told so where nothing else asks for anything, back on
-    it within 4 s, and without any harm on the way."""
+    """Training scenes whose driver drifts aside: off the line at t0, told so where nothing else
+    asks for anything, back on it within 4 s, and without any harm on the way."""
     seeds = [seed for seed in range(800) if world.draw(seed).lapse[0]]
     traffic = world.World(seeds)
 
@@ -285,17 +376,27 @@ def test_lessons_err_and_come_back():
         s, d, _ = world.locate(traffic.x, traffic.y, traffic.scene.route)
         return d - traffic._nudge(s)[0]
 
-    ticks = (traffic.scene.late / alpamayo.DT).round() + world.PAST  # until t0, when it is shown
-    for left in range(int(ticks.max()), 0, -1):
-        traffic.step(*traffic.expert(), which=ticks >= left)
+    traffic.catch_up()
+    for _ in range(world.PAST):  # until t0, when it is shown
+        traffic.step(*traffic.expert())
     offset, since, until = traffic.scene.lapse.unbind(-1)
-    errs = (offset.abs() > 0.3) & (traffic.time > since + 1.2) & (traffic.time <= until) & (traffic.speed > 5)
+    errs = (
+        (offset.abs() > 0.3)
+        & (traffic.time > since + 1.2)
+        & (traffic.time <= until)
+        & (traffic.speed > 5)
+    )
     assert errs.sum() > 15 and (off() / offset)[errs].min() > 0.4
     labels = data.labels_of(traffic)
-    told, free = (torch.tensor([label.components[0]["what"] == what for label in labels]) for what in ("aside", "free"))
+    told, free = (
+        torch.tensor([label.components[0]["what"] == what for label in labels])
+        for what in ("aside", "free")
+    )
     assert told.sum() > 15 and off()[told].abs().min() > 0.4 and off()[free].abs().max() <= 0.4
     for i in told.nonzero()[:, 0].tolist():
-        assert f"the car is on the {'left' if off()[i] > 0 else 'right'} side" in labels[i].trace, seeds[i]
+        assert f"the car is on the {'left' if off()[i] > 0 else 'right'} side" in labels[i].trace, (
+            seeds[i]
+        )
     for _ in range(40):
         traffic.step(*traffic.expert())
     moving = traffic.speed > 2
@@ -316,11 +417,14 @@ def corners(x, y, yaw, length, width):
 def inside(points, x, y, yaw, length, width):
     dx, dy = points[..., 0] - x[..., None], points[..., 1] - y[..., None]
     c, s = torch.cos(yaw)[..., None], torch.sin(yaw)[..., None]
-    return ((c * dx + s * dy).abs() < length[..., None] / 2) & ((c * dy - s * dx).abs() < width[..., None] / 2)
+    return ((c * dx + s * dy).abs() < length[..., None] / 2) & (
+        (c * dy - s * dx).abs() < width[..., None] / 2
+    )
 
 
 def hits(traffic):
-    """World.judge's collisions in another way: corners and edge midpoints of each rectangle in the other. (n,)"""
+    """World.judge's collisions (n,) in another way: corners and edge midpoints of each rectangle in
+    the other."""
     t, n = traffic.things, traffic.things.s.shape[1]
     x, y, heading = traffic.poses()
     ego_x = traffic.x + (world.FRONT - world.LENGTH / 2) * torch.cos(traffic.yaw)
@@ -338,7 +442,13 @@ def test_the_expert_hits_nothing_and_stays_on_the_road(split, count):
     first = world.SEEDS[split]
     met = data.drive(None, range(first, first + count))
     for name in ("collision", "close", "at_fault", "off_road"):
-        assert not met[name].any(), (name, [(first + i, world.draw(first + i).situation) for i in met[name].nonzero()[:, 0].tolist()])
+        assert not met[name].any(), (
+            name,
+            [
+                (first + i, world.draw(first + i).situation)
+                for i in met[name].nonzero()[:, 0].tolist()
+            ],
+        )
     assert (met["seconds"] == 20).all() and not met["ran"].any()
     assert met["km"].min() > 0.01 and met["comfort"].mean() > 0.9
 
@@ -346,18 +456,29 @@ def test_the_expert_hits_nothing_and_stays_on_the_road(split, count):
 def test_who_looks_at_nothing_is_found_out():
     """Constant velocity hits what the expert avoids, and two ways of finding collisions agree."""
     traffic = world.World(range(world.SEEDS["tail"], world.SEEDS["tail"] + 100))
-    zero, judged, found = torch.zeros(100), torch.zeros(100, dtype=torch.bool), torch.zeros(100, dtype=torch.bool)
-    for step in range(world.PAST + 100):
+    zero, judged, found = (
+        torch.zeros(100),
+        torch.zeros(100, dtype=torch.bool),
+        torch.zeros(100, dtype=torch.bool),
+    )
+    for _ in range(world.PAST + 100):
         traffic.step(*(traffic.expert() if traffic.time[0] < 0 else (zero, zero)))
         now, hit = traffic.judge(), hits(traffic)
         assert (hit <= now["collision"]).all() and (now["collision"] <= now["close"]).all()
         judged, found = judged | now["collision"], found | hit
     assert found.sum() >= judged.sum() - 1 > 30
-    met = data.drive(lambda scene: torch.zeros(40, 64, 2), range(world.SEEDS["val"], world.SEEDS["val"] + 40), seconds=8,
-                     size=(2, 4), frames=1)
+    met = data.drive(
+        lambda scene: torch.zeros(40, 64, 2),
+        range(world.SEEDS["val"], world.SEEDS["val"] + 40),
+        seconds=8,
+        size=(2, 4),
+        frames=1,
+    )
     assert 5 < met["close"].sum() < 35 and met["off_road"].any() and met["ran"].any()
     assert met["collision"].sum() > 0.6 * met["close"].sum()
-    assert (met["km"] * 1000 <= met["seconds"] * 14.5).all() and (met["seconds"] < 8).sum() >= met["close"].sum()
+    assert (met["km"] * 1000 <= met["seconds"] * 14.5).all() and (met["seconds"] < 8).sum() >= met[
+        "close"
+    ].sum()
 
 
 def test_a_policy_sees_what_a_scene_would_show_and_drives_what_it_says():
@@ -378,13 +499,23 @@ def test_a_policy_sees_what_a_scene_would_show_and_drives_what_it_says():
     first, second = (scene["ego_kinematics"][:, -1, 0] for scene in shown[:2])
     moving = first > 1
     assert torch.allclose((first - second)[moving], torch.tensor(0.25), atol=1e-4)
-    assert not torch.equal(shown[0]["images"][:, :, -1], shown[1]["images"][:, :, -1])  # fresh images, and the old ones kept
+    assert not torch.equal(
+        shown[0]["images"][:, :, -1], shown[1]["images"][:, :, -1]
+    )  # fresh images, and the old ones kept
     assert torch.equal(shown[1]["images"][:, :, -2], shown[0]["images"][:, :, -1])
 
 
 def test_progress_is_a_share_of_the_experts_way():
-    seeds = [s for s in range(world.SEEDS["val"], world.SEEDS["val"] + 400) if world.draw(s).situation == "green light"][:8]
-    half = lambda scene: torch.stack([-scene["ego_kinematics"][:, -1:, 0].expand(-1, 64), torch.zeros(8, 64)], -1)  # stops in 1 s
+    seeds = [
+        s
+        for s in range(world.SEEDS["val"], world.SEEDS["val"] + 400)
+        if world.draw(s).situation == "green light"
+    ][:8]
+
+    def half(scene):  # stops in 1 s
+        accel = -scene["ego_kinematics"][:, -1:, 0].expand(-1, 64)
+        return torch.stack([accel, torch.zeros(8, 64)], -1)
+
     met = data.drive(half, seeds, seconds=5, size=(2, 4), frames=1, frame_dt=0.5)
     assert (met["progress"] < 0.25).all() and (met["progress"] > 0).all() and not met["close"].any()
     with pytest.raises(ValueError, match="replan"):
@@ -395,10 +526,15 @@ def test_progress_is_a_share_of_the_experts_way():
 
 def test_cars_keep_their_distance_from_an_ego_that_brakes():
     """A car follows us; we stop hard: it stops behind us."""
-    seeds = [s for s in range(world.SEEDS["val"], world.SEEDS["val"] + 400) if any(
-        t.kind == causes.CAR and t.d == 0 and t.s < -20 for t in world.draw(s).things)][:20]
+    seeds = [
+        s
+        for s in range(world.SEEDS["val"], world.SEEDS["val"] + 400)
+        if any(t.kind == causes.CAR and t.d == 0 and t.s < -20 for t in world.draw(s).things)
+    ][:20]
     traffic = world.World(seeds)
-    followers = (traffic.things.kind == causes.CAR) & (traffic.things.d == 0) & (traffic.things.s < -20)
+    followers = (
+        (traffic.things.kind == causes.CAR) & (traffic.things.d == 0) & (traffic.things.s < -20)
+    )
     assert followers.any(1).all()
     for _ in range(150):
         steer = traffic.expert()[1]
@@ -426,44 +562,63 @@ def test_comfort_is_lost_by_what_is_rough():
     calm = motion.comfort_of(speed, zero, zero)
     assert set(calm) == set(motion.COMFORT_BOUNDS) and all(ok.all() for ok in calm.values())
     jolt = motion.comfort_of(speed, torch.where(torch.arange(50) == 25, -6.0, 0.0)[None], zero)
-    assert {name for name, ok in jolt.items() if not ok.all()} == {"accel", "jerk", "longitudinal jerk"}
+    assert {name for name, ok in jolt.items() if not ok.all()} == {
+        "accel",
+        "jerk",
+        "longitudinal jerk",
+    }
     sharp = motion.comfort_of(speed, zero, torch.linspace(0, 0.06, 50)[None])
     assert {name for name, ok in sharp.items() if not ok.all()} == {"lateral accel"}
 
 
 def test_history_gives_no_answer_away():
-    """Before t0 nobody reacts: else a model without eyes could tell a red light from a free road."""
-    scene = data.make_scenes(range(world.SEEDS["val"], world.SEEDS["val"] + 300), size=(2, 4), frames=1)
+    """Before t0 nobody reacts: a model without eyes cannot tell a red light from a free road."""
+    scene = data.make_scenes(
+        range(world.SEEDS["val"], world.SEEDS["val"] + 300), size=(2, 4), frames=1
+    )
     accel, signal = scene["ego_kinematics"][..., 1], scene["ego_kinematics"][..., 3].abs().amax(1)
     turns = torch.tensor([name == "turn" for name in scene["name"]])
     assert accel.abs().max() < 0.8  # m/s^2
-    assert (signal[~turns] == 0).all() and 0 < signal[turns].mean() < 1  # some forget to signal: the route tells them
+    assert (signal[~turns] == 0).all() and 0 < signal[
+        turns
+    ].mean() < 1  # some forget to signal: the route tells them
     assert [text != "go straight" for text in scene["route"]] == turns.tolist()
     stands = scene["ego_kinematics"][:, -1, 0] == 0
-    assert {scene["name"][i] for i in stands.nonzero()[:, 0].tolist()} == {"red light", "resume"}  # who stands may have to stay
+    assert {scene["name"][i] for i in stands.nonzero()[:, 0].tolist()} == {
+        "red light",
+        "resume",
+    }  # who stands may have to stay
 
 
 def test_the_paths_are_what_a_unicycle_can_drive(scene):
-    motion = [scene[k] for k in ("ego_history_xyz", "ego_history_rot", "ego_future_xyz", "ego_future_rot")]
+    motion = [
+        scene[k] for k in ("ego_history_xyz", "ego_history_rot", "ego_future_xyz", "ego_future_rot")
+    ]
     xyz, _ = roll_out(fit_actions(*motion), initial_speed(*motion[:2]))
-    assert (xyz - scene["ego_future_xyz"]).norm(dim=-1).max() < 0.3  # m, after 6.4 s, through the smoothing fit
+    assert (xyz - scene["ego_future_xyz"]).norm(
+        dim=-1
+    ).max() < 0.3  # m, after 6.4 s, through the smoothing fit
 
 
 def test_the_red_lamp_is_where_project_says():
-    plain = lambda one: not one.standing and one.dusk == one.rain == 0 and one.visibility == 150
+    def plain(one):
+        return not one.standing and one.dusk == one.rain == 0 and one.visibility == 150
+
     seeds = [s for s in seeds_of(["red light"], "val", 30)["red light"] if plain(world.draw(s))][:4]
     traffic = world.World(seeds)
     while traffic.time[0] < 0:
         traffic.step(*traffic.expert())
     image = images_of(traffic, (1, 6), (192, 384))  # (n, 2, 3, H, W)
-    boxes = render._boxes(traffic)
+    boxes = vars(render.boxes_of(traffic))
     lamp = boxes["part"] == 2 * causes.LIGHT
     found = 0
     for i in range(len(seeds)):
         for j in lamp[i].nonzero()[:, 0].tolist():
             if boxes["signal"][i, j] != causes.RED:
                 continue
-            point = boxes["centre"][i, j] + torch.tensor([-boxes["half"][i, j, 0], 0, 0.45 * boxes["half"][i, j, 2]])
+            point = boxes["centre"][i, j] + torch.tensor(
+                [-boxes["half"][i, j, 0], 0, 0.45 * boxes["half"][i, j, 2]]
+            )
             for camera, pixels in zip((1, 6), image[i]):
                 intrinsics, pose = world.rig_camera(camera, 192, 384)
                 uv, visible = alpamayo.project((point - pose[:3, 3]) @ pose[:3, :3], intrinsics)
@@ -476,7 +631,9 @@ def test_the_red_lamp_is_where_project_says():
 
 @pytest.mark.parametrize("kind", [0.0, 1.0])
 def test_rays_are_the_inverse_of_project(kind):
-    intrinsics = torch.tensor([kind, 96, 40, 50.0, 18.0, *([0.0, 60, 1.5, -2, 0.3] if kind == 0 else [70.0, 65, 0, 0, 0])])
+    intrinsics = torch.tensor(
+        [kind, 96, 40, 50.0, 18.0, *([0.0, 60, 1.5, -2, 0.3] if kind == 0 else [70.0, 65, 0, 0, 0])]
+    )
     rays = world.rays(intrinsics, 40, 96)
     uv, visible = alpamayo.project(rays * 7, intrinsics)
     v, u = torch.meshgrid(torch.arange(40) + 0.5, torch.arange(96) + 0.5, indexing="ij")
@@ -492,7 +649,9 @@ def test_the_cache_is_the_world_and_appears_whole(tmp_path, monkeypatch):
     made = data.load("world", split="val", **options)
     direct = data.make_scenes([10_000_004, 10_000_001], **SMALL)
     for key, value in made.batch([4, 1]).items():
-        assert torch.equal(value, direct[key]) if torch.is_tensor(value) else value == direct[key], key
+        assert (
+            torch.equal(value, direct[key]) if torch.is_tensor(value) else value == direct[key]
+        ), key
 
     def interrupted(job):
         raise KeyboardInterrupt
@@ -500,12 +659,20 @@ def test_the_cache_is_the_world_and_appears_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_make_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.load("world", split="train", **options)
-    assert len(os.listdir(tmp_path)) == 1  # the whole one; nothing that looks like a set is left of the other
+    assert (
+        len(os.listdir(tmp_path)) == 1
+    )  # the whole one; nothing that looks like a set is left of the other
 
 
 def test_bad_options_are_one_line():
-    for call in (lambda: data.load("world", split="test"), lambda: data.load("world", scenes=0), lambda: data.make_scenes([0], frame_dt=0.25),
-                 lambda: data.make_scenes([0], camera_ids=(1, 9)), lambda: data.make_scenes([0], frames=9)):  # fmt: skip
+    calls = (
+        lambda: data.load("world", split="test"),
+        lambda: data.load("world", scenes=0),
+        lambda: data.make_scenes([0], frame_dt=0.25),
+        lambda: data.make_scenes([0], camera_ids=(1, 9)),
+        lambda: data.make_scenes([0], frames=9),
+    )
+    for call in calls:
         with pytest.raises(ValueError) as error:
             call()
         assert "\n" not in str(error.value)
@@ -538,10 +705,10 @@ def alone(kind, s=18.0, d=0.0, **fields):
 
 def slow_render(traffic, camera, ground, H, W):
     """
-    `World.render` as one would write it down: every ray with every box, in float64. ground (n, 3, H, W) is what is
+    `images_of` as one would write it down: every ray with every box, in float64. ground (n, 3, H, W) is what is
     behind the boxes. Each thing has its own colour all over, the day is clear.
     """
-    boxes = {name: value.double() for name, value in render._boxes(traffic).items()}
+    boxes = vars(render.boxes_of(traffic).each(torch.Tensor.double))
     intrinsics, pose = world.rig_camera(camera, 2 * H, 2 * W)
     ray, origin = (world.rays(intrinsics, 2 * H, 2 * W) @ pose[:3, :3].T).double(), pose[:3, 3].double()
     images = []
@@ -566,13 +733,13 @@ def slow_render(traffic, camera, ground, H, W):
 
 @pytest.mark.parametrize("crowd", ["as drawn", "anywhere"])
 def test_the_fast_renderer_agrees_with_a_slow_one(crowd, monkeypatch):
-    monkeypatch.setattr("world.render._livery", lambda *_: None)  # things in their own colour
+    monkeypatch.setattr(render, "PARTS", [(*shape, None) for *shape, _ in render.PARTS])  # no liveries: own colours
     seed = int(torch.randint(10**6, ()))
     traffic = at_t0(range(seed, seed + 4))
     t = traffic.things
     t.colour = torch.rand_like(t.colour)
     if crowd == "anywhere":  # also what is huge, near, or reaches behind the cameras
-        t.kind = torch.randint_like(t.kind, causes.CAR, len(render.PARTS))
+        t.kind = torch.randint_like(t.kind, causes.CAR, len(render.PARTS) // 2)
         t.s, t.d = torch.empty_like(t.s).uniform_(-15, 60), torch.empty_like(t.d).uniform_(-12, 12)
         t.size = torch.rand_like(t.size) * torch.tensor([12, 4, 6]) + 0.1
         t.drift, t.d_end = torch.randn_like(t.drift), torch.full_like(t.d_end, 99.0)
@@ -604,7 +771,7 @@ def test_a_scene_looks_the_same_beside_any_other(monkeypatch):
 
 def pixel(traffic, part, q, camera=6, size=(64, 128)):
     """What the camera shows of the point q of the first thing's box (0 or 1), each coordinate from -1 to 1: r, g, b."""
-    boxes = {name: value[0, part] for name, value in render._boxes(traffic).items()}
+    boxes = vars(render.boxes_of(traffic)[0, part])
     x, y, z = torch.tensor(q) * boxes["half"]
     cos, sin = boxes["cos"], boxes["sin"]
     point = torch.stack([cos * x - sin * y, sin * x + cos * y, z]) + boxes["centre"]

@@ -57,7 +57,7 @@ def batches(scenes, size=32):
         yield first, scenes.batch(range(first, last))
 
 
-def joined(parts):
+def concatenated(parts):
     """Dictionaries of numbers (B,) as one of (N,)."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -83,7 +83,7 @@ def measure_plans(model, scenes, args, show=dict):
             right = torch.tensor(list(map(data.is_right, firsts, scene["reasoning"])))  # (B, 4)
             numbers |= zip(SHARES, right.float().T)
         parts.append(numbers)
-    return joined(parts)
+    return concatenated(parts)
 
 
 class Policy:
@@ -113,4 +113,4 @@ def drive_scenes(policy, seeds, batch=32, **options):
     parts = []
     for first in tqdm(range(0, len(seeds), batch), desc="driving"):
         parts.append(data.drive(policy, seeds[first : first + batch], **options))
-    return joined(parts)
+    return concatenated(parts)

@@ -74,17 +74,15 @@ def open_loop(model, args):
     numbers = measure_plans(model, scenes, args)
     rows = {}
     for kind in world.KINDS[args.split]:
-        chosen = torch.tensor([name == kind for name in scenes.names])
-        if chosen.any():
-            rows[kind] = summary({name: values[chosen] for name, values in numbers.items()})
+        of_kind = torch.tensor([name == kind for name in scenes.names])
+        if of_kind.any():
+            rows[kind] = summary({name: values[of_kind] for name, values in numbers.items()})
     rows["all"] = summary(numbers)
-    conditions = {
-        "without the route": (model, data.without_route),
-        "another scene's images": (model, with_other_images),
-        "no images (grey)": (model, in_grey),
-    }
-    if not (model.cfg.route and args.route):
-        del conditions["without the route"]
+    conditions = {}
+    if model.cfg.route and args.route:
+        conditions["without the route"] = model, data.without_route
+    conditions["another scene's images"] = model, with_other_images
+    conditions["no images (grey)"] = model, in_grey
     if args.blind:
         conditions["trained blind"] = load_model(args.blind), in_grey
     for condition, (driver, show) in conditions.items():

@@ -38,8 +38,9 @@ from alpamayo import PRESETS, Config, VisionTower, load_model
 from tools import markdown
 from tools.common import check_at_least, drive_scenes, load_scenes, measure_plans
 
-NANO = PRESETS["nano"]
-PICTURES = NANO.frames // NANO.temporal_patch * len(NANO.cameras)  # of a scene
+TRAINED = PRESETS["nano"]
+PICTURES = TRAINED.frames // TRAINED.temporal_patch * len(TRAINED.cameras)  # of a scene
+REPEATS = 20  # rounds of timing
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
@@ -91,18 +92,18 @@ def folders_of(way, args):
 def train_missing(args):
     """Train what is missing of every row and seed, or go on where it stopped, --jobs at a time."""
     for split, count in (("train", args.scenes), ("val", 32)):
-        load_scenes(NANO, split, count, args)  # once, before several processes would
+        load_scenes(TRAINED, split, count, args)  # once, before several processes would
     runs = {}  # by folder: some rows share a model
     for way in WAYS:
         for seed, folder in folders_of(way, args).items():
             runs[folder] = f"{way.flags} --seed {seed}"
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        work = pool.map(lambda folder: train(folder, runs[folder], args), runs)
+        work = pool.map(lambda folder: run_training(folder, runs[folder], args), runs)
         list(tqdm(work, total=len(runs), desc="training", unit="run"))
 
 
-def train(folder, flags, args):
+def run_training(folder, flags, args):
     """Train a model to the end, from the start or where it stopped, in a process of one thread."""
     saved = f"{folder}/training.safetensors"
     if os.path.exists(saved):
@@ -120,8 +121,6 @@ def train(folder, flags, args):
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["train.py was killed"]
         raise ValueError(f"{folder}: {lines[-1]}")
-
-
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,7 +158,7 @@ def milliseconds(model, scene):
 
 def compare(args):
     """The table's numbers, {row: {name: number, or a list of one for each seed}}."""
-    scenes = load_scenes(NANO, "val", args.eval, args)
+    scenes = load_scenes(TRAINED, "val", args.eval, args)
     one = scenes.batch([0])
     many = scenes.batch(range(min(args.batch, args.eval)))
     rows = {}
@@ -170,24 +169,19 @@ def compare(args):
         minade = [numbers["minade"].mean().item() for numbers in found]
         single = rows[WAYS[0].name]["minade"] if rows else minade
         model = models[way.name] = seeds[0]
-        rows[way.name] = {
-            "minade": minade,
-            "relative": [a / b - 1 for a, b in zip(minade, single)],
-            "both": [numbers["both"].mean().item() for numbers in found],
-            "paper": way.paper,
-            "tokens": model.look(one).tokens.shape[1] / PICTURES,
-            "parameters": parameters_of(encoder_of(model.vlm.model.visual)),
-            "flops": flops(model, one),
-        }
+        row = rows[way.name] = {"paper": way.paper, "minade": minade}
+        row["relative"] = [a / b - 1 for a, b in zip(minade, single)]
+        row["both"] = [numbers["both"].mean().item() for numbers in found]
+        row["tokens"] = model.look(one)[0].shape[1] / PICTURES
+        row["parameters"] = parameters_of(encoder_of(model.vlm.model.visual))
+        row["flops"] = flops(model, one)
     times = {name: [] for name in rows}
-    for _ in tqdm(range(args.repeats), desc="timing", unit="round"):
+    for _ in tqdm(range(REPEATS), desc="timing", unit="round"):
         for name, model in models.items():  # in turn: what else this machine does slows all alike
             times[name].append([milliseconds(model, one), milliseconds(model, many)])
     for name, row in rows.items():
         row["ms"], row["ms_among"] = np.median(times[name], 0).tolist()
     return rows
-
-
 
 
 # --------------------------------------------------------------------------------------------------
@@ -259,10 +253,11 @@ def newest(groups, scene, cfg):
 
 def shares_that_keep(model, scene):
     """The smallest of SHARES_KEPT that keeps each group of the newest pictures, or 1."""
-    everything = model.look(scene, keep=1.0).kept
-    share = torch.ones(everything.shape, device=model.device)
+    *_, kept = model.look(scene, keep=1.0)  # (B, V)
+    share = torch.ones(kept.shape, device=model.device)
     for keep in SHARES_KEPT:  # descending
-        share = share.scatter(1, model.look(scene, keep=keep).kept, keep)
+        *_, kept = model.look(scene, keep=keep)
+        share = share.scatter(1, kept, keep)
     return newest(share, scene, model.cfg)
 
 
@@ -338,8 +333,9 @@ def draw_lit(figure, photos, rows):
     for row, (title, light) in enumerate(rows.items()):
         for column, (camera, photo) in enumerate(photos.items()):
             ax = figure.add_subplot(grid[row, column], anchor="NW")
-            by_pixel = F.interpolate(light[None, column, None], photo.image.shape[:2])[0, 0]
-            image = photo.image / 255 * by_pixel[..., None].numpy()
+            of_camera = light[None, column, None]  # (1, 1, h, w)
+            of_pixel = F.interpolate(of_camera, photo.image.shape[:2])[0, 0, :, :, None]
+            image = photo.image / 255 * of_pixel.numpy()
             draw.draw_photo(ax, camera, draw.Photo(image, None, None), [])
             if column == 0:
                 ax.set_title(title, pad=3)
@@ -347,7 +343,7 @@ def draw_lit(figure, photos, rows):
 
 def draw_planes(figure, model, scene):
     """The planes of a triplane model, dark where the first scene differs from the batch's mean."""
-    centres = model.vlm.model.visual.triplane.centres()  # (X, Y, Z, 3) m
+    centres = model.vlm.model.visual.triplane.centres().numpy()  # (X, Y, Z, 3) m
     x = centres[:, 0, 0, 0]
     y = centres[0, :, 0, 1]
     z = centres[0, 0, :, 2]
@@ -378,7 +374,8 @@ def encoders(args):
         return
     train_missing(args)
     rows = compare(args)
-    run = {"pictures": PICTURES, "threads": torch.get_num_threads(), **vars(args)}
+    run = {"pictures": PICTURES, "threads": torch.get_num_threads(), "repeats": REPEATS}
+    run |= vars(args)
     print(encoder_table(rows))
     print(f"\n{NOTE.format(**run)}\n\nParameters at full size:\n{full_size()}")
     print(json.dumps({**run, "rows": rows}))
@@ -454,7 +451,6 @@ def rewards(args):
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-
 SAMPLING = {  # what measure_plans and rl.likeliest want beside the flags
     "seed": 0,
     "n": 6,
@@ -465,7 +461,6 @@ SAMPLING = {  # what measure_plans and rl.likeliest want beside the flags
     "rewards": list(rl.WEIGHTS),
     "flow_steps": 5,
     "max_new_tokens": 40,
-    "repeats": 20,  # rounds of timing
 }
 
 
@@ -495,7 +490,10 @@ def parse_flags():
     add("--drive", type=int, default=128, help="scenarios to drive in closed loop")
     add("--seconds", type=float, default=8.0, help="of each")
     p.set_defaults(**SAMPLING)
-    return p.parse_intermixed_args()
+    args = p.parse_intermixed_args()
+    if args.experiment == "rewards" and not args.rows:
+        p.error("rewards: expected rows NAME=FOLDER,FOLDER")
+    return args
 
 
 def main():

@@ -30,15 +30,15 @@ def reasoning_of(model, scenes):
 
 def agreement(ours, theirs):
     """How two lists of grades compare: {name: number}."""
-    ours = np.array(ours)
-    theirs = np.array(theirs)
-    apart = abs(ours - theirs)
+    apart = abs(np.array(ours) - np.array(theirs))
+    equal = np.mean(apart == 0)
+    near = np.mean(apart <= 1)
     return {
         "scenes": len(ours),
-        "rule, mean": ours.mean(),
-        "judge, mean": theirs.mean(),
-        "equal": np.mean(apart == 0),
-        "within one": np.mean(apart <= 1),
+        "rule, mean": np.mean(ours),
+        "judge, mean": np.mean(theirs),
+        "equal": equal,
+        "within one": near,
     }
 
 

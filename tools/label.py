@@ -21,6 +21,7 @@ import torch
 from alpamayo import DT
 from clips import CAMERAS, ClipScenes, read_clips, read_reasoning
 from data import COMPONENTS, LATERAL, LONGITUDINAL, decisions, run
+from draw import pyplot
 from motion import (
     LATERAL_META,
     LEAD,
@@ -44,8 +45,7 @@ DECIDED = {  # what may have been decided
     "lateral": (*LATERAL, "none"),
     "exclude": ("no", "unsafe", "no decision"),  # ours, after the paper's safety exclusion
 }
-# A reason may name only what stage 1 did. These are words that a rule can look for, ours. A row has
-# one meaning.
+# A reason may name only what stage 1 did. A rule looks for these words (ours; a row is one thing).
 THINGS = """
 lights?
 signs?
@@ -140,8 +140,9 @@ def write_labels(path, folder):
         home.mkdir(parents=True, exist_ok=True)
         drive = Drive(clip.motion)
         frames = [write_frame(home, clip, drive, *frame) for frame in drive.key_frames]
-        listed = {"clip": str(source), "name": clip.name, "key_frames": frames}
-        write_json(f"{home}/keyframes.json", listed)
+        write_json(
+            f"{home}/keyframes.json",
+            {"clip": str(source), "name": clip.name, "key_frames": frames})
         draw_motion(home / "motion.png", clip.name, drive)
         written.append((home, frames))
     return written
@@ -380,31 +381,20 @@ def require_one_of(where, fields, allowed):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Find the key frames of clips and prepare their labelling.")
-    parser.add_argument("clip", nargs="?", metavar="CLIP", help="clips in any layout of clips.py")
-    parser.add_argument("--out", default="labels", metavar="FOLDER", help="where the labels go")
+        description="Find the key frames of clips and prepare their labelling, or read it back.")
+    parser.add_argument("folder", help="clips in any layout of clips.py; with --read, their labels")
+    parser.add_argument("--out", default="labels", metavar="LABELS", help="where the labels go")
     parser.add_argument(
-        "--read", metavar="FOLDER", help="check its labels, make the clips' reasoning.json")
+        "--read", action="store_true", help="check labels, write their clips' reasoning.json")
     args = parser.parse_args()
-    if not args.clip and not args.read:
-        parser.error("expected CLIP to prepare, or --read FOLDER")
-    if args.clip:
-        for home, frames in write_labels(args.clip, args.out):
-            for f in frames:
-                print(f"{f['time']:7.1f} s  {', '.join(f['kinds']):24}  {f['label'] or f['why']}")
-            ready = sum(bool(f["label"]) for f in frames)
-            print(f"{home}: {len(frames)} key frames, {ready} to be labelled")
     if args.read:
-        print(*read_labels(args.read), sep="\n")
-
-
-def pyplot():  # until draw.py has it
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
+        print(*read_labels(args.folder), sep="\n")
+        return
+    for home, frames in write_labels(args.folder, args.out):
+        for f in frames:
+            print(f"{f['time']:7.1f} s  {', '.join(f['kinds']):24}  {f['label'] or f['why']}")
+        ready = sum(bool(f["label"]) for f in frames)
+        print(f"{home}: {len(frames)} key frames, {ready} to be labelled")
 
 
 if __name__ == "__main__":
