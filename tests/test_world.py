@@ -707,17 +707,10 @@ def alone(kind, s=18.0, d=0.0, **fields):
 
 
 def slow_render(traffic, camera, ground, H, W):
-<<<<<<< HEAD
-    """
-    `images_of` as one would write it down: every ray with every box, in float64. ground (n, 3, H, W) is what is
-    behind the boxes. Each thing has its own colour all over, the day is clear.
-    """
-=======
     """`images_of` as one would write it down: every ray with every box, in float64.
 
     ground (n, 3, H, W) is what is behind the boxes. Each thing has its own colour all over, the day
     is clear."""
->>>>>>> world
     boxes = vars(render.boxes_of(traffic).each(torch.Tensor.double))
     intrinsics, pose = world.rig_camera(camera, 2 * H, 2 * W)
     ray = (world.rays(intrinsics, 2 * H, 2 * W) @ pose[:3, :3].T).double()
@@ -749,12 +742,8 @@ def slow_render(traffic, camera, ground, H, W):
 
 @pytest.mark.parametrize("crowd", ["as drawn", "anywhere"])
 def test_the_fast_renderer_agrees_with_a_slow_one(crowd, monkeypatch):
-<<<<<<< HEAD
-    monkeypatch.setattr(render, "PARTS", [(*shape, None) for *shape, _ in render.PARTS])  # no liveries: own colours
-=======
     bare = [(*shape, None) for *shape, _ in render.PARTS]  # no liveries: own colours all over
     monkeypatch.setattr(render, "PARTS", bare)
->>>>>>> world
     seed = int(torch.randint(10**6, ()))
     traffic = at_t0(range(seed, seed + 4))
     t = traffic.things
@@ -797,13 +786,9 @@ def test_a_scene_looks_the_same_beside_any_other(monkeypatch):
 
 
 def pixel(traffic, part, q, camera=6, size=(64, 128)):
-<<<<<<< HEAD
-    """What the camera shows of the point q of the first thing's box (0 or 1), each coordinate from -1 to 1: r, g, b."""
-=======
     """Red, green, blue that the camera shows of a point of the first thing's box (0 or 1).
 
     q: the point, each coordinate from -1 to 1 over the box."""
->>>>>>> world
     boxes = vars(render.boxes_of(traffic)[0, part])
     x, y, z = torch.tensor(q) * boxes["half"]
     cos, sin = boxes["cos"], boxes["sin"]
