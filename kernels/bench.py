@@ -492,13 +492,14 @@ def ceilings(clock):
     return 2 * a.numel() / clock(lambda: b.copy_(a)), 2 * 8192**3 / clock(lambda: x @ x)
 
 
+@torch.no_grad()
 def error_of(result, truth):
     """The largest, relative to the largest number; of several outputs the worst one's."""
     pairs = zip(result, truth) if isinstance(truth, tuple) else [(result, truth)]
-    return max(float((a.detach().double() - b).abs().max() / b.abs().max()) for a, b in pairs)
+    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def compare(case, device, clock, dtype=torch.bfloat16):
+def time_case(case, device, clock, dtype=torch.bfloat16):
     """{name: error and seconds} of ours and of the rivals; or what kept a rival from running."""
     problem = case.problem(device, dtype)
     truth = problem.truth()
@@ -527,13 +528,13 @@ def on_gpu(cases):
     copied, product = ceilings(clock)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, "
           f"triton {kernels.triton.__version__}: a copy {copied / 1e12:.2f} TB/s, "
-          f"a large bf16 product {product / 1e12:.0f} TFLOP/s\n{LAYERS}\n\n{'':62}"
-          f"{'ms':>10}{'error':>9}{'TFLOP/s':>9}{'TB/s':>7}{'x floor':>9}{'x ours':>8}")  # fmt: skip
+          f"a large bf16 product {product / 1e12:.0f} TFLOP/s\n{LAYERS}\n\n{'':62}{'ms':>10}"
+          f"{'error':>9}{'TFLOP/s':>9}{'TB/s':>7}{'x floor':>9}{'x ours':>8}")  # fmt: skip
     rows = []
     for case in cases:
         least, _ = case.floor(copied, product)
         try:
-            result = compare(case, "cuda", clock)
+            result = time_case(case, "cuda", clock)
         except Exception as e:  # of ours, or of its reference; the other cases may run
             result = {"ours": dict(failed=repr(e))}
         for name, r in result.items():
@@ -588,7 +589,7 @@ def compile_report(cases):
                     print(f"{b.kernel:18}{case.shape:32}{chip:6}{b.registers:11}{b.spilled:9}"
                           f"{b.shared / 1024:12.1f}{b.blocks:12} x {b.warps}  "
                           f"{b.instructions[b.matrix()]} {b.matrix()}", flush=True)  # fmt: skip
-    told = ("kernel", "shape", "chip", "registers", "spilled", "shared", "blocks", "warps", "matrix")
+    told = "kernel shape chip registers spilled shared blocks warps matrix".split()
     return [{name: row[name] for name in told} for row in found.values()]
 
 

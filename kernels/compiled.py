@@ -29,7 +29,7 @@ if os.environ.get("TRITON_INTERPRET", "0") != "0":
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 # Of a multiprocessor, by compute capability: KiB of shared memory, of which a block may have all
 # but one, and resident warps.
-CHIPS = {
+LIMITS = {
     80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64), 100: (228, 64), 120: (100, 48),
 }  # fmt: skip
 
@@ -108,10 +108,10 @@ def take_apart(made, name, chip):
         ptx = made.asm["ptx"].encode()
         log = ask(ptxas, "-v", "--regAllocOptLevel=2", arch, "-o", os.devnull, data=ptx)
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
-    memory, most_warps = CHIPS[chip]
+    memory, most_warps = LIMITS[chip]
     shared, warps = made.metadata.shared, made.metadata.num_warps
-    of_a_warp = -(-registers // 8) * 8 * 32  # registers are given out by eights
-    blocks = min(65536 // (of_a_warp * warps), memory * 1024 // (shared + 1024), most_warps // warps)
+    of_a_block = -(-registers // 8) * 8 * 32 * warps  # registers are given out by eights
+    blocks = min(65536 // of_a_block, memory * 1024 // (shared + 1024), most_warps // warps)
     if columns := getattr(made.metadata, "tmem_size", 0):  # sm_100's memory for sums has 512
         blocks = min(blocks, 512 // columns)
     code = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", dump, re.M)

@@ -3,7 +3,7 @@ What lies between two evaluations of the action expert: an Euler step of the flo
 of the new controls. And what follows the last one: the unicycle.
 
     v = W_out rmsnorm(h) + b_out                     h (N, 64, C): the expert's last hidden state
-    x' = x + step * v                                controls x (N, 64, 2), Euler on Eq. 7 of the paper
+    x' = x + step * v                                controls x (N, 64, 2): Euler on Eq. 7
     z0 = sqrt(2) [sin, cos](2 pi f x'_a, 2 pi f x'_k, 2 pi f t)
     zi = rmsnorm(silu(W_i z(i-1) + b_i))             a few layers, narrow
     tokens = layernorm(W z + b)                      (N, 64, C), what the expert reads next
@@ -17,8 +17,8 @@ sampling. Training embeds with PyTorch, which has the gradient.
                         x_t+1 = x_t + dt / 2 (v_t cos yaw_t + v_t+1 cos yaw_t+1), y with sin
 
 is three running sums, a tl.cumsum each, and its gradient the same sums from the other end. PyTorch
-takes about 25 launches forward and 60 backward, these take one and one. The PyTorch that defines it
-is `roll_out` in alpamayo.py, where a reader of the paper looks for Eq. 5; that of the step is below.
+takes about 25 launches forward and 60 backward; these take one and one. The PyTorch that defines it
+is `roll_out` in alpamayo.py, where a reader of the paper looks for Eq. 5; that of the step is here.
 
 By arithmetic, not measured: at the release's shape (64 rows, C = 2048, 512 wide) a step is four
 programs of 16 rows. Each reads the embedding's 2.6 MB, which is 23 us at 64 bytes a clock. The
@@ -33,8 +33,6 @@ from torch.library import custom_op
 
 from kernels import tiles, tl, triton
 
-DT = 0.1  # seconds
-
 
 def fourier(x, freqs):
     angle = x[..., None] * freqs.flatten() * (2 * math.pi)
@@ -45,10 +43,10 @@ def plain_flow_step(x, hidden, out, step, t, embed):
     """One step: controls x (N, T, 2) float32 to x + step * v, and their tokens (N, T, C) at the
     flow times t (N,).
 
-    hidden (N, T, C), or None before the first step: then x stays. t None, after the last: no tokens.
-    out: the weights of the final norm, weights and bias of the projection. embed: frequencies of
-    acceleration, curvature, time; weights, bias, norm of each layer; weights and bias of the last
-    linear map; weights and bias of the layer norm."""
+    hidden (N, T, C), or None before the first step: x stays. t None, after the last: no tokens.
+    out: weights of the final norm, weights and bias of the projection.
+    embed: frequencies of acceleration, curvature, time; weights, bias, norm of each layer; weights
+    and bias of the last linear map; weights and bias of the layer norm."""
     if hidden is not None:
         norm, weight, bias = out
         x = x + step * F.linear(F.rms_norm(hidden, norm.shape, norm, 1e-6), weight, bias).float()
@@ -85,7 +83,7 @@ def _velocity(H, NORM, OUT_W, OUT_B, row, ok, C, BK: tl.constexpr):
     square = tl.zeros(row.shape, tl.float32)
     for c in range(0, C, BK):
         c = c + tl.arange(0, BK)
-        h = tiles.block(H, row, c, ok, C).to(tl.float32)
+        h = tiles.read_block(H, row, c, ok, C).to(tl.float32)
         square += tl.sum(h * h, 1)
         h = h * _row(NORM, c, C)
         va += tl.sum(h * _row(OUT_W, c, C), 1)
@@ -112,7 +110,7 @@ def _features(a, k, ACCEL, CURVATURE, j, F):
 def _silu_into(Z, row, n, ok, A, y):
     """Store silu(y) as columns n of Z. Returns the rows' sums of squares."""
     y = (y * tl.sigmoid(y)).to(Z.dtype.element_ty)
-    tiles.put(Z, row, n, ok, A, y)
+    tiles.write_block(Z, row, n, ok, A, y)
     return tl.sum(y.to(tl.float32) * y.to(tl.float32), 1)
 
 
@@ -167,23 +165,23 @@ def _step(X, NEXT, H, NORM, OUT_W, OUT_B, TIME, ACCEL, CURVATURE, LAYERS, W, B, 
             y = tiles.linear(before, LAYERS[3 * DEPTH - 1], W, row, ok, n, C, A, 0, A, BK)
             y = y * r[:, None] + _row(B, n, C)
             total += tl.sum(y, 1)
-            tiles.put(Y, row, n, ok, C, y)
+            tiles.write_block(Y, row, n, ok, C, y)
         mean = (total / C)[:, None]
         square = tl.zeros([BM], tl.float32)
         tl.debug_barrier()
         for n in range(0, C, BK):
             n = n + tl.arange(0, BK)
-            y = tiles.block(Y, row, n, ok, C) - mean
+            y = tiles.read_block(Y, row, n, ok, C) - mean
             square += tl.sum(tl.where((n < C)[None, :], y * y, 0.0), 1)
         r = tl.rsqrt(square / C + 1e-5)[:, None]
         for n in range(0, C, BK):
             n = n + tl.arange(0, BK)
-            y = (tiles.block(Y, row, n, ok, C) - mean) * r
-            tiles.put(TOKENS, row, n, ok, C, y * _row(GAIN, n, C) + _row(OFFSET, n, C))
+            y = (tiles.read_block(Y, row, n, ok, C) - mean) * r
+            tiles.write_block(TOKENS, row, n, ok, C, y * _row(GAIN, n, C) + _row(OFFSET, n, C))
 
 
 def time_share(t, embed):
-    """Each flow time's share of the embedding's first layer, (N, width) in float32, for times (N,)."""
+    """Each flow time's share of the embedding's first layer, (N, width) in float32: t (N,)."""
     _, _, freqs, weight, bias = embed[:5]
     z = fourier(t.float(), freqs.float()).to(weight.dtype).float()
     return z @ weight[:, -z.shape[1] :].float().T + bias.float()
@@ -219,8 +217,8 @@ def step_into(after, tokens, x, hidden, out, step, share, embed, scratch):
 
 
 # --------------------------------------------------------------------------------------------------
-# The roll-out's kernels. A program drives ROWS cars. The T steps of a car lie in a tile's row; those
-# beyond T stand still.
+# The roll-out's kernels. A program drives ROWS cars. A car's T steps lie in a row of a tile; beyond
+# T it stands still.
 
 
 @triton.jit
@@ -244,7 +242,7 @@ def _store_each(X, values, ok):
 
 
 @triton.jit
-def _drive(A, V0, r, t, ok, at, dt):
+def _motion(A, V0, r, t, ok, at, dt):
     """Of each step: curvature, speed at its start and end, yaw at its end, metres driven in it."""
     a = _load(A + at * 2, ok)
     k = _load(A + at * 2 + 1, ok)
@@ -258,7 +256,7 @@ def _drive(A, V0, r, t, ok, at, dt):
 @triton.jit
 def _roll_out(A, V0, XYZ, ROT, cars, T, dt, ROWS: tl.constexpr, BT: tl.constexpr):
     r, t, ok, at = _my_cars(cars, T, ROWS, BT)
-    k, v, v1, yaw, path = _drive(A, V0, r, t, ok, at, dt)
+    k, v, v1, yaw, path = _motion(A, V0, r, t, ok, at, dt)
     c = tl.cos(yaw)
     s = tl.sin(yaw)
     before = yaw - k * path
@@ -275,7 +273,7 @@ def _roll_back(A, V0, GX, GR, GA, GV, cars, T, dt, ROWS: tl.constexpr, BT: tl.co
     each running sum of the roll-out is here a sum from the last step back. g_x: the gradient of x.
     """
     r, t, ok, at = _my_cars(cars, T, ROWS, BT)
-    k, v, v1, yaw, path = _drive(A, V0, r, t, ok, at, dt)
+    k, v, v1, yaw, path = _motion(A, V0, r, t, ok, at, dt)
     c = tl.cos(yaw)
     s = tl.sin(yaw)
     gx = _load(GX + at * 3, ok)
@@ -304,8 +302,9 @@ def _over_cars(kernel, actions, v0, *tensors):
     T = actions.shape[-2]
     cars = v0.numel()
     tensors = [x.contiguous() for x in (actions, v0, *tensors)]
+    dt = 0.1  # seconds, alpamayo.DT
     BT = max(16, triton.next_power_of_2(T))
-    kernel[(triton.cdiv(cars, 2),)](*tensors, cars, T, DT, ROWS=2, BT=BT, num_warps=2)
+    kernel[(triton.cdiv(cars, 2),)](*tensors, cars, T, dt, ROWS=2, BT=BT, num_warps=2)
 
 
 def empty_paths(actions, v0):

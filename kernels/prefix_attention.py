@@ -107,13 +107,13 @@ def _place(row, T, R, G: tl.constexpr):
 def _tile(X, far, near, ok, D: tl.constexpr, BD: tl.constexpr):
     """These vectors as the rows of a tile, zeros where not ok and beyond d."""
     first, more = _number(X, far, near)
-    return tiles.block(X[0] + first * D, more, tl.arange(0, BD), ok, D)
+    return tiles.read_block(X[0] + first * D, more, tl.arange(0, BD), ok, D)
 
 
 @triton.jit
 def _put(X, far, near, ok, y, D: tl.constexpr, BD: tl.constexpr):
     first, more = _number(X, far, near)
-    tiles.put(X[0] + first * D, more, tl.arange(0, BD), ok, D, y)
+    tiles.write_block(X[0] + first * D, more, tl.arange(0, BD), ok, D, y)
 
 
 @triton.jit
@@ -198,7 +198,7 @@ def _attend(Q, K0, V0, M0, K1, V1, M1, Y, L, PART, PART_L, DONE, n, T, R, P, S, 
         unit = tl.program_id(2) * tl.num_programs(0) + block
         at = (unit * SPLITS + part).to(tl.int64) * BM
         own = y / tl.where(total == 0, 1.0, total)[:, None]
-        tiles.put(PART + at * BD, i, tl.arange(0, BD), None, BD, own)
+        tiles.write_block(PART + at * BD, i, tl.arange(0, BD), None, BD, own)
         tl.store(PART_L + at + i, best + tl.log2(total))
         tl.debug_barrier()  # all threads of this program have stored before one of them says so
         last = tl.atomic_add(DONE + unit, 1, sem="acq_rel") == SPLITS - 1
@@ -254,7 +254,7 @@ def _grad_q(Q, K0, V0, M0, K1, V1, M1, DY, L, DOT, DQ, n, T, R, P, S, rows, scal
             k, v, seen = _tail_keys(K1, V1, M1, (b * n, g), first, j, S, row, EACH, D, BN, BD)
             dq = _add_dq(q, dy, k, v, seen, lse, dot, scale, dq)
     dq *= scale * 0.6931471805599453  # the scores were in base 2
-    tiles.put(DQ + begin * D, place, tl.arange(0, BD), ok, D, dq)
+    tiles.write_block(DQ + begin * D, place, tl.arange(0, BD), ok, D, dq)
 
 
 @triton.jit
@@ -288,8 +288,8 @@ def _grad_kv(Q, K, V, M, DY, L, DOT, DK, DV, n, T, R, P, scale, G: tl.constexpr,
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     dk *= scale * 0.6931471805599453
     begin = tl.program_id(1).to(tl.int64) * P
-    tiles.put(DK + begin * D, key, tl.arange(0, BD), key < P, D, dk)
-    tiles.put(DV + begin * D, key, tl.arange(0, BD), key < P, D, dv)
+    tiles.write_block(DK + begin * D, key, tl.arange(0, BD), key < P, D, dk)
+    tiles.write_block(DV + begin * D, key, tl.arange(0, BD), key < P, D, dv)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def sizes_of(q, k0, k1):
     return N // B, T, H // G * T, P, 0 if k1 is None else k1.shape[2]
 
 
-def plan_of(q, k0, k1, splits=0):
+def attention_plan(q, k0, k1, splits=0):
     """Numbers, grid and options of a launch.
 
     64 rows while they are too few to fill the chip, 128 where there are enough and the chip
@@ -379,7 +379,7 @@ def prefix_attention_op(
     q: Tensor, k0: Tensor, v0: Tensor, k1: Tensor | None, v1: Tensor | None, mask0: Tensor | None,
     mask1: Tensor | None, splits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    plan = plan_of(q, k0, k1, splits)
+    plan = attention_plan(q, k0, k1, splits)
     y, _ = empty_attention(q)
     return attend_into(y, q, k0, v0, k1, v1, mask0, mask1, plan, attention_scratch(q, plan))
 

@@ -84,15 +84,15 @@ def attend_patches(
     if tl.program_id(0) * BQ >= n:  # the grid is laid out for the longest image
         tl.store(Lse + at, tl.full([BQ], float("inf"), tl.float32))
         return
-    q = tiles.load(Q, (row_of(Rows, first + i, i < n), head), i < n, D)
+    q = tiles.read(Q, (row_of(Rows, first + i, i < n), head), i < n, D)
     top = tl.full([BQ], float("-inf"), tl.float32)  # largest score so far
     total = tl.zeros([BQ], tl.float32)  # of exponentials relative to it
     y = tiles.zeros(BQ, D)
     for start in range(0, n, BK):
         j = start + tl.arange(0, BK)  # (BK,) keys
         key = row_of(Rows, first + j, j < n)
-        k = tiles.load(K, (key, head), j < n, D)
-        v = tiles.load(V, (key, head), j < n, D)
+        k = tiles.read(K, (key, head), j < n, D)
+        v = tiles.read(V, (key, head), j < n, D)
         score = tiles.products(q, k) * scale  # (BQ, BK)
         score = tl.where((j < n)[None, :], score, float("-inf"))
         new = tl.maximum(top, tl.max(score, 1))
@@ -101,7 +101,7 @@ def attend_patches(
         total = total * shrink + tl.sum(p, 1)
         y = tiles.add(tiles.scaled(y, shrink), p, v)
         top = new
-    tiles.store((Out, H, 1), (first + i, head), i < n, tiles.scaled(y, 1 / total), D)
+    tiles.write((Out, H, 1), (first + i, head), i < n, tiles.scaled(y, 1 / total), D)
     tl.store(Lse + at, tl.where(i < n, top + tl.log2(total), float("inf")))
 
 
@@ -116,9 +116,9 @@ def backward_queries(
     if tl.program_id(0) * BQ >= n:
         return
     row = row_of(Rows, first + i, i < n)
-    q = tiles.load(Q, (row, head), i < n, D)
-    o = tiles.load((Out, H, 1), (first + i, head), i < n, D)
-    g = tiles.load((Grad, H, 1), (first + i, head), i < n, D)
+    q = tiles.read(Q, (row, head), i < n, D)
+    o = tiles.read((Out, H, 1), (first + i, head), i < n, D)
+    g = tiles.read((Grad, H, 1), (first + i, head), i < n, D)
     delta = tl.sum(o[0].to(tl.float32) * g[0].to(tl.float32), 1)  # (BQ,)
     if len(o) > 1:
         delta += tl.sum(o[1].to(tl.float32) * g[1].to(tl.float32), 1)
@@ -129,8 +129,8 @@ def backward_queries(
     for start in range(0, n, BK):
         j = start + tl.arange(0, BK)  # (BK,)
         key = row_of(Rows, first + j, j < n)
-        k = tiles.load(K, (key, head), j < n, D)
-        v = tiles.load(V, (key, head), j < n, D)
+        k = tiles.read(K, (key, head), j < n, D)
+        v = tiles.read(V, (key, head), j < n, D)
         p = tiles.products(q, k) * scale - lse[:, None]  # (BQ, BK)
         # No weight is above 1. Keys beyond n have score 0, whose weight could be infinite; they are
         # 0, so with a finite weight they add nothing.
@@ -138,7 +138,7 @@ def backward_queries(
         ds = p * (tiles.products(g, v) - delta[:, None])
         dq = tiles.add(dq, ds, k)
     over = tl.full([BQ], 0.6931471805599453, tl.float32) * scale  # 1 / sqrt(d) = scale * ln 2
-    tiles.store((DQ, H, 1), (row, head), i < n, tiles.scaled(dq, over), D)
+    tiles.write((DQ, H, 1), (row, head), i < n, tiles.scaled(dq, over), D)
 
 
 @triton.jit
@@ -152,14 +152,14 @@ def backward_keys(
     if tl.program_id(0) * BK >= n:
         return
     row = row_of(Rows, first + j, j < n)
-    k = tiles.load(K, (row, head), j < n, D)
-    v = tiles.load(V, (row, head), j < n, D)
+    k = tiles.read(K, (row, head), j < n, D)
+    v = tiles.read(V, (row, head), j < n, D)
     dk = tiles.zeros(BK, D)
     dv = tiles.zeros(BK, D)
     for start in range(0, n, BQ):
         i = start + tl.arange(0, BQ)  # (BQ,)
-        q = tiles.load(Q, (row_of(Rows, first + i, i < n), head), i < n, D)
-        g = tiles.load((Grad, H, 1), (first + i, head), i < n, D)
+        q = tiles.read(Q, (row_of(Rows, first + i, i < n), head), i < n, D)
+        g = tiles.read((Grad, H, 1), (first + i, head), i < n, D)
         at = (image * H + head) * padded + i
         lse = tl.load(Lse + at)
         delta = tl.load(Delta + at)
@@ -168,8 +168,8 @@ def backward_keys(
         ds = p * (tiles.products(v, g) - delta[None, :])
         dk = tiles.add(dk, ds, q)
     over = tl.full([BK], 0.6931471805599453, tl.float32) * scale
-    tiles.store((DK, H, 1), (row, head), j < n, tiles.scaled(dk, over), D)
-    tiles.store((DV, H, 1), (row, head), j < n, dv, D)
+    tiles.write((DK, H, 1), (row, head), j < n, tiles.scaled(dk, over), D)
+    tiles.write((DV, H, 1), (row, head), j < n, dv, D)
 
 
 # --------------------------------------------------------------------------------------------------

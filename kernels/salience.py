@@ -3,7 +3,8 @@ How much attention each key receives: the column means of softmax(Q K^T / sqrt(d
 heads,
 
     salience[s] = 1 / (H T) * sum over heads h, queries t of exp(score[h, t, s] - lse[h, t])
-    score[h, t, s] = q[h, t] . k[h, s] / sqrt(d)    lse[h, t] = log sum over s of exp(score[h, t, s])
+    score[h, t, s] = q[h, t] . k[h, s] / sqrt(d)
+    lse[h, t] = log sum over s of exp(score[h, t, s])
 
 SparseVILA (arXiv 2510.17777) prunes image tokens by it inside the vision tower, and retrieves them
 by it from the cache (causal: the last T of S tokens are the queries). Its authors stream the
@@ -54,7 +55,7 @@ def row_sums(
     exponentials relative to the largest score so far, as FlashAttention does."""
     head, b = tl.program_id(1), tl.program_id(2)
     t = tl.program_id(0) * BT + tl.arange(0, BT)  # (BT,)
-    q = tiles.load(Q, (b, head, t), t < T, D)
+    q = tiles.read(Q, (b, head, t), t < T, D)
     top = tl.full([BT], float("-inf"), tl.float32)
     total = tl.zeros([BT], tl.float32)
     end = S
@@ -62,7 +63,7 @@ def row_sums(
         end = tl.minimum(S, S - T + (tl.program_id(0) + 1) * BT)
     for first in range(0, end, BS):
         s = first + tl.arange(0, BS)  # (BS,)
-        k = tiles.load(K, (b, head // SHARE, s), s < S, D)
+        k = tiles.read(K, (b, head // SHARE, s), s < S, D)
         score = tiles.products(q, k) * scale  # (BT, BS)
         seen = (s < S)[None, :]
         if CAUSAL:
@@ -86,14 +87,14 @@ def column_sums(
     the end: adding tiles is cheap, adding along a tile is not."""
     head, b, heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     s = tl.program_id(0) * BS + tl.arange(0, BS)  # (BS,)
-    k = tiles.load(K, (b, head // SHARE, s), s < S, D)
+    k = tiles.read(K, (b, head // SHARE, s), s < S, D)
     total = tl.zeros([BS, BT], tl.float32)
     begin = 0
     if CAUSAL:  # no earlier query sees these keys
         begin = tl.maximum(0, tl.program_id(0) * BS - (S - T)) // BT * BT
     for first in range(begin, T, BT):
         t = first + tl.arange(0, BT)  # (BT,)
-        q = tiles.load(Q, (b, head, t), t < T, D)
+        q = tiles.read(Q, (b, head, t), t < T, D)
         lse = tl.load(Lse + (b * heads + head) * padded + t)
         score = tiles.products(k, q) * scale  # (BS, BT): keys by queries
         if CAUSAL:

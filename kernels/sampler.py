@@ -105,7 +105,7 @@ def _two_products(X, GAIN, A, B, row, n, N, C, start, stop, BK: tl.constexpr):
     square = tl.zeros(row.shape, tl.float32)
     for k in range(start, stop, BK):
         k = k + tl.arange(0, BK)
-        x = tiles.block(X, row, k, None, C)
+        x = tiles.read_block(X, row, k, None, C)
         square += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
         x = (x * tl.load(GAIN + k, mask=k < C, other=0.0)[None, :]).to(x.dtype)
         at = n[:, None] * C + k[None, :]
@@ -164,8 +164,8 @@ def _heads(X, GAIN, WQ, WK, WV, GQ, GK, COS, SIN, Q, K, V, PART, DONE, C, S,
         r = tl.rsqrt(tl.sum(a * a + b * b, 1) / D + 1e-6)[:, None]
         a = a * r * tl.load(GAIN + c, mask=is_c, other=0.0).to(tl.float32)[None, :]
         b = b * r * tl.load(GAIN + D // 2 + c, mask=is_c, other=0.0).to(tl.float32)[None, :]
-        cos = tiles.block(COS, row, c, None, D // 2).to(tl.float32)
-        sin = tiles.block(SIN, row, c, None, D // 2).to(tl.float32)
+        cos = tiles.read_block(COS, row, c, None, D // 2).to(tl.float32)
+        sin = tiles.read_block(SIN, row, c, None, D // 2).to(tl.float32)
         a, b = a * cos - b * sin, b * cos + a * sin
     tl.store(out[:, None] + c[None, :], a.to(Q.dtype.element_ty), mask=is_c[None, :])
     tl.store(out[:, None] + D // 2 + c[None, :], b.to(Q.dtype.element_ty), mask=is_c[None, :])
@@ -188,8 +188,8 @@ def _add(X, Y, W, PART, DONE, C, K, SPLITS: tl.constexpr, BM: tl.constexpr, BN: 
         if not _is_last(DONE + tile, SPLITS):
             return
         total = _sum_of(PART, size, SPLITS)
-    x = tiles.block(X, row, c, None, C).to(tl.float32) + total
-    tiles.put(X, row, c, None, C, x)
+    x = tiles.read_block(X, row, c, None, C).to(tl.float32) + total
+    tiles.write_block(X, row, c, None, C, x)
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def _gate_up(X, GAIN, WG, WU, Y, C, M, BM: tl.constexpr, BN: tl.constexpr, BK: t
     gate, up, square = _two_products(X, GAIN, WG, WU, row, m, M, C, 0, C, BK)
     r = tl.rsqrt(square / C + 1e-6)[:, None]
     gate, up = gate * r, up * r
-    tiles.put(Y, row, m, None, M, gate * tl.sigmoid(gate) * up)
+    tiles.write_block(Y, row, m, None, M, gate * tl.sigmoid(gate) * up)
 
 
 def weights_of(expert, embed, project):
@@ -257,7 +257,7 @@ class Buffers:
         self.mask = torch.ones(N, 1, S + T, dtype=torch.bool, device=weight.device)
 
         q = self.q.transpose(1, 2)
-        self.plan = prefix_attention.plan_of(q, self.prefix[0][0], self.tail[0][0])
+        self.plan = prefix_attention.attention_plan(q, self.prefix[0][0], self.tail[0][0])
         self.attention = prefix_attention.attention_scratch(q, self.plan)
         self.scratch = flow_step.step_scratch(self.flow[0], self.embed[-4])
         self.tiles = tiles_of(N, T, C, weight)

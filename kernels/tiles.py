@@ -47,7 +47,7 @@ def in_vectors(x):
 
 
 @triton.jit
-def block(X, row, column, ok, width):
+def read_block(X, row, column, ok, width):
     """Rows (m,) and columns (n,) of a matrix that is `width` wide, (m, n); 0 beyond it and in rows
     that are not ok (m,). ok None: all are."""
     there = (column < width)[None, :]
@@ -57,8 +57,8 @@ def block(X, row, column, ok, width):
 
 
 @triton.jit
-def put(X, row, column, ok, width, x):
-    """The reverse of `block`, rounded to X's dtype."""
+def write_block(X, row, column, ok, width, x):
+    """The reverse of `read_block`, rounded to X's dtype."""
     there = (column < width)[None, :]
     if ok is not None:
         there = ok[:, None] & there
@@ -73,30 +73,30 @@ def linear(X, GAIN, W, row, ok, n, N, K, start, stop, BK: tl.constexpr):
     y = tl.zeros([row.shape[0], n.shape[0]], tl.float32)
     for k in range(start, stop, BK):
         k = k + tl.arange(0, BK)
-        x = block(X, row, k, ok, K)
+        x = read_block(X, row, k, ok, K)
         if GAIN is not None:
             x = (x * tl.load(GAIN + k, mask=k < K, other=0.0)[None, :]).to(x.dtype)
-        w = block(W, n, k, n < N, K)
+        w = read_block(W, n, k, n < N, K)
         y = tl.dot(x, tl.trans(w), y, input_precision="ieee")
     return y
 
 
 @triton.jit
-def _places(X, at, ok, I: tl.constexpr, D: tl.constexpr):
-    """Addresses of tile I of the vectors at these indices, one for each stride of X, and which of
-    its numbers exist."""
+def _places(X, at, ok, TILE: tl.constexpr, D: tl.constexpr):
+    """Addresses of tile 0 or 1 of the vectors at these indices, one for each stride of X, and which
+    of its numbers exist."""
     vector = at[0] * X[1]
     for i in tl.static_range(1, len(at)):
         vector += at[i] * X[i + 1]
-    column = I * part(D, 0) + tl.arange(0, part(D, I))[None, :]
+    column = TILE * part(D, 0) + tl.arange(0, part(D, TILE))[None, :]
     there = ok[:, None]
-    if I * part(D, 0) + part(D, I) > D:
+    if TILE * part(D, 0) + part(D, TILE) > D:
         there = there & (column < D)
     return X[0] + vector.to(tl.int64)[:, None] * D + column, there
 
 
 @triton.jit
-def load(X, at, ok, D: tl.constexpr):
+def read(X, at, ok, D: tl.constexpr):
     """Vectors of X, a tensor with its strides (see in_vectors), at the indices `at`, of which one
     or more are (n,). Zeros where not ok (n,) and beyond d. Returns a tuple of tiles."""
     place, there = _places(X, at, ok, 0, D)
@@ -108,8 +108,8 @@ def load(X, at, ok, D: tl.constexpr):
 
 
 @triton.jit
-def store(X, at, ok, x, D: tl.constexpr):
-    """The reverse of `load`, rounded to X's dtype."""
+def write(X, at, ok, x, D: tl.constexpr):
+    """The reverse of `read`, rounded to X's dtype."""
     place, there = _places(X, at, ok, 0, D)
     tl.store(place, x[0].to(X[0].dtype.element_ty), mask=there)
     if part(D, 1):
@@ -119,7 +119,7 @@ def store(X, at, ok, x, D: tl.constexpr):
 
 @triton.jit
 def products(a, b):
-    """All products of vectors, a b^T (rows of a, rows of b), in float32. "ieee": float32 inputs are
+    """All products of vectors, a b^T (rows of a, rows of b), in float32. ieee: float32 inputs are
     not cut to 19 bits."""
     x = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
     if len(a) > 1:
@@ -129,7 +129,7 @@ def products(a, b):
 
 @triton.jit
 def add(y, w, x):
-    """y + w x: adds to each vector of y (m, d) the vectors of x (n, d) with their weights (m, n)."""
+    """y + w x: adds to each vector of y (m, d) those of x (n, d) by their weights w (m, n)."""
     w = w.to(x[0].dtype)
     total = (tl.dot(w, x[0], y[0], input_precision="ieee"),)
     if len(y) > 1:

@@ -14,7 +14,7 @@ What the interpreter has wrong, and is put right here:
     on bf16 is done in float32 and rounded to nearest even once, as a GPU does.
   - An address outside all tensors is read or written silently. Here it raises IndexError. So does
     an address in a tensor's storage, but outside the view that the kernel was given.
-  - A lane that a load masks off, without `other`, reads 0. On a GPU it is undefined; here it is NaN.
+  - A lane that a load masks off, without `other`, reads 0. On a GPU it is undefined, here NaN.
   - A helper function (or tl.sum) leaves the language patched, and nothing compiles afterwards.
 What stays different: float32 products are exact, whatever input_precision says. num_warps,
 num_stages and maxnreg mean nothing. Programs run one after another, so one that waits for another

@@ -31,7 +31,7 @@ MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-cross_compiled = pytest.mark.skipif(DEVICE == "cuda", reason="kernels are compiled for the GPU here")
+cross_compiled = pytest.mark.skipif(DEVICE == "cuda", reason="compiled for the GPU here alone")
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +146,8 @@ def reference_attention(q, k, v, counts, rows):
 def kept(counts, dropped):
     """offsets, and which of the rows stay: in some order, or all in theirs."""
     R = sum(counts)
-    return torch.tensor([0, *counts]).cumsum(0), torch.randperm(R + dropped)[:R] if dropped else None
+    rows = torch.randperm(R + dropped)[:R] if dropped else None
+    return torch.tensor([0, *counts]).cumsum(0), rows
 
 
 def check_attention(counts, dropped, H, d, dtype):
@@ -188,7 +189,7 @@ def test_scores_far_below_zero(dtype):
     grads = torch.autograd.grad(y.square().sum(), (q, k, v))
     for g, e in zip(grads, torch.autograd.grad(expected.square().sum(), exact)):
         assert g.isfinite().all()
-        if dtype == torch.float32:  # differences of what is far off: in 16 bits little is left of them
+        if dtype == torch.float32:  # differences of large numbers: in 16 bits little is left
             close(g, e, 1e-2)
 
 
@@ -202,7 +203,8 @@ def test_pruned_attention(dtype, dropped):
 
 @pytest.mark.parametrize("d", [8, 24, 40, 64, 80, 128])
 def test_any_head_dimension(d):
-    check_attention([random.randint(33, 70), random.randint(1, 32)], random.choice([0, 5]), 1, d, torch.float32)
+    counts = [random.randint(33, 70), random.randint(1, 32)]
+    check_attention(counts, random.choice([0, 5]), 1, d, torch.float32)
 
 
 def test_pruned_attention_at_the_edges():
@@ -272,7 +274,7 @@ def test_compiled_model():
 # The bench
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes in masked-off lanes too
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of masked-off lanes, interpreted
 def test_bench():
     """What it would do with a GPU, without the clock: every case of a small shape computes what it
     says it computes."""
@@ -286,7 +288,7 @@ def test_bench():
             dtype, limit = torch.bfloat16, 2e-2
             if case.kernel == "sample_flow":  # two steps amplify bf16's rounding too much
                 dtype, limit = torch.float32, 1e-3
-            result = bench.compare(case, DEVICE, lambda f: 1e-3, dtype)
+            result = bench.time_case(case, DEVICE, lambda f: 1e-3, dtype)
             errors = {name: r["error"] for name, r in result.items() if name != bench.UNPRUNED}
             assert len(errors) >= 2 and max(errors.values()) < limit, (case, errors)
             assert case.floor(1e12, 1e30) == (case.traffic / 1e12, "memory")
@@ -324,7 +326,7 @@ def test_compiles_for(chip):
 
 @cross_compiled
 def test_float32_stays_float32():
-    """On the chip too: no matrix unit, which would cut the inputs to 19 bits; and nothing spilled."""
+    """On the chip too: no matrix unit, which would cut the inputs to 19 bits. Nothing spilled."""
     for b in builds_of(90, torch.float32, 72):
         assert b.matrix() is None and b.spilled == 0 and b.fits and b.blocks >= 2, b.kernel
 

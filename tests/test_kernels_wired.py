@@ -1,6 +1,8 @@
 """
-The model with its kernels and without: the same losses, gradients, tokens and paths. Without a GPU the kernels run in
-Triton's interpreter.    python -m pytest tests/test_kernels_wired.py
+The model with its kernels and without: the same losses, gradients, tokens and paths. Without a GPU
+the kernels run in Triton's interpreter.
+
+    python -m pytest tests/test_kernels_wired.py
 """
 import pytest
 import torch
@@ -38,19 +40,22 @@ def scene():
 
 @pytest.fixture
 def both(monkeypatch):
-    """Run something in PyTorch, then in Triton with poisoned outputs and programs in random order: both results, and the
-    names of the kernels that were launched."""
-    launched, launch = set(), JITFunction.run
-    note = lambda self, *args, **more: launched.add(self.fn.__name__) or launch(self, *args, **more)
+    """Run something in PyTorch, then in Triton with poisoned outputs and programs in random order:
+    both results, and the names of the kernels that were launched."""
+    launched, run_kernel = set(), JITFunction.run
+
+    def note(self, *args, **options):
+        launched.add(self.fn.__name__)
+        return run_kernel(self, *args, **options)
+
     monkeypatch.setattr(JITFunction, "run", note)
-    monkeypatch.setattr(kernels, "processors", 8)  # the interpreter has one program run after another: the fewer, the faster
+    monkeypatch.setattr(kernels, "processors", 8)  # interpreted one by one: the fewer, the faster
 
     def run(what):
-        monkeypatch.setattr(kernels, "_choice", "torch")
-        expected = what()
+        with kernels.using("torch"):
+            expected = what()
         assert not launched
-        monkeypatch.setattr(kernels, "_choice", "triton")
-        with poisoned(), programs("shuffled"):
+        with kernels.using("triton"), poisoned(), programs("shuffled"):
             return expected, what(), launched
 
     return run
@@ -64,26 +69,39 @@ def test_losses_and_gradients_of_a_pruned_model(scene, both):
         model.zero_grad()
         losses = model(scene, generator=seeded())
         (losses["text"] + losses["action"] + losses["flow"] + losses["ade"]).backward()
-        return {k: v.item() for k, v in losses.items()}, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        learning = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+        return {k: v.item() for k, v in losses.items()}, {name: g.clone() for name, g in learning}
 
     (losses, grads), (ours, our_grads), used = both(learn)
-    assert used == {"row_sums", "column_sums", "forward", "backward_queries", "backward_keys", "_attend", "_grad_q",
-                    "_grad_kv", "_roll_out", "_roll_back"}  # fmt: skip
+    assert used == {
+        "row_sums", "column_sums", "attend_patches", "backward_queries", "backward_keys", "_attend",
+        "_grad_q", "_grad_kv", "_roll_out", "_roll_back",
+    }  # fmt: skip
     assert ours == pytest.approx(losses, rel=1e-5)
     for name, grad in grads.items():
         assert (our_grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
 
 
 def test_under_autocast(scene, both, monkeypatch):
-    """As stage reason trains on a GPU, where autocast gives norms in float32, which a CPU's does not: queries and keys are
-    of the values' type all the same, or `auto` would leave them to PyTorch."""
+    """As stage reason trains on a GPU, where autocast returns norms in float32, which a CPU's does
+    not. Queries and keys have the values' dtype all the same, or `auto` would leave them to
+    PyTorch."""
     model, norm, types = tiny(), torch.nn.functional.rms_norm, set()
     model.cfg.keep = 0.4
-    monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda x, shape, weight, eps: norm(x.float(), shape, weight, eps))
+
+    def norm_in_float32(x, shape, weight, eps):
+        return norm(x.float(), shape, weight, eps)
+
+    def spied(attention):
+        def spy(*args, **options):
+            types.update(a.dtype for a in args if torch.is_tensor(a))
+            return attention(*args, **options)
+
+        return spy
+
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", norm_in_float32)
     for name in ("prefix_attention", "column_means"):
-        whole = getattr(alpamayo, name)
-        spy = lambda *args, whole=whole, **more: types.update(a.dtype for a in args if torch.is_tensor(a)) or whole(*args, **more)
-        monkeypatch.setattr(alpamayo, name, spy)
+        monkeypatch.setattr(alpamayo, name, spied(getattr(alpamayo, name)))
 
     def learn():
         model.zero_grad()
@@ -93,7 +111,8 @@ def test_under_autocast(scene, both, monkeypatch):
         return losses, [p.grad.norm() for p in model.expert.parameters()]
 
     (losses, grads), (ours, our_grads), used = both(learn)
-    assert types <= {torch.bfloat16, torch.bool} and used >= {"_attend", "_grad_q", "_grad_kv", "row_sums", "forward"}
+    assert types <= {torch.bfloat16, torch.bool}
+    assert used >= {"_attend", "_grad_q", "_grad_kv", "row_sums", "attend_patches"}
     for name in ("text", "flow"):
         torch.testing.assert_close(ours[name], losses[name], rtol=0.05, atol=0)
     torch.testing.assert_close(torch.stack(our_grads), torch.stack(grads), rtol=0.3, atol=1e-3)
@@ -109,10 +128,12 @@ def test_thoughts_and_paths(scene, both):
 
 @pytest.mark.parametrize("eta", [0.0, 0.4])
 def test_driving_without_thinking(both, eta):
-    """No tail but the action tokens' own; the sampler's kernels take Euler's steps, and steps with noise are the loop's."""
+    """No tail but the action tokens' own. Euler's steps run in the sampler's kernels, steps with
+    noise in the loop."""
     model = tiny()
     cfg, x = model.cfg, torch.randn(4, 64, 2, device=DEVICE)
-    layers = [tuple(torch.randn(2, cfg.n_kv_head, 9, cfg.head_dim, device=DEVICE) for _ in "kv") for _ in range(cfg.n_layer)]
+    size = cfg.n_layer, 2, 2, cfg.n_kv_head, 9, cfg.head_dim
+    layers = [tuple(kv) for kv in torch.randn(size, device=DEVICE)]
     none = torch.zeros(4, 0, dtype=torch.long, device=DEVICE)
     length = torch.zeros(4, dtype=torch.long, device=DEVICE)
     thought = alpamayo.Thought(none, none, none, length, [None] * cfg.n_layer)
