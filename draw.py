@@ -2,7 +2,7 @@
 Pictures: what all of them share, and one scene on a slide.
 
     pyplot()                        matplotlib, drawing into files
-    STYLE, TRUTH, PAST, MODEL       the look: few colours, and grey for what is around them
+    STYLE, TRUTH, GREY, MODEL       the look: few colours, and grey for what is around them
     DrawnPath, Look, Photo              a path, how it is drawn, and what a camera sees
     ribbon, draw_photo              a path on the road, as a camera sees it
     draw_scene                      everything about one scene, 1600 x 900 pixels
@@ -32,18 +32,18 @@ from alpamayo import (
 from motion import baselines, min_ade
 
 TRUTH = "#1b1f27"  # dark: what was driven
-PAST = "#8b919c"  # grey: the past, and everything around a plot
+GREY = "#8b919c"  # grey: the past, and everything around a plot
 MODEL = "#ff5a1f"  # the one hue: what the model would drive
-CAMERA_NAMES = (  # by camera id
+CAPTIONS = (  # by camera id
     "cross left", "front wide", "cross right", "rear left", "rear tele", "rear right", "front tele")
 STYLE = {
     "font.size": 11,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
-    "axes.titlecolor": PAST,
-    "xtick.color": PAST,
-    "ytick.color": PAST,
-    "axes.edgecolor": PAST,
+    "axes.titlecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "axes.edgecolor": GREY,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "text.parse_math": False,
@@ -107,7 +107,7 @@ class Photo(NamedTuple):
     camera_to_ego: torch.Tensor | None  # (4, 4)
 
 
-BEHIND = dict(color=PAST, linewidth=2.5)  # the line of what was driven before t0
+BEHIND = dict(color=GREY, linewidth=2.5)  # the line of what was driven before t0
 DRIVEN = Look(
     dict(color=TRUTH, linewidth=1.5, markersize=4),
     ((0.4, "white", 1), (0.2, TRUTH, 1)),
@@ -195,7 +195,7 @@ def draw_photo(ax, camera, photo, paths):
     ax.set_axis_off()
     corner = dict(xycoords="axes fraction", textcoords="offset points", va="top")
     box = dict(facecolor=TRUTH, alpha=0.5, linewidth=0, pad=2.5)
-    ax.annotate(CAMERA_NAMES[camera], (0, 1), (5, -5), color="white", bbox=box, **corner)
+    ax.annotate(CAPTIONS[camera], (0, 1), (5, -5), color="white", bbox=box, **corner)
     if photo.intrinsics is None:
         return
     for drawn in paths:
@@ -240,7 +240,7 @@ def draw_title(figure, scene, out):
     true = scene["reasoning"][0]
     below = f"truth: {true}" if true else scene["name"][0]
     below = textwrap.shorten(f"sample 1 of {len(out.xyz[0])} | {below}", 180)
-    figure.text(0.025, 0.9, below, size=13, color=PAST, va="top")
+    figure.text(0.025, 0.9, below, size=13, color=GREY, va="top")
 
 
 def draw_cameras(figure, photos, paths):
@@ -279,9 +279,9 @@ def draw_numbers(ax, scene, out, paths):
         ctrv = ade(baselines(scene)["CTRV"], truth).item()
         ax.text(0.55, 0.96, f"{best:.2f} m", size=21, color=MODEL, weight="bold", va="top")
         below = f"minADE of {out.xyz.shape[1]}\nCTRV {ctrv:.2f} m"
-        ax.text(0.55, 0.72, below, color=PAST, va="top")
+        ax.text(0.55, 0.72, below, color=GREY, va="top")
     times = "   ".join(f"{stage} {1000 * s:.0f} ms" for stage, s in out.seconds.items())
-    ax.text(0.02, 0.03, times, size=8.5, color=PAST)
+    ax.text(0.02, 0.03, times, size=8.5, color=GREY)
 
 
 def draw_paths(ax, scene, paths):
@@ -319,7 +319,7 @@ def draw_profiles(speed_ax, curvature_ax, scene, paths):
     speed_ax.set_title("speed, m/s")
     curvature_ax.set_title("curvature, 1/m; left is up")
     for ax in (speed_ax, curvature_ax):
-        ax.axvline(0, color=PAST, linewidth=0.8, alpha=0.5)
+        ax.axvline(0, color=GREY, linewidth=0.8, alpha=0.5)
         ax.set_xlim(-2, 6.4)
         ax.set_xticks([-2, 0, 2, 4, 6], ["-2", "now", "2", "4", "6 s"])
     speed_ax.set_ylim(0, max(speed_ax.get_ylim()[1], 1))

@@ -320,7 +320,7 @@ def draw_seeing(file, args):
         title = f"What each way of seeing looks at: {name}"
         truth = f"truth: {scene['reasoning'][0]}"
         figure.text(0.02, 0.965, title, size=17, weight="bold", color=draw.TRUTH)
-        figure.text(0.02, 0.937, truth, size=12, color=draw.PAST)
+        figure.text(0.02, 0.937, truth, size=12, color=draw.GREY)
         draw_lit(figure, draw.photos_of(scene), rows)
         draw_planes(figure, triplane, scene)
         draw.save_figure(figure, file)

@@ -15,7 +15,7 @@ import data
 import draw
 import world
 from alpamayo import roll_out
-from draw import MODEL, PAST, TRUTH, DrawnPath, Look, Photo
+from draw import GREY, MODEL, TRUTH, DrawnPath, Look, Photo
 from tools.common import Policy, add_checkpoint_flags, check_at_least, load_checkpoint
 
 SHOWN = (*world.SITUATIONS, *world.COMBINATIONS, *world.RARE)
@@ -68,7 +68,7 @@ def title(ax, kind, label):
     colour = TRUTH if known else MODEL
     label = textwrap.shorten(label, 82, placeholder=" ...")
     ax.text(0, 1.17, text, transform=ax.transAxes, weight="bold", color=colour)
-    ax.text(0, 1.045, label, transform=ax.transAxes, size=8.5, color=PAST)
+    ax.text(0, 1.045, label, transform=ax.transAxes, size=8.5, color=GREY)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def draw_film(file, seed, model, args, size=(192, 384)):
         time = traffic.time[0].item()
         speed = traffic.speed[0].item()
         below = f"{args.situation}   {time:4.1f} s   {speed:4.1f} m/s"
-        figure.text(0.99, 0.885, below, size=9, color=PAST, ha="right")
+        figure.text(0.99, 0.885, below, size=9, color=GREY, ha="right")
         writer.grab_frame()
 
     with plt.rc_context(draw.STYLE):
@@ -126,7 +126,7 @@ def draw_traffic(ax, traffic, plan):
     shown = traffic.solid(things.kind)[0] | (things.kind[0] == world.BUMP)
     poses = torch.stack(traffic.poses_to_ego(), -1)[0].tolist()  # of each thing: x, y, yaw
     for j in shown.nonzero()[:, 0].tolist():
-        colour = TRUTH if things.cause[0, j] else PAST
+        colour = TRUTH if things.cause[0, j] else GREY
         draw_box(ax, poses[j], things.size[0, j].tolist(), colour)
     draw_box(ax, (world.FRONT - world.LENGTH / 2, 0, 0), (world.LENGTH, world.WIDTH), MODEL)
     ax.plot(-plan[:, 1], plan[:, 0], color=MODEL, linewidth=2, alpha=0.7)
