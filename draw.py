@@ -2,8 +2,8 @@
 Pictures: what all of them share, and one scene on a slide.
 
     pyplot()                        matplotlib, drawing into files
-    STYLE, TRUTH, PAST, MODEL       the look: few colours, and grey for what is around them
-    Drive, Look, Photo              a path, how it is drawn, and what a camera sees
+    STYLE, TRUTH, GREY, MODEL       the look: few colours, and grey for what is around them
+    DrawnPath, Look, Photo              a path, how it is drawn, and what a camera sees
     ribbon, draw_photo              a path on the road, as a camera sees it
     draw_scene                      everything about one scene, 1600 x 900 pixels
 
@@ -32,18 +32,18 @@ from alpamayo import (
 from motion import baselines, min_ade
 
 TRUTH = "#1b1f27"  # dark: what was driven
-PAST = "#8b919c"  # grey: the past, and everything around a plot
+GREY = "#8b919c"  # grey: the past, and everything around a plot
 MODEL = "#ff5a1f"  # the one hue: what the model would drive
-CAMERAS = (  # by camera id
+CAPTIONS = (  # by camera id
     "cross left", "front wide", "cross right", "rear left", "rear tele", "rear right", "front tele")
 STYLE = {
     "font.size": 11,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
-    "axes.titlecolor": PAST,
-    "xtick.color": PAST,
-    "ytick.color": PAST,
-    "axes.edgecolor": PAST,
+    "axes.titlecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "axes.edgecolor": GREY,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "text.parse_math": False,
@@ -89,7 +89,7 @@ class Look(NamedTuple):
     bands: tuple  # on the road, in a photo: (width m, colour, alpha) each
 
 
-class Drive(NamedTuple):
+class DrawnPath(NamedTuple):
     """A path, and how it is drawn."""
 
     xyz: torch.Tensor  # (64, 3) m
@@ -107,7 +107,7 @@ class Photo(NamedTuple):
     camera_to_ego: torch.Tensor | None  # (4, 4)
 
 
-BEHIND = dict(color=PAST, linewidth=2.5)  # the line of what was driven before t0
+BEHIND = dict(color=GREY, linewidth=2.5)  # the line of what was driven before t0
 DRIVEN = Look(
     dict(color=TRUTH, linewidth=1.5, markersize=4),
     ((0.4, "white", 1), (0.2, TRUTH, 1)),
@@ -122,23 +122,23 @@ OTHER = Look(
 )
 
 
-def drives_of(scene, out):
-    """The Drives of a batch of one and its Rollout, in drawing order: samples, the best, the truth.
+def paths_of(scene, out):
+    """What to draw of a batch of one and its Rollout, in order: samples, the best one, the truth.
 
     Without a truth, the first sample stands in the best one's place."""
     xyz = out.xyz[0].cpu()
-    paths = zip(xyz, out.rot[0].cpu(), out.actions[0].cpu())
-    drives = [Drive(*path, OTHER, "other samples") for path in paths]
+    samples = zip(xyz, out.rot[0].cpu(), out.actions[0].cpu())
+    paths = [DrawnPath(*sample, OTHER, "other samples") for sample in samples]
     if "ego_future_xyz" not in scene:
-        first = drives.pop(0)
-        return [*drives, first._replace(look=BEST, label="first sample")]
+        first = paths.pop(0)
+        return [*paths, first._replace(look=BEST, label="first sample")]
     past = scene["ego_history_xyz"][0], scene["ego_history_rot"][0]
     future = scene["ego_future_xyz"][0], scene["ego_future_rot"][0]
     best = int(ade(xyz, future[0]).argmin())
-    best = drives.pop(best)
-    drives.append(best._replace(look=BEST, label="best sample"))
-    drives.append(Drive(*future, fit_actions(*past, *future), DRIVEN, "driven in truth"))
-    return drives
+    best = paths.pop(best)
+    paths.append(best._replace(look=BEST, label="best sample"))
+    paths.append(DrawnPath(*future, fit_actions(*past, *future), DRIVEN, "driven in truth"))
+    return paths
 
 
 def photos_of(scene, b=0):
@@ -183,7 +183,7 @@ def corners(edges):
     return torch.stack([left[:-1], left[1:], right[1:], right[:-1]], 1)
 
 
-def draw_photo(ax, camera, photo, drives):
+def draw_photo(ax, camera, photo, paths):
     """A camera's image with the paths on its road."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
@@ -195,12 +195,12 @@ def draw_photo(ax, camera, photo, drives):
     ax.set_axis_off()
     corner = dict(xycoords="axes fraction", textcoords="offset points", va="top")
     box = dict(facecolor=TRUTH, alpha=0.5, linewidth=0, pad=2.5)
-    ax.annotate(CAMERAS[camera], (0, 1), (5, -5), color="white", bbox=box, **corner)
+    ax.annotate(CAPTIONS[camera], (0, 1), (5, -5), color="white", bbox=box, **corner)
     if photo.intrinsics is None:
         return
-    for drive in drives:
-        for width, colour, alpha in drive.look.bands:
-            quads = ribbon(drive.xyz, drive.rot, photo.intrinsics, photo.camera_to_ego, width)
+    for drawn in paths:
+        for width, colour, alpha in drawn.look.bands:
+            quads = ribbon(drawn.xyz, drawn.rot, photo.intrinsics, photo.camera_to_ego, width)
             if len(quads):
                 # One compound path: no seam shows where pieces meet.
                 path = Path.make_compound_path_from_polys(quads.numpy())
@@ -216,18 +216,18 @@ def draw_scene(file, scene, out, photos):
 
     scene: a batch of one; out: its Rollout; photos: {camera id: Photo}."""
     plt = pyplot()
-    drives = drives_of(scene, out)
+    paths = paths_of(scene, out)
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(16, 9), dpi=100)
         draw_title(figure, scene, out)
-        numbers = draw_cameras(figure, photos, drives)
-        draw_numbers(numbers, scene, out, drives)
+        numbers = draw_cameras(figure, photos, paths)
+        draw_numbers(numbers, scene, out, paths)
         margins = dict(left=0.045, right=0.975, top=0.355, bottom=0.055)
         grid = figure.add_gridspec(1, 4, wspace=0.26, **margins)
-        draw_paths(figure.add_subplot(grid[:2]), scene, drives)
+        draw_paths(figure.add_subplot(grid[:2]), scene, paths)
         speed = figure.add_subplot(grid[2])
         curvature = figure.add_subplot(grid[3])
-        draw_profiles(speed, curvature, scene, drives)
+        draw_profiles(speed, curvature, scene, paths)
         save_figure(figure, file)
 
 
@@ -240,10 +240,10 @@ def draw_title(figure, scene, out):
     true = scene["reasoning"][0]
     below = f"truth: {true}" if true else scene["name"][0]
     below = textwrap.shorten(f"sample 1 of {len(out.xyz[0])} | {below}", 180)
-    figure.text(0.025, 0.9, below, size=13, color=PAST, va="top")
+    figure.text(0.025, 0.9, below, size=13, color=GREY, va="top")
 
 
-def draw_cameras(figure, photos, drives):
+def draw_cameras(figure, photos, paths):
     """The images. Returns the axes that are left for the numbers.
 
     The front camera is large, in the middle of the others; alone, it leaves them the right."""
@@ -254,21 +254,21 @@ def draw_cameras(figure, photos, drives):
     others = [camera for camera in places if camera in photos and camera != front]
     for camera in others:
         ax = figure.add_subplot(places[camera], anchor="NW")
-        draw_photo(ax, camera, photos[camera], drives)
+        draw_photo(ax, camera, photos[camera], paths)
     if others:
         ax = figure.add_subplot(grid[:, 1:3], anchor="N")
     else:
         ax = figure.add_subplot(grid[:, :3], anchor="NW")
-    draw_photo(ax, front, photos[front], drives)
+    draw_photo(ax, front, photos[front], paths)
     return figure.add_subplot(grid[1, 3] if others else grid[0, 3])
 
 
-def draw_numbers(ax, scene, out, drives):
+def draw_numbers(ax, scene, out, paths):
     """The legend, how good the best sample is, and how long each stage took."""
     from matplotlib.lines import Line2D
 
     ax.axis("off")
-    lines = {drive.label: drive.look.line for drive in reversed(drives)}
+    lines = {drawn.label: drawn.look.line for drawn in reversed(paths)}
     lines["the past"] = BEHIND
     handles = [Line2D([], [], label=label, **line) for label, line in lines.items()]
     place = dict(loc="upper left", borderaxespad=0, frameon=False)
@@ -279,18 +279,18 @@ def draw_numbers(ax, scene, out, drives):
         ctrv = ade(baselines(scene)["CTRV"], truth).item()
         ax.text(0.55, 0.96, f"{best:.2f} m", size=21, color=MODEL, weight="bold", va="top")
         below = f"minADE of {out.xyz.shape[1]}\nCTRV {ctrv:.2f} m"
-        ax.text(0.55, 0.72, below, color=PAST, va="top")
+        ax.text(0.55, 0.72, below, color=GREY, va="top")
     times = "   ".join(f"{stage} {1000 * s:.0f} ms" for stage, s in out.seconds.items())
-    ax.text(0.02, 0.03, times, size=8.5, color=PAST)
+    ax.text(0.02, 0.03, times, size=8.5, color=GREY)
 
 
-def draw_paths(ax, scene, drives):
+def draw_paths(ax, scene, paths):
     """The paths from above."""
     from matplotlib.patches import Rectangle
 
-    for drive in drives:
-        x, y, _ = drive.xyz.T
-        ax.plot(x, y, marker="o", markevery=slice(19, None, 20), **drive.look.line)
+    for drawn in paths:
+        x, y, _ = drawn.xyz.T
+        ax.plot(x, y, marker="o", markevery=slice(19, None, 20), **drawn.look.line)
     x, y, _ = scene["ego_history_xyz"][0].T
     ax.plot(x, y, **BEHIND)
     corner = world.FRONT - world.LENGTH, -world.WIDTH / 2
@@ -299,19 +299,19 @@ def draw_paths(ax, scene, drives):
     ax.set_aspect("equal", adjustable="datalim")
 
 
-def draw_profiles(speed_ax, curvature_ax, scene, drives):
+def draw_profiles(speed_ax, curvature_ax, scene, paths):
     """Speed and curvature over time."""
     kinematics = scene["ego_kinematics"][0]
     past = DT * torch.arange(1 - len(kinematics), 1)  # s
     future = DT * torch.arange(HORIZON + 1)
     v0 = initial_speed(scene["ego_history_xyz"], scene["ego_history_rot"])  # (1,)
-    for drive in drives:
-        accel, curvature = drive.actions.T
+    for drawn in paths:
+        accel, curvature = drawn.actions.T
         speed = v0 + DT * F.pad(accel.cumsum(0), (1, 0))  # (65,)
         standing = speed[:-1].abs() < LOW_SPEED  # then curvature says nothing
-        speed_ax.plot(future, speed, **drive.look.line)
+        speed_ax.plot(future, speed, **drawn.look.line)
         curvature = curvature.masked_fill(standing, torch.nan)
-        curvature_ax.plot(future[:-1] + DT / 2, curvature, **drive.look.line)
+        curvature_ax.plot(future[:-1] + DT / 2, curvature, **drawn.look.line)
     curvature = kinematics[:, 2].tan() / world.WHEELBASE  # of the steering angle
     speed_ax.plot(past, kinematics[:, 0], **BEHIND)
     curvature_ax.plot(past, curvature, **BEHIND)
@@ -319,7 +319,7 @@ def draw_profiles(speed_ax, curvature_ax, scene, drives):
     speed_ax.set_title("speed, m/s")
     curvature_ax.set_title("curvature, 1/m; left is up")
     for ax in (speed_ax, curvature_ax):
-        ax.axvline(0, color=PAST, linewidth=0.8, alpha=0.5)
+        ax.axvline(0, color=GREY, linewidth=0.8, alpha=0.5)
         ax.set_xlim(-2, 6.4)
         ax.set_xticks([-2, 0, 2, 4, 6], ["-2", "now", "2", "4", "6 s"])
     speed_ax.set_ylim(0, max(speed_ax.get_ylim()[1], 1))

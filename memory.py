@@ -286,7 +286,7 @@ def made_up_rollout(model, scenes, group, thought, steps):
 # --------------------------------------------------------------------------------------------------
 # The plan: its table
 
-KINDS = (
+KINDS_OF_BYTES = (
     "weights that stay",
     "weights that learn",
     "reference model",
@@ -308,7 +308,7 @@ def table(found):
 
     peaks = found.values()
     lines = [row("GiB, at the peak of", found)]
-    for kind in KINDS:
+    for kind in KINDS_OF_BYTES:
         if any(peak[kind] for peak in peaks):
             lines.append(in_gib(kind, [peak[kind] for peak in peaks]))
     lines.append(in_gib("total", [peak.total() for peak in peaks]))

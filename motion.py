@@ -162,7 +162,7 @@ def without_short(labels):
     return rows.view(labels.shape)
 
 
-class Run(NamedTuple):
+class Segment(NamedTuple):
     """Steps [first, end) of one label."""
 
     label: int
@@ -174,7 +174,7 @@ def segments(labels):
     """The Runs of labels (T,), in order."""
     changes = labels.diff().nonzero().flatten() + 1
     cuts = [0, *changes.tolist(), len(labels)]
-    return [Run(int(labels[a]), a, b) for a, b in pairwise(cuts)]
+    return [Segment(int(labels[a]), a, b) for a, b in pairwise(cuts)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def joined(runs):
 
 
 def soon(run, other):
-    """Whether another Run begins less than PAUSE after one ends."""
+    """Whether another Segment begins less than PAUSE after one ends."""
     return 0 <= other.first - run.end < round(PAUSE / DT)
 
 
@@ -296,12 +296,12 @@ def lateral_events(xyz, yaw, lateral):
 
 
 def turn_of(yaw, run):
-    """How far the heading turns to the left during a Run, rad."""
+    """How far the heading turns to the left during a Segment, rad."""
     return float(yaw[run.end - 1] - yaw[run.first])
 
 
 def way_back(yaw, run):
-    """The step after a Run at which the heading is as before it, or None if not within RETURN."""
+    """The step after a Segment at which the heading is as before it; None if not within RETURN."""
     after = yaw[run.end : run.end + round(RETURN / DT)]
     left_over = run.label * (after - yaw[run.first])
     back = (left_over <= 0).nonzero().flatten()

@@ -32,7 +32,7 @@ import torch
 
 from alpamayo import DT, HORIZON, OF_EXPERT, Rollout, ade
 from data import CAUSES, SPLITS, decisions, is_right, seed_of, to_device, words_of
-from draw import MODEL, PAST, pyplot
+from draw import GREY, MODEL, pyplot
 from memory import without_adapters
 from motion import LONGITUDINAL_META, comfort, lateral_events, meta_actions, smooth_motion
 from world import LEFT, RIGHT
@@ -554,9 +554,9 @@ def draw_curves(log, file):
         steps = [line["step"] for line in lines]
         values = [line[name] for line in lines]
         recent = [values[max(0, i - 9) : i + 1] for i in range(len(values))]
-        ax.plot(steps, values, color=PAST, alpha=0.35, linewidth=1)
+        ax.plot(steps, values, color=GREY, alpha=0.35, linewidth=1)
         means = [sum(some) / len(some) for some in recent]
-        ax.plot(steps, means, color=PAST, linewidth=2, label="rollouts, mean of 10 steps")
+        ax.plot(steps, means, color=GREY, linewidth=2, label="rollouts, mean of 10 steps")
         held = held_out(lines, name)
         if held:
             label = "held out, likeliest"

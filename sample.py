@@ -33,7 +33,7 @@ def main():
         scene.pop("route", None)
     out = model.sample(
         scene, args.n, args.temperature, args.top_p, args.steps, seed=args.seed, reason=args.reason)
-    report(scene, out, args)
+    report_samples(scene, out, args)
     draw_scene(args.out, scene, out, photos)
     print(f"picture    {args.out}")
 
@@ -127,7 +127,7 @@ def clip_scene(cfg, args):
 # The report
 
 
-def report(scene, out, args):
+def report_samples(scene, out, args):
     """Print what the model thought and where it would go, beside the truth where it is known."""
     true = scene["reasoning"][0]
     future = scene.get("ego_future_xyz")  # (1, 64, 3), or None

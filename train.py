@@ -259,7 +259,7 @@ def main():
     if flags.plan:
         return print_plan(flags)
     run = start(flags)
-    run.model = load_model(run)  # before the scenes: it decides how they are shown
+    run.model = starting_model(run)  # before the scenes: it decides how they are shown
     run.scenes, run.val = load_scenes(run)
     run.model = run.model or model_from_scratch(run)  # after the scenes: its words are theirs
     if flags.stage == "rl":
@@ -349,7 +349,7 @@ def seeing(flags):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
 
 
-def load_model(run):
+def starting_model(run):
     """The model of --resume or --init, seeing as the flags say; None for a run from scratch."""
     flags = run.flags
     # Checkpoints have adapters merged: a run with adapters goes on from the weights before them.

@@ -204,6 +204,7 @@ def test_the_first_command_works(tmp_path):
     assert done.stdout.count(truth) >= 4, done.stdout  # most of six samples say what is true
 
 
+@pytest.mark.in_pytorch("nano in Triton's interpreter takes minutes and would teach nothing more")
 def test_the_python_of_the_front_page_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     (code,) = re.findall(r"^```python\n(.*?)^```", text_of(README), re.M | re.S)

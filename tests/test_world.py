@@ -694,7 +694,10 @@ def at_t0(seeds, **air):
 
 def alone(kind, s=18.0, d=0.0, **fields):
     """A world at t0 with one thing on an empty straight road."""
-    seed = next(i for i in range(100) if world.draw(i).situation == "free" and world.draw(i).road == roads.STRAIGHT)
+    for seed in range(100):
+        draw = world.draw(seed)
+        if draw.situation == "free" and draw.road == roads.STRAIGHT:
+            break
     traffic = at_t0([seed])
     for name, value in (causes.Thing(kind, s, d)._asdict() | fields).items():
         getattr(traffic.things, name)[0, 0] = torch.as_tensor(value)
@@ -704,24 +707,30 @@ def alone(kind, s=18.0, d=0.0, **fields):
 
 
 def slow_render(traffic, camera, ground, H, W):
-    """
-    `images_of` as one would write it down: every ray with every box, in float64. ground (n, 3, H, W) is what is
-    behind the boxes. Each thing has its own colour all over, the day is clear.
-    """
+    """`images_of` as one would write it down: every ray with every box, in float64.
+
+    ground (n, 3, H, W) is what is behind the boxes. Each thing has its own colour all over, the day
+    is clear."""
     boxes = vars(render.boxes_of(traffic).each(torch.Tensor.double))
     intrinsics, pose = world.rig_camera(camera, 2 * H, 2 * W)
-    ray, origin = (world.rays(intrinsics, 2 * H, 2 * W) @ pose[:3, :3].T).double(), pose[:3, 3].double()
+    ray = (world.rays(intrinsics, 2 * H, 2 * W) @ pose[:3, :3].T).double()
+    origin = pose[:3, 3].double()
     images = []
     for i in range(len(ground)):
-        depth, colour = torch.full((2 * H, 2 * W), math.inf, dtype=torch.double), torch.zeros(2 * H, 2 * W, 3).double()
-        for centre, half, cos, sin, own in zip(*(boxes[f][i] for f in ("centre", "half", "cos", "sin", "colour"))):
-            turn = torch.stack([torch.stack([cos, sin, cos * 0]), torch.stack([-sin, cos, cos * 0]), torch.eye(3).double()[2]])
+        depth = torch.full((2 * H, 2 * W), math.inf, dtype=torch.double)
+        colour = torch.zeros(2 * H, 2 * W, 3, dtype=torch.double)
+        daylight = traffic.scene.daylight[i].double()
+        fields = ("centre", "half", "cos", "sin", "colour")
+        for centre, half, cos, sin, own in zip(*(boxes[f][i] for f in fields)):
+            turn = torch.eye(3, dtype=torch.double)
+            turn[0, :2] = torch.stack([cos, sin])
+            turn[1, :2] = torch.stack([-sin, cos])
             o, d = turn @ (origin - centre), ray @ turn.T
             enter, leave = torch.stack([(-half - o) / d, (half - o) / d]).sort(0).values
             near = enter.amax(-1)
             hit = (near < leave.amin(-1)) & (near > 0) & (near < depth) & (half > 0).all()
             face = ((o + near[..., None] * d) / half).abs().argmax(-1)
-            shade = torch.tensor([0.8, 0.62, 1.05]).double()[face] * traffic.scene.daylight[i].double()
+            shade = torch.tensor([0.8, 0.62, 1.05]).double()[face] * daylight
             fade = torch.exp(-near / 400)[..., None]
             seen = 255 * (own * shade[..., None]).clamp(max=1) * fade + 205 * (1 - fade)
             depth, colour = torch.where(hit, near, depth), torch.where(hit[..., None], seen, colour)
@@ -733,7 +742,8 @@ def slow_render(traffic, camera, ground, H, W):
 
 @pytest.mark.parametrize("crowd", ["as drawn", "anywhere"])
 def test_the_fast_renderer_agrees_with_a_slow_one(crowd, monkeypatch):
-    monkeypatch.setattr(render, "PARTS", [(*shape, None) for *shape, _ in render.PARTS])  # no liveries: own colours
+    bare = [(*shape, None) for *shape, _ in render.PARTS]  # no liveries: own colours all over
+    monkeypatch.setattr(render, "PARTS", bare)
     seed = int(torch.randint(10**6, ()))
     traffic = at_t0(range(seed, seed + 4))
     t = traffic.things
@@ -752,14 +762,20 @@ def test_the_fast_renderer_agrees_with_a_slow_one(crowd, monkeypatch):
     for i, camera in enumerate(cameras):
         slow = slow_render(traffic, camera, ground[:, i], *size)
         wrong = ((fast[:, i] - slow).abs() > 2).any(1).float().mean()
-        assert wrong < 1.5e-3, (seed, camera, wrong)  # a ray that grazes an edge may fall to either side in float32
+        # A ray that grazes an edge may fall to either side in float32.
+        assert wrong < 1.5e-3, (seed, camera, wrong)
 
 
 def test_a_scene_looks_the_same_beside_any_other(monkeypatch):
     seeds = [3, 8, 21, 34, 55, 89, 144]
-    air = dict(dusk=[0, 1, 0, 0.4, 0, 0, 0.8], rain=[0, 0, 1, 0.5, 0, 0, 0], visibility=[150.0, 150, 90, 80, 50, 150, 150])
+    air = dict(
+        dusk=[0, 1, 0, 0.4, 0, 0, 0.8],
+        rain=[0, 0, 1, 0.5, 0, 0, 0],
+        visibility=[150.0, 150, 90, 80, 50, 150, 150],
+    )
     together = images_of(at_t0(seeds, **air), (1, 6), (32, 64))
-    backwards = images_of(at_t0(seeds[::-1], **{k: v[::-1] for k, v in air.items()}), (1, 6), (32, 64))
+    turned = {k: v[::-1] for k, v in air.items()}
+    backwards = images_of(at_t0(seeds[::-1], **turned), (1, 6), (32, 64))
     assert torch.equal(together, backwards.flip(0))
     for i, seed in enumerate(seeds):
         one = at_t0([seed], **{k: v[i] for k, v in air.items()})
@@ -770,7 +786,9 @@ def test_a_scene_looks_the_same_beside_any_other(monkeypatch):
 
 
 def pixel(traffic, part, q, camera=6, size=(64, 128)):
-    """What the camera shows of the point q of the first thing's box (0 or 1), each coordinate from -1 to 1: r, g, b."""
+    """Red, green, blue that the camera shows of a point of the first thing's box (0 or 1).
+
+    q: the point, each coordinate from -1 to 1 over the box."""
     boxes = vars(render.boxes_of(traffic)[0, part])
     x, y, z = torch.tensor(q) * boxes["half"]
     cos, sin = boxes["cos"], boxes["sin"]
@@ -781,43 +799,53 @@ def pixel(traffic, part, q, camera=6, size=(64, 128)):
     return images_of(traffic, (camera,), size)[0, 0, :, int(uv[1]), int(uv[0])].int().tolist()
 
 
-RED, YELLOW, BROWN = (lambda r, g, b: r > 2 * g and r > 2 * b), (lambda r, g, b: min(r, g) > 1.5 * b), (lambda r, g, b: r > 1.2 * g > 1.2 * b)
-WHITE, DARK, PINK = (lambda r, g, b: min(r, g, b) > 150), (lambda r, g, b: max(r, g, b) < 80), (lambda r, g, b: r > 1.4 * b > 2 * g)
+COLOURS = {
+    "red": lambda r, g, b: r > 2 * g and r > 2 * b,
+    "yellow": lambda r, g, b: min(r, g) > 1.5 * b,
+    "brown": lambda r, g, b: r > 1.2 * g > 1.2 * b,
+    "white": lambda r, g, b: min(r, g, b) > 150,
+    "dark": lambda r, g, b: max(r, g, b) < 80,
+    "pink": lambda r, g, b: r > 1.4 * b > 2 * g,
+}
 
 
 @pytest.mark.parametrize("kind, size, box, q, colour, fields", [
-    ("BUMP", causes.BUMP_SIZE, 0, (-1, 0, 0), YELLOW, {}),
-    ("SIGN", causes.SIGN_SIZE, 0, (-1, 0.55, 0.65), RED, {}),
-    ("SIGN", causes.SIGN_SIZE, 0, (-1, 0.55, 0.65), YELLOW, dict(signal=causes.YELLOW)),
-    ("LIGHT", causes.LIGHT_SIZE, 0, (-1, 0, 0), YELLOW, dict(signal=causes.YELLOW, s=35.0)),
-    ("CAR", causes.TRUCK_SIZE, 0, (-1, 0.75, -0.48), RED, dict(accel=-2.0, t_accel=-1.0, s=24.0)),
-    ("CAR", causes.TRUCK_SIZE, 0, (-1, 0, 0.3), WHITE, dict(colour=(0.95, 0.95, 0.95), s=24.0)),
-    ("CYCLIST", causes.CYCLIST_SIZE, 1, (-1, 0, 0), PINK, dict(colour=(0.95, 0.1, 0.6))),
-    ("CYCLIST", causes.CYCLIST_SIZE, 0, (-1, 0, -0.2), DARK, {}),
-    ("DEER", causes.DEER_SIZE, 0, (-1, 0, 0.5), BROWN, dict(colour=causes.DEER_COLOUR)),
-    ("DEER", causes.DEER_SIZE, 0, (0, 1, 0.5), BROWN, dict(colour=causes.DEER_COLOUR, drift=-1.0)),
-    ("DEBRIS", causes.DEBRIS_SIZE, 0, (-1, 0.2, 0), DARK, {}),
-    ("BARRIER", causes.BARRIER_SIZE, 0, (-1, 0.12, 0), RED, {}),
-    ("BARRIER", causes.BARRIER_SIZE, 0, (-1, 0.37, 0), WHITE, {}),
+    ("BUMP", causes.BUMP_SIZE, 0, (-1, 0, 0), "yellow", {}),
+    ("SIGN", causes.SIGN_SIZE, 0, (-1, 0.55, 0.65), "red", {}),
+    ("SIGN", causes.SIGN_SIZE, 0, (-1, 0.55, 0.65), "yellow", dict(signal=causes.YELLOW)),
+    ("LIGHT", causes.LIGHT_SIZE, 0, (-1, 0, 0), "yellow", dict(signal=causes.YELLOW, s=35.0)),
+    ("CAR", causes.TRUCK_SIZE, 0, (-1, 0.75, -0.48), "red", dict(accel=-2.0, t_accel=-1.0, s=24.0)),
+    ("CAR", causes.TRUCK_SIZE, 0, (-1, 0, 0.3), "white", dict(colour=(0.95, 0.95, 0.95), s=24.0)),
+    ("CYCLIST", causes.CYCLIST_SIZE, 1, (-1, 0, 0), "pink", dict(colour=(0.95, 0.1, 0.6))),
+    ("CYCLIST", causes.CYCLIST_SIZE, 0, (-1, 0, -0.2), "dark", {}),
+    ("DEER", causes.DEER_SIZE, 0, (-1, 0, 0.5), "brown", dict(colour=causes.DEER_COLOUR)),
+    ("DEER", causes.DEER_SIZE, 0, (0, 1, 0.5), "brown",
+     dict(colour=causes.DEER_COLOUR, drift=-1.0)),
+    ("DEBRIS", causes.DEBRIS_SIZE, 0, (-1, 0.2, 0), "dark", {}),
+    ("BARRIER", causes.BARRIER_SIZE, 0, (-1, 0.12, 0), "red", {}),
+    ("BARRIER", causes.BARRIER_SIZE, 0, (-1, 0.37, 0), "white", {}),
 ])  # fmt: skip
 def test_a_kind_of_thing_is_where_project_says(kind, size, box, q, colour, fields):
     traffic = alone(getattr(causes, kind), size=size, **fields)
-    assert colour(*pixel(traffic, box, q)), pixel(traffic, box, q)
+    assert COLOURS[colour](*pixel(traffic, box, q)), pixel(traffic, box, q)
 
 
 def test_lamps_glow_at_dusk():
-    def tail(**air):
-        traffic = alone(causes.CAR, size=causes.CAR_SIZE, colour=(0.5, 0.5, 0.5), **{k: air.pop(k) for k in ("accel", "t_accel") if k in air})
-        for name, value in air.items():
-            getattr(traffic.scene, name)[:] = value
-        return pixel(traffic, 0, (-1, 0.7, 0.2))[0], images_of(traffic, (1,), (32, 64)).float().mean()
+    def tail(dusk, **script):
+        traffic = alone(causes.CAR, size=causes.CAR_SIZE, colour=(0.5, 0.5, 0.5), **script)
+        traffic.scene.dusk[:] = dusk
+        red = pixel(traffic, 0, (-1, 0.7, 0.2))[0]
+        return red, images_of(traffic, (1,), (32, 64)).float().mean()
 
-    (day, bright), (dusk, dim), (braking, _) = tail(), tail(dusk=1.0), tail(dusk=1.0, accel=-2.0, t_accel=-1.0)
+    day, bright = tail(0.0)
+    dusk, dim = tail(1.0)
+    braking, _ = tail(1.0, accel=-2.0, t_accel=-1.0)
     assert dim < 0.75 * bright and day + 20 < dusk < braking - 60
 
 
 def test_a_pedestrian_at_60_m_is_seen_in_any_air():
-    for air in ({}, dict(dusk=1.0), dict(rain=1.0, visibility=80.0), dict(visibility=50.0), dict(dusk=1.0, rain=1.0, visibility=80.0)):
+    rain = dict(rain=1.0, visibility=80.0)
+    for air in ({}, dict(dusk=1.0), rain, dict(visibility=50.0), dict(dusk=1.0, **rain)):
         images = []
         for colour in ((1.0, 0.9, 0.1), (0.6, 0.1, 0.9)):
             traffic = alone(causes.PEDESTRIAN, s=60.0, size=causes.PERSON_SIZE, colour=colour)

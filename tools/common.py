@@ -11,7 +11,7 @@ from alpamayo import HORIZON, NANO, ade, load_model
 from motion import baselines, min_ade
 
 
-def add_model_flags(parser):
+def add_checkpoint_flags(parser):
     """The flags of a tool that lets a checkpoint drive in the world."""
     add = parser.add_argument
     add("--checkpoint", metavar="FOLDER", default=NANO, help="the model, ours or the release's")
@@ -44,7 +44,7 @@ def load_checkpoint(args):
     return model
 
 
-def load_scenes(cfg, split, count, args):
+def world_scenes(cfg, split, count, args):
     """The first scenes of a split of the world, as a model of this Config is shown them."""
     view = data.view_of(cfg, args.size)
     return data.load_world(split, count, folder=args.cache, workers=os.cpu_count(), **view)

@@ -18,12 +18,12 @@ from tools import markdown
 from tools.common import (
     SHARES,
     Policy,
-    add_model_flags,
+    add_checkpoint_flags,
     check_at_least,
     drive_scenes,
     load_checkpoint,
-    load_scenes,
     measure_plans,
+    world_scenes,
 )
 
 
@@ -50,7 +50,7 @@ TITLES = {  # of the columns that have another than their name
     "best": "best of 3",
     "minade_over_ctrv": "minADE / CTRV",
 }
-NOTE = """\
+PLAN_NOTE = """\
 Metres over 6.4 s, mean ± standard error. minADE: the best of {n} samples, each with its own
 reasoning; ADE: the first one. CV, CTRV, CTRA go on with the last speed v, turn rate w and
 acceleration a: speed v, v, max(v + a t, 0), heading 0, w t, w t; best of 3: the best of them in
@@ -69,15 +69,15 @@ def in_grey(scene):
 
 
 def open_loop(model, args):
-    """Rows of numbers, {row: see `summary`}: by situation, over all scenes, by condition."""
-    scenes = load_scenes(model.cfg, args.split, args.scenes, args)
+    """Rows of numbers, {row: see `plan_row`}: by situation, over all scenes, by condition."""
+    scenes = world_scenes(model.cfg, args.split, args.scenes, args)
     numbers = measure_plans(model, scenes, args)
     rows = {}
     for kind in world.KINDS[args.split]:
         of_kind = torch.tensor([name == kind for name in scenes.names])
         if of_kind.any():
-            rows[kind] = summary({name: values[of_kind] for name, values in numbers.items()})
-    rows["all"] = summary(numbers)
+            rows[kind] = plan_row({name: values[of_kind] for name, values in numbers.items()})
+    rows["all"] = plan_row(numbers)
     conditions = {}
     if model.cfg.route and args.route:
         conditions["without the route"] = model, data.without_route
@@ -86,11 +86,11 @@ def open_loop(model, args):
     if args.blind:
         conditions["trained blind"] = load_model(args.blind), in_grey
     for condition, (driver, show) in conditions.items():
-        rows[condition] = summary(measure_plans(driver, scenes, args, show))
+        rows[condition] = plan_row(measure_plans(driver, scenes, args, show))
     return rows
 
 
-def summary(numbers):
+def plan_row(numbers):
     """A row: mean and standard error of each of {name: (N,)}, and minADE relative to CTRV's."""
     row = {"scenes": len(numbers["ade"])}
     for name, values in numbers.items():
@@ -193,7 +193,7 @@ def parse_flags():
     p = argparse.ArgumentParser(
         description="Evaluate a model on held-out scenes of the world, or let it drive there.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_model_flags(p)
+    add_checkpoint_flags(p)
     add = p.add_argument
     add("--split", choices=tuple(world.KINDS), default="val", help="whose scenes")
     add("--scenes", type=int, default=512, help="to plan in")
@@ -216,7 +216,7 @@ def main():
         print(f"{drive_table(rows)}\n\n{DRIVE_NOTE.format(**vars(args))}")
     else:
         rows = open_loop(model, args)
-        print(f"{open_table(rows)}\n\n{NOTE.format(**vars(args))}")
+        print(f"{open_table(rows)}\n\n{PLAN_NOTE.format(**vars(args))}")
     record = {
         "checkpoint": args.checkpoint,
         "keep": model.cfg.keep,

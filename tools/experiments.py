@@ -36,7 +36,7 @@ import rl
 import world
 from alpamayo import PRESETS, Config, VisionTower, load_model
 from tools import markdown
-from tools.common import check_at_least, drive_scenes, load_scenes, measure_plans
+from tools.common import check_at_least, drive_scenes, measure_plans, world_scenes
 
 TRAINED = PRESETS["nano"]
 PICTURES = TRAINED.frames // TRAINED.temporal_patch * len(TRAINED.cameras)  # of a scene
@@ -92,7 +92,7 @@ def folders_of(way, args):
 def train_missing(args):
     """Train what is missing of every row and seed, or go on where it stopped, --jobs at a time."""
     for split, count in (("train", args.scenes), ("val", 32)):
-        load_scenes(TRAINED, split, count, args)  # once, before several processes would
+        world_scenes(TRAINED, split, count, args)  # once, before several processes would
     runs = {}  # by folder: some rows share a model
     for way in WAYS:
         for seed, folder in folders_of(way, args).items():
@@ -150,15 +150,15 @@ def flops(model, scene):
     return {"vision": vision.get_total_flops(), "prefill": prefill.get_total_flops()}
 
 
-def milliseconds(model, scene):
+def prompt_milliseconds(model, scene):
     """Time of vision and prefill for each scene of a batch."""
     seconds = model.sample(scene, n=1, steps=1, reason=False, seed=0).seconds
     return 1000 * (seconds["vision"] + seconds["prefill"]) / len(scene["images"])
 
 
-def compare(args):
+def compare_ways(args):
     """The table's numbers, {row: {name: number, or a list of one for each seed}}."""
-    scenes = load_scenes(TRAINED, "val", args.eval, args)
+    scenes = world_scenes(TRAINED, "val", args.eval, args)
     one = scenes.batch([0])
     many = scenes.batch(range(min(args.batch, args.eval)))
     rows = {}
@@ -178,7 +178,7 @@ def compare(args):
     times = {name: [] for name in rows}
     for _ in tqdm(range(REPEATS), desc="timing", unit="round"):
         for name, model in models.items():  # in turn: what else this machine does slows all alike
-            times[name].append([milliseconds(model, one), milliseconds(model, many)])
+            times[name].append([prompt_milliseconds(model, one), prompt_milliseconds(model, many)])
     for name, row in rows.items():
         row["ms"], row["ms_among"] = np.median(times[name], 0).tolist()
     return rows
@@ -187,7 +187,7 @@ def compare(args):
 # --------------------------------------------------------------------------------------------------
 # Their table
 
-NOTE = """\
+ENCODER_NOTE = """\
 minADE: best of {n} samples, mean over {eval} held-out scenes of our world; both right: % of first
 samples that decide right. relative: minADE against single image of the same seed; seeds: {seeds};
 ± their standard deviation; what is trained with pruning has the first seed only. Every model
@@ -201,7 +201,7 @@ image: compare the order only."""
 
 
 def encoder_table(rows):
-    """Rows of `compare` as Markdown."""
+    """Rows of `compare_ways` as Markdown."""
     header = [
         "encoder", "tokens a picture", "parameters", "minADE, m", "relative, %", "both right, %",
         "MFLOP vision", "MFLOP prefill", "ms", "ms among", "the paper's"]
@@ -320,7 +320,7 @@ def draw_seeing(file, args):
         title = f"What each way of seeing looks at: {name}"
         truth = f"truth: {scene['reasoning'][0]}"
         figure.text(0.02, 0.965, title, size=17, weight="bold", color=draw.TRUTH)
-        figure.text(0.02, 0.937, truth, size=12, color=draw.PAST)
+        figure.text(0.02, 0.937, truth, size=12, color=draw.GREY)
         draw_lit(figure, draw.photos_of(scene), rows)
         draw_planes(figure, triplane, scene)
         draw.save_figure(figure, file)
@@ -373,11 +373,11 @@ def encoders(args):
         print(f"picture    {args.picture}")
         return
     train_missing(args)
-    rows = compare(args)
+    rows = compare_ways(args)
     run = {"pictures": PICTURES, "threads": torch.get_num_threads(), "repeats": REPEATS}
     run |= vars(args)
     print(encoder_table(rows))
-    print(f"\n{NOTE.format(**run)}\n\nParameters at full size:\n{full_size()}")
+    print(f"\n{ENCODER_NOTE.format(**run)}\n\nParameters at full size:\n{full_size()}")
     print(json.dumps({**run, "rows": rows}))
 
 
@@ -398,7 +398,7 @@ def think_and_drive(folder, args):
     model = load_model(folder)
     found = {}
     for split in (args.split, "val"):
-        scenes = load_scenes(model.cfg, split, args.eval, args)
+        scenes = world_scenes(model.cfg, split, args.eval, args)
         for name, values in rl.likeliest(model, scenes, args.eval, args).items():
             found[f"{split} {name}"] = values.mean().item()
 

@@ -15,11 +15,11 @@ import data
 import draw
 import world
 from alpamayo import roll_out
-from draw import MODEL, PAST, TRUTH, Drive, Look, Photo
-from tools.common import Policy, add_model_flags, check_at_least, load_checkpoint
+from draw import GREY, MODEL, TRUTH, DrawnPath, Look, Photo
+from tools.common import Policy, add_checkpoint_flags, check_at_least, load_checkpoint
 
-KINDS = (*world.SITUATIONS, *world.COMBINATIONS, *world.RARE)
-COLUMNS = 3  # of the sheet
+SHOWN = (*world.SITUATIONS, *world.COMBINATIONS, *world.RARE)
+ACROSS = 3  # of the sheet
 EXPERT = Look({}, ((0.5, "white", 0.9), (0.25, MODEL, 1)))
 PLAN = Look({}, ((1.8, MODEL, 0.5),))
 
@@ -36,9 +36,9 @@ def chosen_seeds():
             one = world.draw(seed)
             kind = one.situation
             plain = one.dusk == one.rain == 0 and one.visibility == 150
-            if plain == (KINDS.index(kind) % 4 < 3 and kind != "dusk and rain"):
+            if plain == (SHOWN.index(kind) % 4 < 3 and kind != "dusk and rain"):
                 seeds.setdefault(kind, seed)
-    return [seeds[kind] for kind in KINDS]
+    return [seeds[kind] for kind in SHOWN]
 
 
 def draw_sheet(file):
@@ -46,17 +46,17 @@ def draw_sheet(file):
     tele camera see at t0, the label, and the path that the expert will drive."""
     plt = draw.pyplot()
     scene = data.make_scenes(chosen_seeds(), camera_ids=(1, 6), size=(128, 256), frames=1)
-    rows = math.ceil(len(KINDS) / COLUMNS)
+    rows = math.ceil(len(SHOWN) / ACROSS)
     with plt.rc_context(draw.STYLE):
-        figure = plt.figure(figsize=(5.4 * COLUMNS, 1.83 * rows), dpi=75)
+        figure = plt.figure(figsize=(5.4 * ACROSS, 1.83 * rows), dpi=75)
         margins = dict(left=0.005, right=0.995, top=0.978, bottom=0.004)
-        grid = figure.add_gridspec(rows, COLUMNS, wspace=0.03, hspace=0.38, **margins)
-        for i, kind in enumerate(KINDS):
-            drive = Drive(scene["ego_future_xyz"][i], scene["ego_future_rot"][i], None, EXPERT)
+        grid = figure.add_gridspec(rows, ACROSS, wspace=0.03, hspace=0.38, **margins)
+        for i, kind in enumerate(SHOWN):
+            path = DrawnPath(scene["ego_future_xyz"][i], scene["ego_future_rot"][i], None, EXPERT)
             photos = draw.photos_of(scene, i)
             wide, tele = grid[i].subgridspec(1, 2, wspace=0.01).subplots()
-            draw.draw_photo(wide, 1, photos[1], [drive])
-            draw.draw_photo(tele, 6, photos[6], [drive])
+            draw.draw_photo(wide, 1, photos[1], [path])
+            draw.draw_photo(tele, 6, photos[6], [path])
             title(wide, kind, scene["reasoning"][i])
         draw.save_figure(figure, file)
 
@@ -68,7 +68,7 @@ def title(ax, kind, label):
     colour = TRUTH if known else MODEL
     label = textwrap.shorten(label, 82, placeholder=" ...")
     ax.text(0, 1.17, text, transform=ax.transAxes, weight="bold", color=colour)
-    ax.text(0, 1.045, label, transform=ax.transAxes, size=8.5, color=PAST)
+    ax.text(0, 1.045, label, transform=ax.transAxes, size=8.5, color=GREY)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -91,14 +91,14 @@ def draw_film(file, seed, model, args, size=(192, 384)):
         image = world.images_of(traffic, (1,), size)[0, 0].permute(1, 2, 0).numpy()
         photo = Photo(image, *world.rig_camera(1, *size))
         xyz, rot = roll_out(plan[:1], traffic.speed[:1])
-        draw.draw_photo(ahead, 1, photo, [Drive(xyz[0], rot[0], None, PLAN)])
+        draw.draw_photo(ahead, 1, photo, [DrawnPath(xyz[0], rot[0], None, PLAN)])
         draw_traffic(above, traffic, xyz[0])
         said = draw.readable(policy.said[0]) or "drives without reasoning"
         figure.text(0.012, 0.925, said, weight="bold", color=TRUTH)
         time = traffic.time[0].item()
         speed = traffic.speed[0].item()
         below = f"{args.situation}   {time:4.1f} s   {speed:4.1f} m/s"
-        figure.text(0.99, 0.885, below, size=9, color=PAST, ha="right")
+        figure.text(0.99, 0.885, below, size=9, color=GREY, ha="right")
         writer.grab_frame()
 
     with plt.rc_context(draw.STYLE):
@@ -126,7 +126,7 @@ def draw_traffic(ax, traffic, plan):
     shown = traffic.solid(things.kind)[0] | (things.kind[0] == world.BUMP)
     poses = torch.stack(traffic.poses_to_ego(), -1)[0].tolist()  # of each thing: x, y, yaw
     for j in shown.nonzero()[:, 0].tolist():
-        colour = TRUTH if things.cause[0, j] else PAST
+        colour = TRUTH if things.cause[0, j] else GREY
         draw_box(ax, poses[j], things.size[0, j].tolist(), colour)
     draw_box(ax, (world.FRONT - world.LENGTH / 2, 0, 0), (world.LENGTH, world.WIDTH), MODEL)
     ax.plot(-plan[:, 1], plan[:, 0], color=MODEL, linewidth=2, alpha=0.7)
@@ -165,7 +165,7 @@ def main():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("folder", metavar="FOLDER", help="where gallery.png and drive.gif go")
     p.add_argument("--situation", default="double-parked car", metavar="NAME", help="of the drive")
-    add_model_flags(p)
+    add_checkpoint_flags(p)
     args = p.parse_args()
     check_at_least(args, 0, "seed")
     check_at_least(args, 0.1, "replan")

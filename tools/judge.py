@@ -16,7 +16,7 @@ import data
 import rl
 from alpamayo import NANO, load_model
 from tools import markdown
-from tools.common import batches, load_scenes
+from tools.common import batches, world_scenes
 
 
 def reasoning_of(model, scenes):
@@ -55,7 +55,7 @@ def main():
     add("--cache", metavar="FOLDER", default="data", help="where rendered scenes are kept")
     args = p.parse_args()
     model = load_model(args.checkpoint)
-    pairs = reasoning_of(model, load_scenes(model.cfg, "tail", args.scenes, args))
+    pairs = reasoning_of(model, world_scenes(model.cfg, "tail", args.scenes, args))
     judge = rl.Judge(args.url, args.model)
     found = agreement([rl.grade(*pair) for pair in pairs], judge(pairs))
     print(markdown([[f"{value:.4g}" for value in found.values()]], list(found), left=0))

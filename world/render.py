@@ -323,7 +323,7 @@ def boxes_of(world):
     truck = (boxes.kind == CAR) & (boxes.size[..., 2] > 2.2)  # a high car is a truck
     kind = torch.where(truck, TRUCK, boxes.kind).long()
     boxes.part = 2 * kind + number % 2
-    shape = SHAPES.to(yaw.device)[boxes.part]
+    shape = PART_SHAPES.to(yaw.device)[boxes.part]
     back, length, width, low, high = shape.unbind(-1)
     back = back * boxes.size[..., 0]
     x = boxes.x - back * boxes.cos
@@ -579,7 +579,7 @@ def cabin(box):
     yield box.rear & (box.z < -0.3) & box.braking, BRAKE_LAMP
 
 
-def load(box):
+def cargo(box):
     """The load of a truck."""
     yield box.z < -0.65, TYRE
     lamp = truck_lamp(box)
@@ -731,6 +731,6 @@ PARTS = [
     (0.1, 0.8, 1, 0, 0.72, legs), (-0.38, 0.24, 0.6, 0.6, 1, None),       # deer
     (0, 1, 1, 0, 0.4, rubber), (0, 0.6, 0.6, 0.4, 1, None),               # debris
     (0, 0.3, 1, 0.4, 1, board), (0, 1, 0.8, 0, 0.4, wood),                # barrier
-    (0.12, 0.76, 1, 0.12, 1, load), (-0.39, 0.22, 0.94, 0.1, 0.8, cab),   # truck
+    (0.12, 0.76, 1, 0.12, 1, cargo), (-0.39, 0.22, 0.94, 0.1, 0.8, cab),   # truck
 ]  # fmt: skip
-SHAPES = torch.tensor([part[:5] for part in PARTS])
+PART_SHAPES = torch.tensor([part[:5] for part in PARTS])

@@ -38,7 +38,7 @@ from world.roads import FAR, FILLET, LANE, SIDE_ROAD, lane_edges, locate, place,
 # The expert's manners
 MAX_ACCEL = 1.5  # m/s^2
 COMFORT = 3.0  # m/s^2, of braking
-JERK = 4.0  # m/s^3
+MAX_JERK = 4.0  # m/s^3
 HEADWAY = 0.8  # s
 LEAST = 2.0  # m to what stands ahead
 MARGIN = 0.3  # m that it keeps free on either side
@@ -323,7 +323,7 @@ class World:
         known = (free + slow).minimum(bend).minimum(bump)
         known = known.maximum(-(1.3 * needed).clamp(4, 8))
         accel = known.where(aware, free * (1 - scene.standing))
-        return self.accel + (accel - self.accel).clamp(-JERK * DT, JERK * DT)
+        return self.accel + (accel - self.accel).clamp(-MAX_JERK * DT, MAX_JERK * DT)
 
     def _slow_to(self, square, distance, where):
         """The acceleration (n,) that brings the square of the speed (m^2/s^2) down to `square`
