@@ -2,9 +2,9 @@
 Alpamayo-R1 in one file: a driving model that looks, says why it will act, and drives.
 
     paper    Alpamayo-R1, arXiv 2511.00088; sections and equations below are the paper's
-    release  github.com/NVlabs/alpamayo and the Alpamayo-R1-10B weights. Every parameter has the
-             release's name; every convention is checked against values that the official code
-             computed (tests/golden)
+    release  github.com/NVlabs/alpamayo and the Alpamayo-R1-10B weights. What the release has keeps
+             its name (EgoEmbed, view_embed, Triplane and Flex are ours); its conventions are
+             checked against values that the official code computed (tests/golden)
 
 What the language model reads, from left to right (Eq. 1), and what the action expert reads of it:
 
@@ -26,8 +26,8 @@ Training has three stages, all of them in `Alpamayo.forward`:
     action  tower, language model   nothing             cross-entropy, action tokens   Sec. 5.1
             action expert           the cache it reads  flow matching                  Eq. 6, 7
     reason  the same                the same            + Chain of Causation           Eq. 9
-    rl      the same                reference policy    GRPO: advantage times          Eq. 10
-                                                        log-probability, less KL
+    rl      the same                the same, and the   GRPO: advantage times          Eq. 10
+                                    reference policy    log-probability, less KL
 
 The paper does not say whether its expert learns in stages reason and rl; ours does. The release
 freezes the language model while its expert learns (`train.py --train expert`).
@@ -229,6 +229,14 @@ class Rollout:
         return f"Rollout({B} scenes x {n} samples, {T} tokens; the first thinks {first!r})"
 
 
+# Prefixes of the expert's parameter names, suffixes of those that `init_weights` treats apart.
+OF_EXPERT = ("expert.", "action_in_proj.", "action_out_proj.")
+START_AT_ZERO = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight",
+                   "action_out_proj.weight")  # fmt: skip
+LEARNED_TABLES = ("embed_tokens.weight", "pos_embed.weight", "view_embed", ".queries", ".times",
+                  ".tokens", ".views")  # fmt: skip
+
+
 class Alpamayo(nn.Module):
     """Vision tower and language model (`vlm`), action expert (`expert`), and what joins them.
     Read `forward` for the losses of the three stages and `sample` for look, think, drive."""
@@ -252,9 +260,9 @@ class Alpamayo(nn.Module):
 
     def init_weights(self, generator=None):
         """From scratch: matrices are normal with standard deviation 1 / sqrt(fan in).
-        What a layer adds to the residual stream is zero, so training starts from the identity."""
+        Zero is what a layer adds to the residual stream, and the velocity, at first."""
         for name, p in self.named_parameters():
-            if name.endswith(ADD_TO_RESIDUAL):
+            if name.endswith(START_AT_ZERO):
                 nn.init.zeros_(p)
             elif name.endswith(LEARNED_TABLES):
                 nn.init.normal_(p, std=0.5, generator=generator)
@@ -395,10 +403,10 @@ class Alpamayo(nn.Module):
         angles = rope(prompt.positions, self.cfg, prompt.x.dtype)
         x, cache = self.vlm.model.language_model(prompt.x, *angles, prompt=prompt, n_ask=n_ask)
         layers = [kv[:2] for kv in cache]
-        read = layers
+        recalled = layers
         if n_ask:
-            read = [retrieved(*kv, prompt.image_at, retrieve) for kv in cache]
-        return Prefix(layers, read, x[:, -1:], int(prompt.positions.max()) + 1)
+            recalled = [retrieved(*kv, prompt.image_at, retrieve) for kv in cache]
+        return Prefix(layers, recalled, x[:, -1:], int(prompt.positions.max()) + 1)
 
     # ---------------------------------------------------------------------------------- the losses
 
@@ -425,13 +433,13 @@ class Alpamayo(nn.Module):
         actions = self.target_actions(scene)  # (B, 64, 2)
         prompt = self.embed_prompt(scene, reason)
         ids, ends = self.response_ids(scene, actions, reason, action_tokens)  # (B, R), (B,)
-        read = ids.clamp(min=0)  # padding is -1
+        inputs = ids.clamp(min=0)  # padding is -1
         if action_tokens and hide_actions:
-            read = self.hide(read, hide_actions, generator)
-        x, cache = self.read(prompt, read)
+            inputs = self.hide(inputs, hide_actions, generator)
+        x, cache = self.read(prompt, inputs)
         losses = self.token_losses(x, ids, ends if action_tokens else None)
-        noise = self.flow_noise(actions, flow_samples, flow_t, flow_noise, generator)
-        losses |= self.flow_losses(scene, actions, prompt, cache, ends, *noise)
+        t, noise = self.draw_flow(actions, flow_samples, flow_t, flow_noise, generator)
+        losses |= self.flow_losses(scene, actions, prompt, cache, ends, t, noise)
         losses["tokens"] = torch.tensor(float(x.shape[0] * x.shape[1]))
         return losses
 
@@ -478,8 +486,8 @@ class Alpamayo(nn.Module):
         return lm(x, *rope(positions, self.cfg, x.dtype), prompt=prompt)
 
     def token_losses(self, x, ids, ends=None):
-        """Cross-entropy (Eq. 9) of the response ids (B, R), padding left out, from hidden states x
-        (B, P + R, C): `text`, and where `ends` (B,) says that there are action tokens, `action`."""
+        """Cross-entropy of the Chain of Causation (Eq. 9) and of action tokens, ids (B, R), from
+        hidden states x (B, P + R, C), padding left out: `text` and, with `ends` (B,), `action`."""
         B, R = ids.shape
         if not R:
             return {}
@@ -496,7 +504,7 @@ class Alpamayo(nn.Module):
             losses["text"] = nats[is_text].mean()
         return losses
 
-    def flow_noise(self, actions, n, t=None, noise=None, generator=None):
+    def draw_flow(self, actions, n, t=None, noise=None, generator=None):
         """Flow times (N,) and noise (N, 64, 2) of n noise levels a scene, drawn where None."""
         N = len(actions) * n
         if t is None:
@@ -517,10 +525,10 @@ class Alpamayo(nn.Module):
         share = t[:, None, None]
         x_t = share * data + (1 - share) * noise
 
-        # The stop-gradient: the expert reads the cache up to <|traj_future_start|>, detached.
+        # The stop-gradient (knowledge insulation): the expert reads the cache, detached.
         L = P + int(ends.max())
         mask = torch.arange(L, device=device) < (P + ends)[:, None]  # (B, L)
-        past = [Past((k[:, :, :L].detach(), v[:, :, :L].detach()), None, mask) for k, v in cache]
+        past = [Past((k[:, :, :L], v[:, :, :L]), None, mask).detach() for k, v in cache]
         start = (prompt.positions.max() + 1 + ends).repeat_interleave(n)
         velocity = self.velocity(x_t, t, past, start)
         flow = F.mse_loss(velocity, data - noise)
@@ -548,13 +556,14 @@ class Alpamayo(nn.Module):
         return v0.to(self.device)
 
     def rl_losses(
-        self, scene, rollout, rewards, objective="clip", beta=2.0, kl=0.0, flow_weight=1.0,
-        reference=None, old=None,
+        self, scene, rollout, rewards, objective="clip", beta=2.0, kl_weight=0.0,
+        flow_weight=1.0, reference=None, old=None,
     ):  # fmt: skip
         """Stage rl (Sec. 5.3): GRPO on a group of rollouts of each scene and their rewards (B, G).
-        objective, beta: see `grpo`; kl: weight of the KL term to the reference policy, whose
-        `replay` of the rollout is `reference`; flow_weight: of the flow's decisions beside the
-        tokens'; old: `log_probs` of the first update on this rollout.
+        Rewards and curation are in rl.py. objective, beta: see `grpo`; kl_weight: of the KL term to
+        the reference policy (the SFT model), whose `replay` of the rollout is `reference`;
+        flow_weight: of the flow's decisions beside the tokens'; old: `log_probs` of the first
+        update on this rollout.
         Returns `policy`, the loss; `log_probs`, detached, of tokens (B, G, T) and flow steps
         (B, G, S) or None; to look at: length, tokens a rollout; entropy, nats a token; kl, kl_flow,
         nats a rollout; mismatch, how far the log-probabilities of rollout and replay differ."""
@@ -566,10 +575,11 @@ class Alpamayo(nn.Module):
         log_probs = tokens.detach(), None if flow is None else flow.detach()
         old_tokens, old_flow = old or log_probs
         chosen = rollout.chosen
-        loss = grpo(objective, tokens, old_tokens, chosen, kl_tokens, rewards, beta, kl)
+        loss = grpo(objective, tokens, old_tokens, chosen, kl_tokens, rewards, beta, kl_weight)
         if flow is not None:
             chosen = torch.ones_like(flow, dtype=torch.bool)
-            loss_flow = grpo(objective, flow, old_flow, chosen, kl_flow, rewards, beta, kl)
+            losses = flow, old_flow, chosen, kl_flow, rewards
+            loss_flow = grpo(objective, *losses, beta, kl_weight)
             loss = loss + flow_weight * loss_flow
         return {
             "policy": loss,
@@ -627,7 +637,7 @@ class Alpamayo(nn.Module):
     def think(self, prefix, n, reason, due, max_new_tokens, choose):
         """Say the reasoning token by token, and then `due` action tokens: a `Thought` of N samples.
         choose: logits (N, vocab) to tokens and log-probabilities (N,). Ends when every sample has
-        said <|traj_future_start|>, whose keys and values belong to what the expert reads."""
+        said <|traj_future_start|>, which the expert reads too, and its `due` action tokens."""
         lm, vocab = self.vlm.model.language_model, self.vocabulary
         x = prefix.x.repeat_interleave(n, 0)  # (N, 1, C)
         N = len(x)
@@ -650,7 +660,7 @@ class Alpamayo(nn.Module):
             length = torch.where(thinking, step + 1, length)
             thinking = thinking & (token != vocab["traj_future_start"])
             position = torch.full((3, 1, 1), prefix.end + step, device=x.device)
-            past = [Past(kv, own) for kv, own in zip(prefix.read, tail)]
+            past = [Past(kv, own) for kv, own in zip(prefix.recalled, tail)]
             x = lm.embed_tokens(token)[:, None]
             x, tail = lm(x, *rope(position, self.cfg, x.dtype), past)
         if not said:
@@ -786,7 +796,7 @@ class Prompt(NamedTuple):
 class Prefix(NamedTuple):
     """The prompt once it was read: what all samples of a scene share."""
     layers: list  # of each layer keys and values (B, K, P, d)
-    read: list  # the same, or the share of it that the reasoning reads back
+    recalled: list  # the same, or the share of it that the reasoning reads back
     x: torch.Tensor  # (B, 1, C): the last hidden state
     end: int  # the position behind it
 
@@ -832,7 +842,7 @@ def check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta):
 
 
 class Clock:
-    """Seconds of each stage of work that is really finished."""
+    """Wall-clock seconds of each stage; waits until the GPU has finished it."""
     def __init__(self, device):
         self.cuda = torch.device(device).type == "cuda"
         self.seconds = {}
@@ -845,14 +855,6 @@ class Clock:
         now = time.perf_counter()
         self.seconds[name] = now - self.last
         self.last = now
-
-
-# How the names begin of the expert's parameters, and end of those that `init_weights` treats apart.
-OF_EXPERT = ("expert.", "action_in_proj.", "action_out_proj.")
-ADD_TO_RESIDUAL = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight",
-                   "action_out_proj.weight")  # fmt: skip
-LEARNED_TABLES = ("embed_tokens.weight", "pos_embed.weight", "view_embed", ".queries", ".times",
-                  ".tokens", ".views")  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
 # Actions: a path of 64 poses at 10 Hz <-> 64 pairs of acceleration and curvature of a unicycle
@@ -906,7 +908,7 @@ def smooth_solve(A, b, order, smooth, ridge, first=None):
         argmin_x |A x - b|^2 + smooth |D x|^2 + ridge |x|^2,  D the differences of that order
 
     A (..., m, n), b (..., m); first (...): a known x[0]. Normal equations by Cholesky in float64:
-    third differences of 64 values at 10 Hz reach 1e6, too much for float32."""
+    at 10 Hz the third differences' D^T D reaches 2e7, too much for float32."""
     n = A.shape[-1]
     eye = torch.eye(n, dtype=torch.float64, device=A.device)
     D = eye.diff(n=order, dim=0) / DT**order
@@ -951,12 +953,12 @@ def initial_speed(history_xyz, history_rot):
 
 def fit_actions(history_xyz, history_rot, future_xyz, future_rot):
     """Acceleration and curvature (..., 64, 2) in m/s^2 and 1/m of a driven path, smoothed against
-    sensor noise (Sec. 3.2.2), as the release fits them.
+    sensor noise (Sec. 3.2.2).
 
     history (..., 16, 3[, 3]) and future (..., 64, 3[, 3]) in the ego frame at t0. Four least
-    squares in turn: heading, speed, acceleration, curvature. Where the car hardly moves, curvature
-    is 0 / 0 and the fit invents wild values. So it is clamped to +-0.33 1/m, and is 0 where either
-    end of the step is slower than 0.6 m/s. No other step changes."""
+    squares in turn: heading, speed, acceleration, curvature, as the release. One thing differs.
+    Where the car hardly moves, curvature is 0 / 0 and the release's fit runs wild. Ours is clamped
+    to +-0.33 1/m, and is 0 where either end of the step is slower than 0.6 m/s."""
     eye = torch.eye(HORIZON + 1, dtype=torch.float64, device=future_xyz.device)
     xy = F.pad(future_xyz[..., :2].double(), (0, 0, 1, 0))  # (..., 65, 2): from the origin on
     measured = unwrap(F.pad(yaw_of(future_rot).double(), (1, 0)))
@@ -1255,9 +1257,9 @@ class VisionTower(nn.Module):
 
     def prune(self, block, x, deep, layout, keep):
         """Token pruning by salience (SparseVILA, named in Sec. 3.2.1): drop the merge groups that
-        this block looks at least. From here on a scene is one row of patches, image after image.
-        Salience is the mean attention that a group's patches receive. All images of a scene compete
-        in one ranking, all heads alike, in one block: ours, since its authors do not say."""
+        get the least attention in this block. From here on a scene is one row of patches, image
+        after image. Salience is the mean attention that a group's patches receive. All images of a
+        scene compete, all heads alike, in one block: ours, since its authors do not say."""
         group = self.cfg.merge**2  # patches
         scenes, groups = layout.kept.shape
         M, S, C = x.shape
@@ -1588,8 +1590,8 @@ class VLM(nn.Module):
 
 
 def retrieved(k, v, salience, image_at, share):
-    """SparseVILA's second half: of a layer's keys and values (B, K, P, d) all words, and the share
-    of the image tokens at image_at (B, V) that the words behind them attend to most.
+    """SparseVILA's second half: of a layer's keys and values (B, K, P, d) keep all words, and of
+    the image tokens at image_at (B, V) the share that later words attend to most.
 
     salience (B, P): the attention received. Each layer chooses for itself, for all its heads: ours,
     since its authors do not say. The rest stays in the cache."""
@@ -1606,8 +1608,8 @@ def retrieved(k, v, salience, image_at, share):
 
 
 def nucleus(logits, temperature, top_p):
-    """Probabilities (..., vocab) at a temperature above 0, the largest first, and whose they are; 0
-    beyond the likeliest tokens that together have top_p."""
+    """Probabilities (..., vocab) at a temperature above 0, largest first, 0 outside the nucleus
+    (the likeliest tokens that together have top_p), and the token of each."""
     p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
     p[p.cumsum(-1) - p > top_p] = 0  # what comes before a token already has top_p
     return p, order
@@ -1670,7 +1672,8 @@ class ActionEmbed(nn.Module):
 
 class Expert(nn.Module):
     """The action expert: 64 tokens, one a control, that see one another and the language model's
-    key-value cache, layer by layer. Same heads as the language model, narrower."""
+    key-value cache, layer by layer. Layers, key-value heads and head_dim are the language model's;
+    width and query heads are its own."""
     def __init__(self, cfg):
         super().__init__()
         layers = [Layer(cfg, cfg.e_embd, cfg.e_head, cfg.e_mlp) for _ in range(cfg.n_layer)]
@@ -1772,8 +1775,8 @@ def gaussian_log_prob(x, mean, std):
 
 def kl_of(replayed, reference, rollout):
     """KL[policy || reference policy] in nats from the two models' `replay`, (B, G) each: of the
-    tokens, exact at each that was chosen, and of the flow's random steps, Gaussians of one
-    variance."""
+    tokens at temperature 1, exact where one was chosen, and of the flow's random steps, Gaussians
+    of one variance."""
     chosen = rollout.chosen.flatten(0, 1)
     ours = replayed.logits.log_softmax(-1)
     theirs = reference.logits.log_softmax(-1)

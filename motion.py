@@ -171,7 +171,7 @@ class Segment(NamedTuple):
 
 
 def segments(labels):
-    """The Runs of labels (T,), in order."""
+    """The Segments of labels (T,), in order."""
     changes = labels.diff().nonzero().flatten() + 1
     cuts = [0, *changes.tolist(), len(labels)]
     return [Segment(int(labels[a]), a, b) for a, b in pairwise(cuts)]
@@ -220,7 +220,7 @@ def key_frames(xyz, rot):
 
 
 def joined(runs):
-    """Runs in order; those of one label with less than PAUSE between them become one."""
+    """Segments in order; those of one label with less than PAUSE between them become one."""
     out = []
     for run in runs:
         last = out[-1] if out else None

@@ -1,5 +1,6 @@
 """
-The release's file format: names, special tokens, config, shards. It knows no other room.
+The release's file format: names, special tokens, config, shards. It imports nothing else of
+this repository.
 
 A checkpoint is a folder with `config.json` (the driving model), `vlm/config.json` (the backbone,
 Qwen3-VL's own), one or more `*.safetensors`, and beside them the backbone's `tokenizer.json`. The

@@ -9,7 +9,7 @@ A rollout is a reasoning and a path. The path is either the language model's 128
 whose Euler steps are drawn with noise and so have a probability. Then reasoning and flow learn from
 one reward. The expert's loss never reaches the language model, here as everywhere.
 
-What usual GRPO has and this leaves out:
+What usual GRPO has and this leaves out, or leaves off by default:
     a value network       the group's mean reward is the baseline, which is GRPO's own idea
     a rollout server      the weights that learn are the weights that sample: nothing is stale
     A / std(r)            the paper has none; a group that differs by centimetres should not count
@@ -32,7 +32,7 @@ import torch
 
 from alpamayo import DT, HORIZON, OF_EXPERT, Rollout, ade
 from data import CAUSES, SPLITS, decisions, is_right, seed_of, to_device, words_of
-from draw import GREY, MODEL, pyplot
+from draw import GREY, MODEL, pyplot, save_figure
 from memory import without_adapters
 from motion import LONGITUDINAL_META, comfort, lateral_events, meta_actions, smooth_motion
 from world import LEFT, RIGHT
@@ -41,7 +41,7 @@ from world import LEFT, RIGHT
 # Rewards (Sec. 5.3.2). The paper gives no weights; all numbers here are ours, chosen in our world.
 
 WEIGHTS = {"reason": 0.2, "consistency": 1.0, "trajectory": 1.0}  # in the sum, which is at most 2
-DISTANCE = 0.05  # 1/m^2: Eq. 11's lambda of the squared distance to the expert's path
+DISTANCE = 0.05  # 1/m^2: Eq. 11's lambda of the squared distance to the driven path
 DISTANCE_MOST = 1.0  # the most that distance costs
 COLLISION = 1.0
 JERK = 0.02  # s^3/m
@@ -83,7 +83,7 @@ def consistency(texts, scene, xyz, rot, beside=None):
 
     texts: B lists of G; xyz (B, G, 64, 3), rot (B, G, 64, 3, 3). Meta-actions (Table 5) cannot tell
     a nudge from a bend of the road. So where the lane is known (beside, (B, G, 64): m left of the
-    line to drive on) the lateral axis goes by the offset in it. The rules are ours. The expert's
+    line to drive on) the lateral axis goes by the offset in it. The rules are ours. The driver's
     paths agree with its own traces in all of 500 scenes of val and 500 of tail, in 95 % of train,
     and with the traces of other decisions in 30 %."""
     poses = with_history(scene["ego_history_xyz"], xyz)  # (B, G, 80, 3)
@@ -155,7 +155,7 @@ def agrees_by_events(decision, xyz, yaw, lateral):
 def trajectory(xyz, truth, collision=None):
     """Trajectory quality (Eq. 11), (B, G), at best 0, of paths xyz (B, G, 64, 3).
 
-    What costs: the squared distance to the expert's path truth (B, 64, 3), mean over 6.4 s; the
+    What costs: the squared distance to the driven path truth (B, 64, 3), mean over 6.4 s; the
     collision (B, G); jerk, the mean length of the third difference in m/s^3. Distance is capped, so
     that one lost scene does not outweigh all others."""
     squared = (xyz - truth[:, None])[..., :2].square().sum(-1).mean(-1)
@@ -303,8 +303,8 @@ def choose(known, step, count, flags):
 # The step: try out, reward, learn
 
 
-class Group(NamedTuple):
-    """Some scenes of a step, a group of rollouts of each, and what came of them."""
+class Piece(NamedTuple):
+    """Some of a step's scenes, a group of rollouts of each, and what came of them."""
 
     scene: dict
     rollout: Rollout
@@ -317,7 +317,7 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
     of the log."""
     numbers, drawn = choose(known, number, len(scenes), flags)
     size = max(1, len(numbers) // flags.accumulate)
-    groups = []
+    pieces = []
     for first in range(0, len(numbers), size):
         some = numbers[first : first + size]
         scene = to_device(scenes.batch(some), device)
@@ -327,24 +327,24 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
         for name, value in rewards.items():
             expect_finite(number, f"reward `{name}`", value)
         known[some] = divergence(rollout.log_probs.sum(2).cpu(), rewards["total"], flags.beta)
-        groups.append(Group(scene, rollout, rewards, known[some]))
+        pieces.append(Piece(scene, rollout, rewards, known[some]))
 
     looked = {}
-    old = [None] * len(groups)
+    old = [None] * len(pieces)
     for _ in range(flags.updates):
-        for i, group in enumerate(groups):
-            rewards = group.rewards["total"].to(device)
+        for i, piece in enumerate(pieces):
+            rewards = piece.rewards["total"].to(device)
             with autocast:
-                losses = losses_of(model, reference, *group[:2], rewards, flags, old[i])
+                losses = losses_of(model, reference, *piece[:2], rewards, flags, old[i])
             loss = losses.pop("policy")
             expect_finite(number, f"loss `{flags.objective}`", loss)
-            (loss / len(groups)).backward()
+            (loss / len(pieces)).backward()
             log_probs = losses.pop("log_probs")
             old[i] = old[i] or log_probs
             for name, value in losses.items():
-                looked[name] = looked.get(name, 0.0) + value.item() / len(groups) / flags.updates
+                looked[name] = looked.get(name, 0.0) + value.item() / len(pieces) / flags.updates
         looked |= update(optimisers, number, flags)
-    return {"step": number + 1, "stage": "rl"} | looked | log_of(groups, drawn)
+    return {"step": number + 1, "stage": "rl"} | looked | log_of(pieces, drawn)
 
 
 def try_out(model, scene, flags, seed):
@@ -365,7 +365,7 @@ def losses_of(model, reference, scene, rollout, rewards, flags, old=None):
             replay = reference.replay(scene, rollout)
     return model(
         scene, "rl", rollout=rollout, rewards=rewards, objective=flags.objective, beta=flags.beta,
-        kl=flags.kl, flow_weight=flags.flow_weight, reference=replay, old=old,
+        kl_weight=flags.kl, flow_weight=flags.flow_weight, reference=replay, old=old,
     )  # fmt: skip
 
 
@@ -408,18 +408,18 @@ def expect_finite(number, what, value):
             f"step {number}: {what} is not finite; the last checkpoint is intact")
 
 
-def log_of(groups, drawn):
-    """What the log says of a step's Groups, whose first `drawn` scenes were drawn by divergence."""
-    line = {"tokens": float(sum(group.rollout.tokens.numel() for group in groups))}
-    for name in groups[0].rewards:
-        values = torch.cat([group.rewards[name] for group in groups])
+def log_of(pieces, drawn):
+    """What the log says of a step's Pieces, whose first `drawn` scenes were drawn by divergence."""
+    line = {"tokens": float(sum(piece.rollout.tokens.numel() for piece in pieces))}
+    for name in pieces[0].rewards:
+        values = torch.cat([piece.rewards[name] for piece in pieces])
         line[name] = values.mean().item()
         line[name + "_spread"] = values.std(1).mean().item()  # in a group: what there is to learn
-    totals = torch.cat([group.rewards["total"] for group in groups])
+    totals = torch.cat([piece.rewards["total"] for piece in pieces])
     line["silent"] = (totals.std(1) < 1e-3).float().mean().item()  # groups of equal rewards
-    texts = [len(set(row)) == 1 for group in groups for row in group.rollout.reasoning]
+    texts = [len(set(row)) == 1 for piece in pieces for row in piece.rollout.reasoning]
     line["one_text"] = sum(texts) / len(texts)
-    divergences = torch.cat([group.divergence for group in groups])
+    divergences = torch.cat([piece.divergence for piece in pieces])
     for name, some in (("chosen", divergences[:drawn]), ("random", divergences[drawn:])):
         line[f"divergence_{name}"] = some.mean().item() if len(some) else None
     return line
@@ -507,6 +507,8 @@ def check_flags(flags, error):
         "top_p": (0, 1), "temperature": (0, infinity), "beta": (0, infinity),
     }  # fmt: skip
     above = ("eta", "top_p", "temperature", "beta")  # must be more than their lower bound
+    if flags.policy == "tokens" and flags.train == "expert":
+        error("--policy tokens --train expert: nothing would learn, the tokens are the vlm's")
     for name, (low, high) in bounds.items():
         value = getattr(flags, name)
         flag = f"--{name.replace('_', '-')} {value}"
@@ -565,8 +567,7 @@ def draw_curves(log, file):
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(frameon=False)
     axes[2, 1].set_xlabel("step")
-    figure.savefig(file)
-    plt.close(figure)
+    save_figure(figure, file)
 
 
 def held_out(lines, name):

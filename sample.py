@@ -30,7 +30,7 @@ def main():
     else:
         scene, photos = world_scene(model.cfg, args)
     if not args.route:
-        scene.pop("route", None)
+        scene = data.without_route(scene)
     out = model.sample(
         scene, args.n, args.temperature, args.top_p, args.steps, seed=args.seed, reason=args.reason)
     report_samples(scene, out, args)
@@ -90,7 +90,7 @@ def parse_flags():
 
 
 def world_scene(cfg, args):
-    """A held-out Scene of the built-in world, a batch of one, and its Views."""
+    """A held-out Scene of the built-in world, a batch of one, and its Photos."""
     first = world.SEEDS[args.split]
     seed = first + args.seed
     if args.situation:
@@ -102,7 +102,7 @@ def world_scene(cfg, args):
 
 
 def clip_scene(cfg, args):
-    """A Scene of a real clip, a batch of one, and its Views: the images as they were taken."""
+    """A Scene of a real clip, a batch of one, and its Photos: the images as they were taken."""
     options = dict(t0=args.t0, frames=cfg.frames, frame_dt=cfg.frame_dt)
     of_world = cfg.max_pixels == 0  # it knows only the world's cameras
     if of_world:

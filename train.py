@@ -18,7 +18,8 @@ in nats a token, nats a token, mean squared velocity, and metres. Stage `rl` is 
 learning, whose rewards, step and flags are in rl.py.
 
 Whatever is random (order of scenes, noise, flow times, rollouts) is a function of seed and step. So
-a run goes on after a kill without any random state, from its weights and optimisers' moments alone.
+a run goes on after a kill without any random state: from weights, optimisers' moments and, in stage
+rl, the scenes' divergences.
 
 The page reads: flags; a run from start to end; model and optimisers; scenes; a step; stage rl;
 validation; checkpoints; the plan.
@@ -125,7 +126,7 @@ def add_model_flags(add):
 
 
 def add_data_flags(add):
-    add("--data", "world", "`world`, or a folder of clips that data.py can read")
+    add("--data", "world", "`world`, or a folder of clips that clips.py can read")
     add("--scenes", 8000, "training scenes of the world, rendered once to disk")
     add("--val-scenes", 128, "scenes of a validation pass")
     add("--size", (64, 128), "pixels of the world's images", type=int, nargs=2,
@@ -163,7 +164,8 @@ def add_loss_flags(add):
     add("--path-weight", 0.2, "weight of `ade`, metres between the flow's path and the driven one; "
         "the paper has none")
     add("--action-every", 2, "the 128 action tokens join every so many steps; 1: always")
-    add("--hide-actions", 0.5, "share of scenes whose action tokens are not read, see forward")
+    add("--hide-actions", 0.5, "share of scenes whose action tokens are not read, see "
+        "Alpamayo.supervised_losses")
     add("--drive-every", 8, "in stage `reason` one step in so many has no reasoning, so that the "
         "model can also drive at once; 0: none")
     add("--flow-samples", 2, "noise levels a scene, which share its cache")
@@ -287,8 +289,7 @@ def start(flags):
         torch.cuda.set_device(device)
     if world_size > 1:  # the others wait while the first renders the world
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
-    # One detected precision: bfloat16 arithmetic with float32 weights on a GPU, and float32 on a
-    # CPU, where it is faster.
+    # GPU: bfloat16 arithmetic, float32 weights that learn. CPU: --dtype, float32 is faster.
     return Run(flags, device, "bfloat16" if cuda else flags.dtype, rank, world_size)
 
 

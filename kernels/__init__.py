@@ -13,7 +13,8 @@ A kernel changes how fast something is computed, never what. Each file has the P
 (`plain_...`), then the kernels, and last the function that the model calls. That function asks
 `by_hand` here which of the two runs.
 
-    ALPAMAYO_KERNELS=auto     Triton for 16-bit tensors on an NVIDIA GPU, else PyTorch (default)
+    ALPAMAYO_KERNELS=auto     Triton on an NVIDIA GPU for 16-bit tensors, and for the roll-out
+                              32-bit ones too; else PyTorch (default)
     ALPAMAYO_KERNELS=torch    PyTorch
     ALPAMAYO_KERNELS=triton   Triton, for 32-bit tensors too, or an error that says why it cannot
 

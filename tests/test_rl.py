@@ -509,6 +509,7 @@ def test_flags_that_cannot_be_meant_are_one_line(cache, tmp_path, capsys):  # no
         (("--group", "1"), "--group 1: expected at least 2"),
         (("--eta", "0"), "--eta 0.0: expected more than 0"),
         (("--preset", "mini"), "--stage rl starts from a checkpoint of stage reason: give it with --init"),
+        (("--policy", "tokens", "--train", "expert"), "--policy tokens --train expert: nothing would learn"),
         (("--judge", "http://127.0.0.1:9/v1", "--steps", "1"), "train.py: --judge http://127.0.0.1:9/v1/chat/completions: no grade"),
     ):
         assert line in complaint(rl_command(cache, tmp_path, *more), capsys)

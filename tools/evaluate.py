@@ -53,7 +53,7 @@ TITLES = {  # of the columns that have another than their name
 PLAN_NOTE = """\
 Metres over 6.4 s, mean ± standard error. minADE: the best of {n} samples, each with its own
 reasoning; ADE: the first one. CV, CTRV, CTRA go on with the last speed v, turn rate w and
-acceleration a: speed v, v, max(v + a t, 0), heading 0, w t, w t; best of 3: the best of them in
+acceleration a: speed v, v, max(v + a (t + dt / 2), 0), heading 0, w t, w t; best of 3: the best in
 each scene. longitudinal, lateral, both: % of first samples that decide right; exact: % that say so
 word for word."""
 
