@@ -515,6 +515,10 @@ def read_extra(release, c, defaults):
             )
         else:
             c[name] = extra.as_field(name, Field(name), value, defaults[name])
+    ego = c.get("ego", defaults["ego"])
+    if ego not in EGO_TOKENS:
+        known = " or ".join(EGO_TOKENS)
+        raise ValueError(f"{release.path}: field extra.ego: expected {known}, not {ego!r}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -211,6 +211,7 @@ BROKEN = {  # how a checkpoint is spoiled, and what the message must name
     "another vocabulary": (config(lambda c: c.update(vocab_size=9)), "config.json vocab_size 9"),
     "another expert": (config(lambda c: c["expert_cfg"].update(head_dim=7)), "config.json expert_cfg.head_dim 7 24"),
     "unknown extra": (config(lambda c: c["extra"].update(colour="red")), "config.json extra.colour"),
+    "another ego": (config(lambda c: c["extra"].update(ego="telepathy")), "config.json extra.ego telepathy"),
     "a word too few": (config(lambda c: c["extra"]["words"].pop()), "config.json extra.words"),
     "no backbone": (lambda f: (f / "vlm" / "config.json").unlink(), "vlm/config.json vlm_name_or_path"),
     "half a backbone": (lambda f: cut(f / "vlm" / "config.json"), "vlm/config.json"),

@@ -13,6 +13,7 @@ from collections import Counter
 import torch
 
 from data import BATCH, SPLITS, make_scenes, pool_of, run
+from draw import pyplot
 from tools import markdown
 from world import COMBINATIONS, FUTURE, PAST, RARE, SEEDS, SITUATIONS, World, draw, images_of
 
@@ -105,11 +106,7 @@ def _make_and_forget(options):
 
 def look(path, seeds, size):
     """Draw a contact sheet: a row a scene, the cameras at t0, the expert's path from above."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     scene = make_scenes(seeds, size=size, frames=1)
     rows = len(seeds)
     figure, axes = plt.subplots(
@@ -138,6 +135,8 @@ def main():
     add("--seeds", type=int, nargs=2, default=(0, 12), metavar=("FROM", "TO"), help="with --look")
     add("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="with --look")
     args = parser.parse_args()
+    if args.splits is None and not args.cost and not args.look:
+        parser.error("expected one of --splits, --cost, --look")
     if args.splits is not None:
         print(splits(args.splits))
     if args.cost:
