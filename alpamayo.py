@@ -52,6 +52,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import release
+from doors import write_atomically
 from kernels import by_hand
 from kernels.flow_step import roll_out_by_kernel
 from kernels.prefix_attention import prefix_attention
@@ -293,7 +294,7 @@ class Alpamayo(nn.Module):
         source = self.vocabulary.path
         target = os.path.join(folder, "tokenizer.json")
         if source and os.path.abspath(source) != os.path.abspath(target):
-            release.write_atomically(target, lambda part: shutil.copyfile(source, part))
+            write_atomically(target, lambda part: shutil.copyfile(source, part))
         cfg = replace(self.cfg, reasoning=reasoning or self.cfg.reasoning)
         release.write_config(folder, vars(cfg), vars(Config()))
 
@@ -773,11 +774,11 @@ class Alpamayo(nn.Module):
         return Replay(logits, torch.stack(means) if means else None, stds)
 
 
-def load_model(folder=NANO, **switches):
-    """A checkpoint where it runs best: on a GPU if there is one, a large one in bfloat16."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def load_model(folder=NANO, device=None, **switches):
+    """A checkpoint on a device (default: a GPU if there is one); a large one there in bfloat16."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     large = read_config(folder).max_pixels > 0
-    dtype = torch.bfloat16 if large and device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if large and device.type != "cpu" else torch.float32
     return Alpamayo.from_pretrained(folder, dtype, device, **switches)
 
 

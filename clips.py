@@ -22,8 +22,6 @@ layout has. A reader takes the folder and returns a list of Clips. A Clip needs
 
 All else works on Clips: Scenes, batches, rigs, labels, and the errors about what is too short.
 """
-import contextlib
-import csv
 import functools
 import json
 import math
@@ -37,7 +35,7 @@ from torch.nn.functional import grid_sample, interpolate
 from torch.utils.data import default_collate
 
 from alpamayo import DT, LOW_SPEED, project, rot_of, yaw_of
-from release import read_json
+from doors import expecting, read_csv, read_image, read_json, require_increasing
 from world import FUTURE, HISTORY, PAST, WHEELBASE, rays, rig_camera
 
 CAMERAS = """
@@ -368,15 +366,6 @@ class Motion:
             scene[f"ego_{name}_xyz"] = (xyz - origin) @ facing
             scene[f"ego_{name}_rot"] = facing.T @ rot
         return {key: torch.from_numpy(value).float() for key, value in scene.items()}
-
-
-def require_increasing(where, times):
-    """ValueError unless times (N,) increase."""
-    late = np.flatnonzero(np.diff(times) <= 0)
-    if len(late):
-        i = late[0]
-        raise ValueError(
-            f"{where}: times must increase, but {times[i]} s is followed by {times[i + 1]} s")
 
 
 def last_at(times, t):
@@ -714,36 +703,6 @@ def image_camera(file, images, times, *calibration):
     return Camera(read, times[0], times[-1], *calibration)
 
 
-def read_image(file):
-    """An image file -> (H, W, 3) uint8."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ImportError("images are read by Pillow: pip install pillow") from None
-    with expecting(f"{file}: not a readable image"), Image.open(file) as image:
-        return np.array(image.convert("RGB"))
-
-
-def read_csv(file, required, optional):
-    """A CSV file with a header -> {name: (N,) float}; a column `file` stays a list of str."""
-    with open(file, newline="") as lines:
-        header, *rows = list(csv.reader(lines, skipinitialspace=True)) or [[]]
-    if not set(required) <= set(header) <= {*required, *optional}:
-        raise ValueError(
-            f"{file}: header is {','.join(header)}; expected {','.join(required)}, "
-            f"optional are {','.join(optional)}")
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
-            raise ValueError(
-                f"{file}: line {number} has {len(row)} fields, the header {len(header)}")
-    table = np.array(rows, str).reshape(-1, len(header))
-    columns = dict(zip(header, table.T))
-    for name in columns.keys() - {"file"}:
-        with expecting(f"{file}: column {name} must be numbers"):
-            columns[name] = columns[name].astype(float)
-    return columns
-
-
 def read_timestamps(file):
     """KITTI's lines of date and time -> (N,) ns, integers."""
     with expecting(f"{file}: expected lines like 2011-09-26 13:02:25.964000000"):
@@ -754,12 +713,3 @@ def read_oxts(file):
     """A file of KITTI's oxts -> (30,): latitude, longitude, altitude, roll, pitch, yaw, ..."""
     with expecting(f"{file}: expected 30 numbers"):
         return np.array(file.read_text().split(), float).reshape(30)
-
-
-@contextlib.contextmanager
-def expecting(line):
-    """An error in here becomes a ValueError of one line: this one, and the error in brackets."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError, SyntaxError) as error:
-        raise ValueError(f"{line} ({' '.join(str(error).split())})") from None

@@ -36,7 +36,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,10 +45,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import doors
 from alpamayo import DT, rot_of
 from clips import load_clips
+from doors import read_json
 from motion import comfort_of
-from release import read_json
 from world import (
     FUTURE,
     HISTORY,
@@ -673,16 +673,6 @@ def load(source, **options):
 # The command line
 
 
-def run(main):
-    """Run a script's `main`; what a user can mend becomes `NAME: message` and exit status 1."""
-    page = sys.modules["__main__"]
-    name = page.__spec__.name if page.__spec__ else os.path.basename(page.__file__)
-    try:
-        main()
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        raise SystemExit(f"{name}: {error}") from None
-
-
 def main():
     parser = argparse.ArgumentParser(
         description="Make scenes of the built-in world, or read those that are there.",
@@ -704,4 +694,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    doors.run(main)

@@ -1,6 +1,6 @@
 """
-The release's file format: names, special tokens, config, shards. It imports nothing else of
-this repository.
+The release's file format: names, special tokens, config, shards. It knows no other room but the
+doors.
 
 A checkpoint is a folder with `config.json` (the driving model), `vlm/config.json` (the backbone,
 Qwen3-VL's own), one or more `*.safetensors`, and beside them the backbone's `tokenizer.json`. The
@@ -15,7 +15,6 @@ its table and another writes it, so each field is spelt once:
 What is wrong with a file is one line that names the file, the field and what was expected. Files
 are written whole or not at all.
 """
-import json
 import math
 import os
 import re
@@ -25,7 +24,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from doors import Json, finite, read_json, save_tensors, write_json
 
 # --------------------------------------------------------------------------------------------------
 # Words: one vocabulary of text, action bins, history bins and special tokens, in this order.
@@ -421,9 +421,27 @@ def read_table(table, data, c, defaults):
                 value = leaf.write(c[leaf.fallback])
             else:
                 value = data[key]
-            value = data.as_field(key, leaf, value, defaults[leaf.name])
+            value = as_field(data, key, leaf, value, defaults[leaf.name])
             if c.setdefault(leaf.name, value) != value:
                 raise ValueError(f"{data.path}: field {key} contradicts another of {leaf.name}")
+
+
+def as_field(data, key, field, value, default):
+    """The value at a key of a Json as Config has it: of its default's type, and 0 only where it may
+    be."""
+    kind = type(default)
+    try:
+        read = field.read(value)
+    except (TypeError, ValueError, LookupError):
+        read = None
+    if kind is tuple and isinstance(read, list):
+        read = tuple(read)
+    fits = finite(read) if kind is float else isinstance(read, kind)
+    if kind is int and fits:
+        fits = read > 0 or (read == 0 and field.name in MAY_BE_ZERO)
+    if not fits:
+        raise data.wrong(key, f"{field.name} ({kind.__name__})")
+    return read
 
 
 def check_table(table, data, ours):
@@ -514,99 +532,11 @@ def read_extra(release, c, defaults):
                 f"{release.path}: field extra.{name} is unknown; known are {', '.join(EXTRA)}"
             )
         else:
-            c[name] = extra.as_field(name, Field(name), value, defaults[name])
+            c[name] = as_field(extra, name, Field(name), value, defaults[name])
     ego = c.get("ego", defaults["ego"])
     if ego not in EGO_TOKENS:
         known = " or ".join(EGO_TOKENS)
         raise ValueError(f"{release.path}: field extra.ego: expected {known}, not {ego!r}")
-
-
-# --------------------------------------------------------------------------------------------------
-# JSON
-
-
-class Json(dict):
-    """An object of a JSON file. An error in it is one line that names file and field."""
-
-    def __init__(self, path, data, where=""):
-        super().__init__(data)
-        self.path = path
-        self.where = where  # the fields around it, each with a dot
-
-    def __missing__(self, key):
-        raise ValueError(f"{self.path}: field {self.where}{key} is missing")
-
-    def __getitem__(self, key):
-        value = super().__getitem__(key)
-        if value is None:
-            raise ValueError(f"{self.path}: field {self.where}{key} is null")
-        return Json(self.path, value, f"{self.where}{key}.") if isinstance(value, dict) else value
-
-    def part(self, key):
-        """The object at key; empty where there is none."""
-        value = self[key] if key in self else Json(self.path, {}, f"{self.where}{key}.")
-        if not isinstance(value, Json):
-            raise ValueError(f"{self.path}: field {self.where}{key} is {value!r}, not an object")
-        return value
-
-    def expect(self, key, value):
-        """Refuse another value, where there is one."""
-        if key in self and self[key] != value:
-            raise ValueError(
-                f"{self.path}: field {self.where}{key} is {self[key]!r}; this code knows {value!r}"
-            )
-
-    def as_field(self, key, field, value, default):
-        """The value at key as Config has it: of its default's type, and 0 only where it may be."""
-        kind = type(default)
-        try:
-            read = field.read(value)
-        except (TypeError, ValueError, LookupError):
-            read = None
-        if kind is tuple and isinstance(read, list):
-            read = tuple(read)
-        fits = isinstance(read, (int, float) if kind is float else kind)
-        if kind is int and fits:
-            fits = read > 0 or (read == 0 and field.name in MAY_BE_ZERO)
-        if not fits:
-            raise ValueError(
-                f"{self.path}: field {self.where}{key} is {value!r}, "
-                f"which cannot be {field.name} ({kind.__name__})"
-            )
-        return read
-
-
-def read_json(path, kind=dict):
-    """What a JSON file holds: an object, as Json, or with kind=list a list."""
-    try:
-        with open(path) as f:
-            data = json.load(f)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing") from None
-    except ValueError as e:
-        raise ValueError(f"{path}: not JSON: {e}") from None
-    if not isinstance(data, kind):
-        wanted = "a list" if kind is list else "an object of named fields"
-        raise ValueError(f"{path}: expected {wanted}, not {str(data)[:20]!r}")
-    return Json(path, data) if kind is dict else data
-
-
-def write_atomically(path, write):
-    """write(temporary path), then rename: a killed process leaves the old file or the new one."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    write(path + ".part")
-    os.replace(path + ".part", path)
-
-
-def write_json(path, data):
-    """Write a JSON file, whole or not at all."""
-
-    def write(part):
-        with open(part, "w") as f:
-            json.dump(data, f, indent=1)
-            f.write("\n")
-
-    write_atomically(path, write)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -695,8 +625,3 @@ def save_weights(model, folder, dtype=None, shard_bytes=5 * 2**30):
         write_json(index, {"metadata": {}, "weight_map": weight_map})
     elif os.path.exists(index):
         os.remove(index)  # of an earlier save in many shards, which loading would prefer
-
-
-def save_tensors(path, tensors, metadata):
-    """Write a safetensors file, whole or not at all."""
-    write_atomically(path, lambda part: save_file(tensors, part, metadata))

@@ -14,6 +14,7 @@ import argparse
 import numpy as np
 
 import data
+import doors
 import world
 from alpamayo import NANO, ade, load_model
 from draw import Photo, draw_scene, photos_of, readable
@@ -151,4 +152,4 @@ def report_samples(scene, out, args):
 
 
 if __name__ == "__main__":
-    data.run(main)
+    doors.run(main)

@@ -43,11 +43,13 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import data
+import doors
 import memory
 import rl
 import world
 from alpamayo import NANO, OF_EXPERT, PRESETS, Alpamayo, ade, read_config, with_words
-from release import Vocabulary, save_tensors
+from doors import save_tensors
+from release import Vocabulary
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -811,4 +813,4 @@ def phases_of_step(run, scene):
 
 
 if __name__ == "__main__":
-    data.run(main)
+    doors.run(main)

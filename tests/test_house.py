@@ -41,8 +41,10 @@ def test_a_room_knows_what_it_may(name):
     assert not known & (SCRIPTS - {"data"}), "imports a script; data.py alone is a room that also runs"
     assert not any(other.startswith("tools.") for other in known) or name.startswith("tools."), "imports a tool"
     if name == "alpamayo":
-        assert {other.split(".")[0] for other in known} == {"kernels", "release"}
-    if name == "release" or (name.startswith("kernels") and name != "kernels.bench"):
+        assert {other.split(".")[0] for other in known} == {"doors", "kernels", "release"}
+    if name == "release":
+        assert known == {"doors"}
+    if name == "doors" or (name.startswith("kernels") and name != "kernels.bench"):
         assert all(other.startswith("kernels") for other in known)
 
 

@@ -11,6 +11,7 @@ from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
 
 import data
+import doors
 import world
 from alpamayo import Config, ade, rot_of
 from motion import COMFORT_BOUNDS, baselines, comfort, comfort_of, min_ade
@@ -145,7 +146,7 @@ def test_what_a_user_can_mend_is_one_line(error):
         raise error("frames: expected 1 or more, not 0")
 
     with pytest.raises(SystemExit) as exit:
-        data.run(fails)
+        doors.run(fails)
     message = exit.value.code
     assert message.endswith(": frames: expected 1 or more, not 0") and "\n" not in message
     assert exit.value.__suppress_context__
@@ -153,7 +154,7 @@ def test_what_a_user_can_mend_is_one_line(error):
 
 def test_other_errors_are_not_hidden():
     with pytest.raises(ZeroDivisionError):
-        data.run(lambda: 1 / 0)
+        doors.run(lambda: 1 / 0)
 
 
 def test_a_script_names_itself_as_users_type_it(tmp_path, monkeypatch):
@@ -173,4 +174,4 @@ def test_a_script_names_itself_as_users_type_it(tmp_path, monkeypatch):
     ):
         monkeypatch.setitem(sys.modules, "__main__", page)
         with pytest.raises(SystemExit, match=f"^{message}$"):
-            data.run(fails)
+            doors.run(fails)

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 import data
+import doors
 import sample
 import world
 from alpamayo import PRESETS, Alpamayo, Vocabulary, with_words
@@ -89,7 +90,7 @@ def test_errors_are_one_line(checkpoint, tmp_path, monkeypatch):
     for flag, value in (("--situation", "snow"), ("--n", "0"), ("--seed", "-1"), ("--clip", "no")):
         monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint", checkpoint, flag, value])
         with pytest.raises(SystemExit) as exit:
-            data.run(sample.main)
+            doors.run(sample.main)
         assert value in exit.value.code and "\n" not in exit.value.code
 
 

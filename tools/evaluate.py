@@ -12,6 +12,7 @@ import json
 import torch
 
 import data
+import doors
 import world
 from alpamayo import HORIZON, load_model
 from tools import markdown
@@ -230,4 +231,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    doors.run(main)

@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
+import doors
 import draw
 import rl
 import world
@@ -505,4 +506,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    doors.run(main)

@@ -12,6 +12,7 @@ import textwrap
 import torch
 
 import data
+import doors
 import draw
 import world
 from alpamayo import roll_out
@@ -183,4 +184,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    doors.run(main)

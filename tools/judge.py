@@ -12,7 +12,7 @@ import json
 
 import numpy as np
 
-import data
+import doors
 import rl
 from alpamayo import NANO, load_model
 from tools import markdown
@@ -63,4 +63,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    doors.run(main)

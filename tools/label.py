@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import doors
 from alpamayo import DT
 from clips import CAMERAS, ClipScenes, read_clips, read_reasoning
-from data import COMPONENTS, LATERAL, LONGITUDINAL, decisions, run
+from data import COMPONENTS, LATERAL, LONGITUDINAL, decisions
+from doors import read_json, write_json
 from draw import pyplot
 from motion import (
     LATERAL_META,
@@ -31,7 +33,6 @@ from motion import (
     segments,
     smooth_motion,
 )
-from release import read_json, write_json
 
 BEFORE = np.arange(-2, 0.1, 0.5)  # s from a key frame to what a labeller sees in stage 1 (Table 3)
 AFTER = np.arange(0.5, 6.1, 0.5)  # and in stage 2
@@ -398,4 +399,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    doors.run(main)

@@ -12,7 +12,8 @@ from collections import Counter
 
 import torch
 
-from data import BATCH, SPLITS, make_scenes, pool_of, run
+import doors
+from data import BATCH, SPLITS, make_scenes, pool_of
 from draw import pyplot
 from tools import markdown
 from world import COMBINATIONS, FUTURE, PAST, RARE, SEEDS, SITUATIONS, World, draw, images_of
@@ -146,4 +147,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    doors.run(main)
