@@ -721,7 +721,7 @@ def read_nvidia(path):
     clips = []
     for clip in there:
         inside(path, clip, f"{file}: clip_id")
-        motion = nvidia_motion(kit, clip, f"{path}: egomotion of clip {clip}")
+        motion = nvidia_motion(kit, clip)
         starts = index.get("event_t0s", {}).get(clip)
         with expecting(f"{file}: event_t0s of clip {clip} must be a list of microseconds"):
             starts = {int(start) / 1e6: "" for start in ([] if starts is None else starts)}
@@ -776,12 +776,15 @@ def local_kit(path):
                 files = self.features.get_clip_files_in_zip(clip, feature)
                 return all(files[member] in names for member in members)
 
+        def name_of(self, clip, feature):
+            return f"{path}: {feature} of clip {clip}"
+
         def read(self, clip, feature):
-            with expecting(f"{path}: clip {clip} has no {feature} that the kit can read"):
+            with expecting(f"{self.name_of(clip, feature)}: the kit cannot read it"):
                 return self.get_clip_feature(clip, feature)
 
         def image_times(self, clip, feature):
-            with expecting(f"{path}: clip {clip} has no times of {feature}"):
+            with expecting(f"{self.name_of(clip, feature)}: expected a table of timestamps"):
                 member = self.features.get_clip_files_in_zip(clip, feature)["frame_timestamps"]
                 with self.open_file(self.chunk_of(clip, feature)) as file:
                     table = io.BytesIO(zipfile.ZipFile(file).read(member))
@@ -789,7 +792,7 @@ def local_kit(path):
 
         def images(self, clip, feature, numbers):
             video = self.read(clip, feature)
-            with expecting(f"{path}: clip {clip} has no images {numbers.tolist()} of {feature}"):
+            with expecting(f"{self.name_of(clip, feature)}: no images {numbers.tolist()}"):
                 return video.decode_images_from_frame_indices(numbers)
 
     with expecting(f"{path}: NVIDIA's kit cannot read its tables"):
@@ -815,7 +818,7 @@ def nvidia_events(file):
     return events
 
 
-def nvidia_motion(kit, clip, where):
+def nvidia_motion(kit, clip):
     """The Motion of a clip. Its velocities and accelerations are in the frame of the poses."""
     egomotion = kit.read(clip, "egomotion")
     state = egomotion.values
@@ -824,7 +827,8 @@ def nvidia_motion(kit, clip, where):
     speed = (state.velocity * forward).sum(-1)
     acceleration = (state.acceleration * forward).sum(-1)
     steering = steering_angle(speed, state.curvature[:, 0])
-    return Motion(where, egomotion.timestamps / 1e6, state.pose.translation, rot,
+    return Motion(kit.name_of(clip, "egomotion"), egomotion.timestamps / 1e6,
+                  state.pose.translation, rot,
                   speed=speed, acceleration=acceleration, steering=steering)  # fmt: skip
 
 
@@ -839,13 +843,14 @@ def nvidia_cameras(kit, clip):
         feature = "camera_" + name
         if not kit.has(clip, feature, "video", "frame_timestamps"):
             continue
+        where = kit.name_of(clip, feature)
         known = ()
         if feature in lenses and feature in poses:
             lens = lenses[feature]
             numbers = [0, lens.width, lens.height, *lens.principal_point, *lens.th2r.coef]
-            known = calibration_of(f"{clip}: {feature}", numbers, poses[feature].as_matrix())
+            known = calibration_of(where, numbers, poses[feature].as_matrix())
         times = kit.image_times(clip, feature)
-        check_times(f"{clip}: images of {feature}", times)
+        check_times(where, times)
         cameras[camera_id] = Camera(times, functools.partial(kit.images, clip, feature), *known)
     return cameras
 

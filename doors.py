@@ -331,8 +331,8 @@ def check_times(where, times):
     seconds = times[-1] - times[0]
     if not (STEPS[0] <= step <= STEPS[1] and seconds <= LONGEST):
         raise ValueError(
-            f"{where}: times must be in s, about 0.1 s apart ({STEPS[0]} to {STEPS[1]}), over {LONGEST} "
-            f"s at most; they are {step:g} apart (the median), over {seconds:g}")
+            f"{where}: times must be in s, about 0.1 s apart ({STEPS[0]} to {STEPS[1]}), for at "
+            f"most {LONGEST} s; they are {step:g} apart (the median), for {seconds:g}")
 
 
 def check_drive(where, times, xyz, rot, measured):
@@ -379,8 +379,8 @@ def check_heading(where, times, xyz, heading, measured):
     aside = np.quantile(np.arccos(cosine), 0.75)
     if not aside <= ASIDE:
         raise ValueError(
-            f"{where}: the heading is {aside:.2f} rad off the direction of travel, expected {ASIDE} at "
-            "most; yaw is in rad, 0 along x, to the left")
+            f"{where}: the heading is {aside:.2f} rad off the direction of travel, expected at "
+            f"most {ASIDE}; yaw is in rad, 0 along x, to the left")
     if not np.median(speed) >= -BACKWARDS:
         raise ValueError(
             f"{where}: it drives backwards at {-np.median(speed):.1f} m/s, expected at most "
