@@ -401,7 +401,7 @@ class Motion:
 
     @functools.cached_property
     def curve(self):
-        """(4, N - 1, 3)."""
+        """The spline through the positions, (4, N - 1, 3): see cubic_spline."""
         return cubic_spline(self.times, self.xyz)
 
     def pose(self, t):

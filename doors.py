@@ -32,6 +32,7 @@ import torch
 from safetensors.torch import save_file
 
 IMAGE_FORMATS = ("PNG", "JPEG")
+LARGEST_TEXT = 2**30  # bytes
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -116,6 +117,8 @@ def read_text(path):
     try:
         if not os.path.isdir(path) and os.path.exists(path) and not os.path.isfile(path):
             raise ValueError(f"{path}: expected a file")  # a pipe would be waited for
+        if os.path.isfile(path) and os.path.getsize(path) > LARGEST_TEXT:
+            raise ValueError(f"{path}: expected at most {LARGEST_TEXT} bytes of text")
         with open(path, "rb") as file:
             data = file.read()
     except FileNotFoundError:

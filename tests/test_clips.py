@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+import os
 import shutil
 import socket
 import warnings
@@ -507,6 +508,7 @@ def named(name):
     (rewrite("egomotion.csv", "time,x,y,yaw\n" + "1" * 200_000), "egomotion.csv: not a CSV file"),
     (lambda clip: (clip / "egomotion.csv").write_text(
         (clip / "egomotion.csv").read_text(), encoding="utf-16"), "egomotion.csv: expected text in UTF-8"),
+    (lambda clip: os.truncate(clip / "egomotion.csv", 2**31), "egomotion.csv: expected at most 1073741824"),
     (directory("egomotion.csv"), "egomotion.csv: Is a directory"),
     (directory(f"{WIDE}/times.csv"), "times.csv: Is a directory"),
     (directory("cameras.json"), "cameras.json: unknown camera"),
@@ -808,7 +810,7 @@ POSES, VIDEOS = "labels/egomotion.0000.zip", "camera/camera_front_wide_120fov.00
     (rewrite(POSES, "no zip"), r"egomotion.0000.zip: not a zip file"),
     (rewrite(VIDEOS, "no zip"), r"camera_front_wide_120fov.0000.zip: not a zip file"),
     (zipped(POSES, f"{NVIDIA_CLIP}.parquet", lambda data: b"no table"), "egomotion of clip .* the kit cannot read it"),
-    (zipped(POSES, f"{NVIDIA_CLIP}.parquet", cells(vx=math.nan)), "egomotion of clip .* pose 2 is not"),
+    (zipped(POSES, f"{NVIDIA_CLIP}.parquet", cells(vx=math.nan)), "egomotion of clip .*: the kit cannot read it"),
     (zipped(POSES, f"{NVIDIA_CLIP}.parquet", cells(qw=math.nan)), "egomotion of clip 0"),
     (zipped(POSES, f"{NVIDIA_CLIP}.parquet", cells(timestamp=100_000)), "egomotion of clip 0"),
     (zipped(VIDEOS, f"{NVIDIA_CLIP}.timestamps.parquet", cells(timestamp=math.nan)), "times must increase"),
