@@ -28,6 +28,7 @@ import functools
 import io
 import math
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,7 @@ TICK = 5e-7  # s, half a microsecond of NVIDIA's clock: times closer than this a
 GAP = 0.5  # s without a pose; no Scene spans more
 STALE = 3  # frame periods; an older image is not used
 IMAGE_TYPES = (".png", ".jpg", ".jpeg")
+STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+")  # KITTI's
 
 
 class Camera(NamedTuple):
@@ -762,7 +764,8 @@ def local_kit(path):
             return open(self.download_file(filename), "rb")
 
         def chunk_of(self, clip, feature):
-            return self._get_clip_feature_filename(clip, feature)
+            with expecting(f"{path}/features.csv: chunk_path of {feature}"):
+                return self._get_clip_feature_filename(clip, feature)
 
         def has_chunk(self, clip, feature):
             return feature in self.features.ALL and self._has_file(self.chunk_of(clip, feature))
@@ -880,11 +883,11 @@ def image_camera(file, images, times, *known):
 def read_timestamps(file):
     """KITTI's lines of date and time -> (N,) ns, integers."""
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    with expecting(f"{file}: expected lines like 2011-09-26 13:02:25.964000000"):
-        stamps = np.array(lines, "datetime64[ns]")
-        if not len(stamps) or np.isnat(stamps).any():
-            raise ValueError("there is none, or one that is no time")
-    return stamps.astype("int64")
+    expected = f"{file}: expected lines like 2011-09-26 13:02:25.964000000"
+    if not lines or not all(STAMP.fullmatch(line) for line in lines):
+        raise ValueError(expected)
+    with expecting(expected):
+        return np.array(lines, "datetime64[ns]").astype("int64")
 
 
 def read_oxts(file):

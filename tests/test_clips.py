@@ -632,6 +632,7 @@ def test_an_image_that_vanishes_later_is_named(folder):
     (remove("image_02/data/0000000003.png"), "image_02/timestamps.txt: 104 times for 103 images"),
     (rewrite("oxts/timestamps.txt", ""), "oxts/timestamps.txt: expected lines like 2011-09-26"),
     (rewrite("oxts/timestamps.txt", "NaT\n"), "oxts/timestamps.txt: expected lines like 2011-09-26"),
+    (spoil("oxts/timestamps.txt", "13:02:25", "now 13:02:25"), "oxts/timestamps.txt: expected lines like"),
     (rewrite("image_02/timestamps.txt", " \n"), "image_02/timestamps.txt: expected lines like"),
     (rewrite("oxts/data/0000000003.txt", "nan " * 30),
      "0000000003.txt: a field is 'nan', expected a finite number"),
@@ -823,6 +824,7 @@ POSES, VIDEOS = "labels/egomotion.0000.zip", "camera/camera_front_wide_120fov.00
     (events({"event_start_timestamp": 3e6, "cot": None}), r"\[0\].cot is null"),
     (table("reasoning/ood_reasoning.parquet", events=None), "events of clip 0.*must be a list of objects"),
     (rewrite("reasoning/ood_reasoning.parquet", "no table"), "ood_reasoning.parquet: expected clip_id"),
+    (spoil("features.csv", ".{chunk_id:04d}.zip", ".{}.zip"), "features.csv: chunk_path of camera_"),
     (spoil("features.csv", "labels/egomotion", "../labels/egomotion"), "chunk_path is '../labels"),
     (spoil("features.csv", "labels/egomotion", "/labels/egomotion"), "chunk_path is '/labels"),
 ])
