@@ -705,14 +705,9 @@ def read_nvidia(path):
     clip_index.parquet, or else 5.1 s, the release's default. Clips without egomotion here and
     invalid ones are left out; a note counts those that the zips here lack.
     """
-    kit = local_kit(path)
+    kit = Kit(path)
     file = path / "clip_index.parquet"
-    with expecting(f"{file}: expected clip_id, clip_is_valid and chunk in every row"):
-        index = kit.clip_index[kit.clip_index["clip_is_valid"]].astype({"chunk": int})
-        if not index.index.is_unique:
-            raise ValueError("a clip_id stands in two rows")
-        kit.clip_index = index  # the kit looks up chunks in it
-    listed = [clip for clip in index.index if kit.has_chunk(clip, "egomotion")]
+    listed = [clip for clip in kit.index.index if kit.has_chunk(clip, "egomotion")]
     there = [clip for clip in listed if kit.has(clip, "egomotion", "egomotion")]
     if not there:
         raise FileNotFoundError(f"{path}: none of the clips of {file.name} has its egomotion here")
@@ -723,28 +718,87 @@ def read_nvidia(path):
     clips = []
     for clip in there:
         inside(path, clip, f"{file}: clip_id")
-        motion = nvidia_motion(kit, clip)
-        starts = index.get("event_t0s", {}).get(clip)
+        starts = kit.index.get("event_t0s", {}).get(clip)
         with expecting(f"{file}: event_t0s of clip {clip} must be a list of microseconds"):
             starts = {int(start) / 1e6: "" for start in ([] if starts is None else starts)}
         starts = events.get(clip) or starts or {5.1: ""}
-        clips.append(Clip(clip, motion, nvidia_cameras(kit, clip), starts))
+        clips.append(Clip(clip, nvidia_motion(kit, clip), nvidia_cameras(kit, clip), starts))
     return clips
+
+
+class Kit:
+    """NVIDIA's kit on a folder: what is there of which clip. Its errors name folder and clip."""
+
+    def __init__(self, path):
+        self.path = path
+        self.names = {}  # zip file -> the names in it
+        self.kit = local_kit(path)
+        with expecting(f"{path}/clip_index.parquet: expected clip_id, clip_is_valid and chunk"):
+            valid = self.kit.clip_index["clip_is_valid"]
+            self.index = self.kit.clip_index[valid].astype({"chunk": int})
+            if not self.index.index.is_unique:
+                raise ValueError("a clip_id stands in two rows")
+        self.kit.clip_index = self.index  # it looks up chunks in it
+
+    def name_of(self, clip, feature):
+        """What to call a feature of a clip in errors."""
+        return f"{self.path}: {feature} of clip {clip}"
+
+    def chunk_of(self, clip, feature):
+        """The file that has a clip's feature, if it is there."""
+        with expecting(f"{self.path}/features.csv: chunk_path of {feature}"):
+            chunk = self.index.at[clip, "chunk"]
+            file = self.kit.features.get_chunk_feature_filename(chunk, feature)
+        return self.kit.download_file(file)
+
+    def has_chunk(self, clip, feature):
+        """Whether the file that has a clip's feature is there."""
+        return feature in self.kit.features.ALL and os.path.exists(self.chunk_of(clip, feature))
+
+    def member_of(self, clip, feature, member):
+        """The name in its zip file of a part of a clip's feature."""
+        with expecting(f"{self.path}/features.csv: clip_files_in_zip of {feature}"):
+            return self.kit.features.get_clip_files_in_zip(clip, feature)[member]
+
+    def has(self, clip, feature, *members):
+        """Whether a clip's feature is there, with all these members of its zip file."""
+        if not self.has_chunk(clip, feature):
+            return False
+        file = self.chunk_of(clip, feature)
+        if file not in self.names:
+            with expecting(f"{file}: not a zip file"), zipfile.ZipFile(file) as archive:
+                self.names[file] = set(archive.namelist())
+        return all(self.member_of(clip, feature, each) in self.names[file] for each in members)
+
+    def read(self, clip, feature):
+        """A clip's feature, as the kit has it."""
+        with expecting(f"{self.name_of(clip, feature)}: the kit cannot read it"):
+            return self.kit.get_clip_feature(clip, feature)
+
+    def image_times(self, clip, feature):
+        """When the images of a camera were taken, (N,) s. The kit would read the video for it."""
+        import pandas  # the kit brings it
+
+        member = self.member_of(clip, feature, "frame_timestamps")
+        with expecting(f"{self.name_of(clip, feature)}: expected a table of timestamps"):
+            with zipfile.ZipFile(self.chunk_of(clip, feature)) as archive:
+                table = pandas.read_parquet(io.BytesIO(archive.read(member)))
+            return table["timestamp"].to_numpy(float) / 1e6
+
+    def images(self, clip, feature, numbers):
+        """Images (n, H, W, 3) uint8 of a camera by their numbers (n,)."""
+        video = self.read(clip, feature)
+        with expecting(f"{self.name_of(clip, feature)}: no images {numbers.tolist()}"):
+            return video.decode_images_from_frame_indices(numbers)
 
 
 def local_kit(path):
     """NVIDIA's kit on a folder. It asks the Hugging Face hub what there is, this one the folder."""
     try:
-        import pandas  # the kit brings it
         from physical_ai_av import PhysicalAIAVDatasetInterface
     except ImportError as error:
         raise ImportError(f"{path}: NVIDIA's layout is read by its kit, "
                           f"pip install physical_ai_av ({error})") from None  # fmt: skip
-
-    @functools.cache
-    def names_in(file):
-        with expecting(f"{file}: not a zip file"), zipfile.ZipFile(file) as archive:
-            return set(archive.namelist())
 
     class LocalKit(PhysicalAIAVDatasetInterface):
         def _load_metadata(self):
@@ -762,41 +816,6 @@ def local_kit(path):
 
         def open_file(self, filename, **options):
             return open(self.download_file(filename), "rb")
-
-        def chunk_of(self, clip, feature):
-            with expecting(f"{path}/features.csv: chunk_path of {feature}"):
-                return self._get_clip_feature_filename(clip, feature)
-
-        def has_chunk(self, clip, feature):
-            return feature in self.features.ALL and self._has_file(self.chunk_of(clip, feature))
-
-        def has(self, clip, feature, *members):
-            """Whether the folder has a clip's feature, with all these members of a zip."""
-            if not self.has_chunk(clip, feature):
-                return False
-            names = names_in(self.download_file(self.chunk_of(clip, feature)))
-            with expecting(f"{path}/features.csv: clip_files_in_zip of {feature}"):
-                files = self.features.get_clip_files_in_zip(clip, feature)
-                return all(files[member] in names for member in members)
-
-        def name_of(self, clip, feature):
-            return f"{path}: {feature} of clip {clip}"
-
-        def read(self, clip, feature):
-            with expecting(f"{self.name_of(clip, feature)}: the kit cannot read it"):
-                return self.get_clip_feature(clip, feature)
-
-        def image_times(self, clip, feature):
-            with expecting(f"{self.name_of(clip, feature)}: expected a table of timestamps"):
-                member = self.features.get_clip_files_in_zip(clip, feature)["frame_timestamps"]
-                with self.open_file(self.chunk_of(clip, feature)) as file:
-                    table = io.BytesIO(zipfile.ZipFile(file).read(member))
-                return pandas.read_parquet(table)["timestamp"].to_numpy(float) / 1e6
-
-        def images(self, clip, feature, numbers):
-            video = self.read(clip, feature)
-            with expecting(f"{self.name_of(clip, feature)}: no images {numbers.tolist()}"):
-                return video.decode_images_from_frame_indices(numbers)
 
     with expecting(f"{path}: NVIDIA's kit cannot read its tables"):
         return LocalKit(revision="local")

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import socket
+import sys
 import warnings
 import zipfile
 import zlib
@@ -852,6 +853,12 @@ def test_clips_that_the_zips_lack_are_left_out_and_counted(nvidia, capsys):
     with zipfile.ZipFile(nvidia / POSES, "a") as file:
         file.writestr(f"../{NVIDIA_CLIP}.parquet", file.read(f"{NVIDIA_CLIP}.parquet"))
     with pytest.raises(ValueError, match="clip_index.parquet: clip_id is '../0000"):
+        load(nvidia)
+
+
+def test_without_the_kit_it_is_named(nvidia, monkeypatch):
+    monkeypatch.setitem(sys.modules, "physical_ai_av", None)
+    with pytest.raises(ImportError, match="pip install physical_ai_av"):
         load(nvidia)
 
 
