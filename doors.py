@@ -8,6 +8,8 @@ The doors: what comes in from outside is read and checked here, and what goes ou
     images      read_image
     paths       inside
     writing     write_atomically, write_json, save_tensors
+    tensors     open_tensors, read_tensor, require_finite
+    a Scene     check_scene, check_sampling
     a program   run(main)
 
 What is wrong with an input is one line that names the file, the field and what was expected: a
@@ -21,11 +23,16 @@ import json
 import math
 import os
 import re
+import reprlib
+import shutil
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 # --------------------------------------------------------------------------------------------------
@@ -155,6 +162,10 @@ def read_csv(file, required, optional):
 # JSON
 
 
+SHOWN = reprlib.Repr()  # a value in a message: on one line, short, however deep or long it is
+SHOWN.maxstring = SHOWN.maxother = 60
+
+
 class Json(dict):
     """An object of a JSON file. An error in it is one line that names file and field."""
 
@@ -174,16 +185,18 @@ class Json(dict):
 
     def wrong(self, key, expected):
         """The ValueError to raise of a field that is not what was expected."""
-        value = repr(self.get(key))
-        shown = value if len(value) <= 60 else f"{value[:60]}..."
+        shown = SHOWN.repr(self.get(key))
         return ValueError(f"{self.path}: field {self.where}{key} is {shown}, expected {expected}")
+
+    def object(self, key):
+        """The object at key."""
+        if not isinstance(self[key], Json):
+            raise self.wrong(key, "an object")
+        return self[key]
 
     def part(self, key):
         """The object at key; empty where there is none."""
-        value = self[key] if key in self else Json(self.path, {}, f"{self.where}{key}.")
-        if not isinstance(value, Json):
-            raise self.wrong(key, "an object")
-        return value
+        return self.object(key) if key in self else Json(self.path, {}, f"{self.where}{key}.")
 
     def expect(self, key, value):
         """Refuse another value, where there is one."""
@@ -220,7 +233,7 @@ def read_json(path, kind=dict):
     data = parse_json(read_text(path), path)
     if not isinstance(data, kind):
         wanted = "a list" if kind is list else "an object of named fields"
-        raise ValueError(f"{path}: expected {wanted}, not {str(data)[:20]!r}")
+        raise ValueError(f"{path}: expected {wanted}, not {SHOWN.repr(data)}")
     return Json(path, data) if kind is dict else data
 
 
@@ -289,16 +302,37 @@ def inside(folder, name, where):
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: a killed process leaves the old file or the new one."""
+    """write(temporary path), then rename: a killed process leaves the old file or the new one.
+
+    OSError, one line, where the file cannot be written; then it is as it was."""
     path = os.fspath(path)
-    part = path + ".part"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    folder, name = os.path.split(path)
+    folder = folder or "."
+    own = None  # a folder for this writing alone: libraries have temporary files of their own
     try:
+        os.makedirs(folder, exist_ok=True)
+        sweep(folder, name)
+        own = tempfile.mkdtemp(prefix=f"{name}.", suffix=".part", dir=folder)
+        part = os.path.join(own, name)
+        with open(part, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode  # as the umask has it
         write(part)
+        os.chmod(part, mode)
         os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"{path}: not written, what was there is as it was ({why})") from None
     finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
+        if own:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+def sweep(folder, name):
+    """Remove what writings of this file that were killed more than an hour ago have left."""
+    for entry in os.scandir(folder):
+        if entry.name.startswith(f"{name}.") and entry.name.endswith(".part"):
+            if time.time() - entry.stat().st_mtime > 3600:
+                shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def write_json(path, data):
@@ -308,8 +342,152 @@ def write_json(path, data):
 
 
 def save_tensors(path, tensors, metadata):
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file, whole or not at all. ValueError where a number is not finite."""
+    require_finite(tensors, path)
     write_atomically(path, lambda part: save_file(tensors, part, metadata))
+
+
+# --------------------------------------------------------------------------------------------------
+# Tensors
+
+FLOATS = {  # as safetensors calls what may become a weight
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def open_tensors(path, device="cpu"):
+    """A safetensors file, open to read. FileNotFoundError or ValueError: one line."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: missing")
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError(f"{path}: expected a safetensors file")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def read_tensor(file, path, name, shape, dtype):
+    """A floating-point tensor of an open safetensors file in a floating-point dtype, checked."""
+    stored = file.get_slice(name)
+    have = tuple(stored.get_shape())
+    if stored.get_dtype() not in FLOATS:
+        raise ValueError(
+            f"{path}: tensor {name} is {stored.get_dtype()}, expected one of {', '.join(FLOATS)}")
+    if have != tuple(shape):
+        raise ValueError(f"{path}: tensor {name} has shape {have}, expected {tuple(shape)}")
+    tensor = file.get_tensor(name).to(dtype)
+    require_finite({name: tensor}, path)
+    return tensor
+
+
+def require_finite(tensors, where):
+    """ValueError that names the first of {name: tensor} with a NaN or infinite value.
+
+    where: the file to name. One pass, no copies, one wait for each device; what is not of floating
+    point is passed over."""
+    named = {}  # device -> names, and whether each is finite
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            ends = torch.stack(tensor.detach().aminmax())  # tensor.isfinite() would copy it
+            named.setdefault(tensor.device, []).append((name, ends.isfinite().all()))
+    for pairs in named.values():
+        names, right = zip(*pairs)
+        for name, fine in zip(names, torch.stack(right).tolist()):
+            if not fine:
+                dtype = str(tensors[name].dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{where}: tensor {name} holds values that are NaN or infinite in {dtype}")
+
+
+# --------------------------------------------------------------------------------------------------
+# A Scene (data.py)
+
+SCENE = {  # key -> sizes by name, type; None: any of floating point
+    "images": ("B cameras frames 3 H W", torch.uint8),
+    "camera_ids": ("B cameras", torch.long),
+    "ego_history_xyz": ("B 16 3", None),
+    "ego_history_rot": ("B 16 3 3", None),
+    "ego_kinematics": ("B 20 4", None),
+    "ego_future_xyz": ("B 64 3", None),
+    "ego_future_rot": ("B 64 3 3", None),
+    "actions": ("B 64 2", None),
+    "camera_to_ego": ("B cameras 4 4", None),
+    "intrinsics": ("B cameras 10", None),
+    "reasoning": ("B", str),
+    "route": ("B", str),
+    "name": ("B", str),
+}
+ALWAYS = "images", "camera_ids", "ego_history_xyz", "ego_history_rot"
+
+
+def check_scene(scene, *needed):
+    """ValueError, one line, unless a Scene has ALWAYS and the needed keys, every key the shape and
+    type of SCENE, and finite numbers where they are on the CPU: for a GPU one would have to wait.
+
+    All scenes of a batch have the same cameras in the same order."""
+    sizes = {}
+    for key, (shape, kind) in SCENE.items():
+        if key in scene:
+            check_entry(key, scene[key], shape.split(), kind, sizes)
+        elif key in ALWAYS or key in needed:
+            raise ValueError(f"scene: {key} is missing, expected ({', '.join(shape.split())})")
+    cameras = scene["camera_ids"].tolist()
+    if any(ids != cameras[0] for ids in cameras) or not all(0 <= i <= 6 for i in cameras[0]):
+        raise ValueError(
+            f"scene: camera_ids are {SHOWN.repr(cameras)}, expected numbers from 0 to 6, for all "
+            "scenes of a batch the same in the same order")
+
+
+def check_entry(key, value, shape, kind, sizes):
+    """ValueError unless the value of a Scene's key has this shape and type.
+
+    sizes: of the names in shapes, as far as they are known; what this one tells is put in."""
+    if kind is str:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
+            raise ValueError(f"scene: {key} must be a list of texts, not {SHOWN.repr(value)}")
+        have = (len(value),)
+    elif not isinstance(value, torch.Tensor):
+        raise ValueError(f"scene: {key} must be a tensor, not {type(value).__name__}")
+    elif (value.dtype != kind) if kind else not value.is_floating_point():
+        wanted = str(kind).removeprefix("torch.") if kind else "floating point"
+        raise ValueError(f"scene: {key} are of type {value.dtype}, expected {wanted}")
+    else:
+        have = tuple(value.shape)
+    want = tuple(int(name) if name.isdigit() else sizes.get(name, name) for name in shape)
+    fits = all(a == b or (isinstance(b, str) and a > 0) for a, b in zip(have, want))
+    if len(have) != len(want) or not fits:
+        named = f"({', '.join(shape)})"
+        known = "" if any(isinstance(size, str) for size in want) else f" = {want}"
+        raise ValueError(f"scene: {key} has shape {have}, expected {named}{known}")
+    sizes |= dict(zip(shape, have))
+    if kind is None and value.device.type == "cpu" and not value.isfinite().all():
+        raise ValueError(f"scene: {key} holds NaN or infinite values")
+
+
+def check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta, seed, noise):
+    """ValueError, one line, where `Alpamayo.sample` is asked for what cannot be.
+
+    A temperature too near 0 ends in infinite logits, a very high one would say masked tokens."""
+    counts = {"n": n, "steps": steps, "max_new_tokens": max_new_tokens}
+    for name, value in counts.items():
+        if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            raise ValueError(f"sample: {name} must be a whole number from 1 on, not {value!r}")
+    if not (finite(temperature) and (temperature == 0 or 1e-4 <= temperature <= 1e4)):
+        raise ValueError(f"sample: temperature must be 0 or 1e-4 to 1e4, not {temperature!r}")
+    if not (finite(top_p) and 0 < top_p <= 1):
+        raise ValueError(f"sample: top_p must be in (0, 1], not {top_p!r}")
+    if not (finite(eta) and 0 <= eta <= 1):
+        raise ValueError(f"sample: eta must be in [0, 1], not {eta!r}")
+    if decode not in ("flow", "tokens"):
+        raise ValueError(f"sample: decode must be flow or tokens, not {decode!r}")
+    if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**64):
+        raise ValueError(f"sample: seed must be a whole number of 64 bits, not {seed!r}")
+    if noise is not None:
+        check_entry("noise", noise, ["N", "64", "2"], None, {})
 
 
 # --------------------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ BROKEN = {  # how a checkpoint is spoiled, and what the message must name
     "another expert": (config(lambda c: c["expert_cfg"].update(head_dim=7)), "config.json expert_cfg.head_dim 7 24"),
     "unknown extra": (config(lambda c: c["extra"].update(colour="red")), "config.json extra.colour"),
     "another ego": (config(lambda c: c["extra"].update(ego="telepathy")), "config.json extra.ego telepathy"),
-    "a word too few": (config(lambda c: c["extra"]["words"].pop()), "config.json extra.words"),
+    "a word too few": (config(lambda c: c["extra"]["words"].pop()), "config.json text_vocab words"),
     "no backbone": (lambda f: (f / "vlm" / "config.json").unlink(), "vlm/config.json vlm_name_or_path"),
     "half a backbone": (lambda f: cut(f / "vlm" / "config.json"), "vlm/config.json"),
     "no backbone field": (vlm(lambda c: c["text_config"].pop("head_dim")), "vlm/config.json text_config.head_dim"),
