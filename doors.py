@@ -342,8 +342,7 @@ def write_json(path, data):
 
 
 def save_tensors(path, tensors, metadata):
-    """Write a safetensors file, whole or not at all. ValueError where a number is not finite."""
-    require_finite(tensors, path)
+    """Write a safetensors file, whole or not at all."""
     write_atomically(path, lambda part: save_file(tensors, part, metadata))
 
 
