@@ -420,7 +420,8 @@ class Alpamayo(nn.Module):
         tower never learns the lane offset.
         Returns `text` and `action`, mean nats a token of each kind (the release adds them); `flow`,
         a mean square; `ade`, m, of where the velocity points; `tokens`, how many were read."""
-        check_scene(scene, "ego_future_xyz", "reasoning")
+        rot = [] if "actions" in scene else ["ego_future_rot"]
+        check_scene(scene, "reasoning", "ego_future_xyz", *rot)
         actions = self.target_actions(scene)  # (B, 64, 2)
         prompt = self.embed_prompt(scene, reason)
         ids, ends = self.response_ids(scene, actions, reason, action_tokens)  # (B, R), (B,)

@@ -637,6 +637,9 @@ def read_extra(release, c, defaults):
         if name == "max_pixels":
             if type(value) is not int or value != 0:
                 raise extra.wrong(name, "0, for images that are taken as they are")
+            for size in ("min_pixels", "max_pixels"):
+                if release.get(size) is not None:
+                    raise release.wrong(size, "none, as extra.max_pixels is 0")
             c |= {"min_pixels": 0, "max_pixels": 0}
         elif name not in EXTRA:
             unknown, known = f"extra.{name[:60]}", ", ".join(EXTRA)
@@ -674,7 +677,7 @@ def files_of(folder):
 
 
 def load_weights(model, folder, dtype, device):
-    """Fill a model that was built on the meta device, one tensor at a time, onto the device.
+    """Fill a model that was built on the meta device with a folder's tensors, on the device.
 
     The names are the release's, so nothing is renamed. The weights are in memory once. Any tensor
     missing, unexpected, of another shape or type, or not finite ends it with one line."""
@@ -691,16 +694,17 @@ def load_weights(model, folder, dtype, device):
     if missing:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing from its safetensors: "
                          + ", ".join(missing[:3]))
+    tensors = {}
     for path in sorted(set(paths.values())):
         with doors.open_tensors(path, device) as file:
             for name in sorted(name for name in paths if paths[name] == path):
                 # Frequencies and moments stay float32: in bfloat16 sin(2 pi 60 x) is up to
                 # 1/8 turn off at x = 1.
                 kind = torch.float32 if name in buffers else dtype
-                tensor = doors.read_tensor(file, path, name, wanted[name].shape, kind)
+                tensors[name] = doors.read_tensor(file, path, name, wanted[name].shape, kind)
                 if name in buffers:
-                    require_agreement(path, name, tensor, vars(model.cfg))
-                model.load_state_dict({name: tensor}, strict=False, assign=True)
+                    require_agreement(path, name, tensors[name], vars(model.cfg))
+    model.load_state_dict(tensors, strict=False, assign=True)
 
 
 def require_agreement(path, name, tensor, c):
