@@ -448,6 +448,8 @@ def check_entry(key, value, shape, kind, sizes):
     if kind is str:
         if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
             raise ValueError(f"scene: {key} must be a list of texts, not {SHOWN.repr(value)}")
+        if any("<|" in text for text in value):  # it would be read as what it is called
+            raise ValueError(f"scene: {key} has a special token in it: {SHOWN.repr(value)}")
         have = (len(value),)
     elif not isinstance(value, torch.Tensor):
         raise ValueError(f"scene: {key} must be a tensor, not {type(value).__name__}")

@@ -686,6 +686,7 @@ SCENES = {  # how a scene is spoiled, and what the line must name
     "infinity": (lambda s: s["ego_kinematics"].fill_(torch.inf), "ego_kinematics infinite"),
     "two routes": (lambda s: s.update(route=["turn left", "turn right"]), "route (2,) (1,)"),
     "a route for a list": (lambda s: s.update(route="turn left"), "route list"),
+    "a token for a route": (lambda s: s.update(route=["<|image_pad|>"]), "route special <|image_pad|>"),
     "three frames": (lambda s: s.update(images=s["images"][:, :, [0, 1, 1]]), "images: 3 frames 2"),
 }  # fmt: skip
 
