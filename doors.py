@@ -174,19 +174,24 @@ class Json(dict):
         self.path = path
         self.where = where  # the fields around it, each with a dot
 
+    def field(self, key):
+        """A key with the fields around it, as a message has it."""
+        field = f"{self.where}{key}"
+        return field if field.isprintable() else repr(field)
+
     def __missing__(self, key):
-        raise ValueError(f"{self.path}: field {self.where}{key} is missing")
+        raise ValueError(f"{self.path}: field {self.field(key)} is missing")
 
     def __getitem__(self, key):
         value = super().__getitem__(key)
         if value is None:
-            raise ValueError(f"{self.path}: field {self.where}{key} is null")
+            raise ValueError(f"{self.path}: field {self.field(key)} is null")
         return Json(self.path, value, f"{self.where}{key}.") if isinstance(value, dict) else value
 
     def wrong(self, key, expected):
         """The ValueError to raise of a field that is not what was expected."""
         shown = SHOWN.repr(self.get(key))
-        return ValueError(f"{self.path}: field {self.where}{key} is {shown}, expected {expected}")
+        return ValueError(f"{self.path}: field {self.field(key)} is {shown}, expected {expected}")
 
     def object(self, key):
         """The object at key."""
@@ -331,8 +336,9 @@ def sweep(folder, name):
     """Remove what writings of this file that were killed more than an hour ago have left."""
     for entry in os.scandir(folder):
         if entry.name.startswith(f"{name}.") and entry.name.endswith(".part"):
-            if time.time() - entry.stat().st_mtime > 3600:
-                shutil.rmtree(entry.path, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another writer was here first
+                if time.time() - entry.stat().st_mtime > 3600:
+                    shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def write_json(path, data):
@@ -475,8 +481,9 @@ def check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta, se
     A temperature too near 0 ends in infinite logits, a very high one would say masked tokens."""
     counts = {"n": n, "steps": steps, "max_new_tokens": max_new_tokens}
     for name, value in counts.items():
-        if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-            raise ValueError(f"sample: {name} must be a whole number from 1 on, not {value!r}")
+        number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not (number and 1 <= value <= 10**6):
+            raise ValueError(f"sample: {name} must be a whole number from 1 to 1e6, not {value!r}")
     if not (finite(temperature) and (temperature == 0 or 1e-4 <= temperature <= 1e4)):
         raise ValueError(f"sample: temperature must be 0 or 1e-4 to 1e4, not {temperature!r}")
     if not (finite(top_p) and 0 < top_p <= 1):

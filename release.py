@@ -402,104 +402,6 @@ vision keep keep_at retrieve
 planes planes_patch planes_reach planes_embd flex_tokens flex_layer
 """.split()
 
-# --------------------------------------------------------------------------------------------------
-# What a Config may hold
-
-DEFAULT_BOUNDS = {int: (1, 2**20), float: (-1e4, 1e4)}
-BOUNDS = {  # least and most of a number, or of each number of a list, where the default's are not
-    "n_layer": (1, 512), "v_layer": (1, 512), "a_layer": (1, 512), "flex_layer": (1, 512),
-    "n_head": (1, 4096), "n_kv_head": (1, 4096), "v_head": (1, 4096), "e_head": (1, 4096),
-    "head_dim": (2, 4096), "v_grid": (1, 1024), "patch": (1, 256), "merge": (1, 16),
-    "temporal_patch": (1, 16), "frames": (1, 1024), "bins": (2, 2**20), "history_bins": (0, 2**20),
-    "min_pixels": (0, 2**28), "max_pixels": (0, 2**28),
-    "rope_theta": (1, 1e12), "a_max_freq": (1, 1e6), "accel_std": (1e-4, 1e4),
-    "curvature_std": (1e-4, 1e4), "bin_range": (1e-3, 1e4), "frame_dt": (1e-3, 1e3),
-    "keep": (1e-6, 1), "keep_at": (0, 0.999), "retrieve": (1e-6, 1),
-    "mrope_section": (0, 2048), "deepstack": (0, 511), "cameras": (0, 6), "planes": (1, 4096),
-    "planes_patch": (1, 256),
-}  # fmt: skip
-LENGTHS = {"mrope_section": 3, "planes": 3, "planes_patch": 3, "planes_reach": 6}
-CHOICES = {
-    "ego": tuple(EGO_TOKENS),
-    "vision": ("image", "triplane", "flex"),
-    "reasoning": ("on", "off"),
-}
-
-
-def lacks(name, value, default):
-    """What a field of Config must be, in words, where this value is not that; else None."""
-    if name in CHOICES:
-        words = " or ".join(CHOICES[name])
-        right = value in CHOICES[name]
-    elif name == "words":
-        words = "distinct words"
-        right = isinstance(value, tuple) and all(isinstance(w, str) and w for w in value)
-        right = right and all(map(str.isprintable, value)) and len(set(value)) == len(value)
-    elif isinstance(default, bool):
-        words = "true or false"
-        right = isinstance(value, bool)
-    else:
-        many = isinstance(default, tuple)
-        kind = type(default[0]) if many else type(default)
-        least, most = BOUNDS.get(name, DEFAULT_BOUNDS[kind])
-        words = f"{'whole ' * (kind is int)}number{'s' * many} from {least:g} to {most:g}"
-        if many:
-            length = LENGTHS.get(name)
-            words = f"{length or ''} {words}".strip()
-            right = isinstance(value, tuple) and len(value) == (length or len(value))
-        else:
-            words = f"a {words}"
-            right = True
-        numbers = value if many and right else (value,)
-        right = right and all(is_number(one, kind, least, most) for one in numbers)
-    return None if right else words
-
-
-def is_number(value, kind, least, most):
-    """Whether a value is a finite number of that type, int or float, within bounds."""
-    right = type(value) is int if kind is int else finite(value)
-    return right and least <= value <= most
-
-
-def statements(c):
-    """What must hold between the fields of Config, in words -> whether it does."""
-    rising = all(a < b for a, b in itertools.pairwise((*c["deepstack"], c["v_layer"])))
-    cut = any(cells % patch for cells, patch in zip(c["planes"], c["planes_patch"]))
-    reach = c["planes_reach"]
-    known_words = 256 + len(c["words"]) + len(TEXT_TOKENS)
-    heads = c["n_head"] % c["n_kv_head"] + c["e_head"] % c["n_kv_head"]
-    return {
-        "head_dim must be even": c["head_dim"] % 2 == 0,
-        "mrope_section must add up to head_dim / 2": sum(c["mrope_section"]) == c["head_dim"] // 2,
-        "n_head and e_head must be multiples of n_kv_head": heads == 0,
-        "v_embd must be a multiple of 4 v_head": c["v_embd"] % (4 * c["v_head"]) == 0,
-        "deepstack must increase, below v_layer": rising,
-        "deepstack must not be longer than n_layer": len(c["deepstack"]) <= c["n_layer"],
-        "a_fourier must be even": c["a_fourier"] % 2 == 0,
-        "ego deltas needs 2 history_bins or more": c["ego"] != "deltas" or c["history_bins"] >= 2,
-        "cameras must be one or more, each once": len(set(c["cameras"])) == len(c["cameras"]) > 0,
-        "frames must be a multiple of temporal_patch, as they are paired": (
-            not c["pair_frames"] or c["frames"] % c["temporal_patch"] == 0),
-        "min_pixels must not exceed max_pixels": c["min_pixels"] <= c["max_pixels"],
-        f"planes {c['planes']} must be whole patches of {c['planes_patch']}": (
-            c["vision"] != "triplane" or not cut),
-        "planes_reach must be from and to, three times": (
-            all(low < high for low, high in zip(reach[::2], reach[1::2]))),
-        f"text_vocab must be {known_words}, by the number of words": (
-            not c["words"] or c["text_vocab"] == known_words),
-    }  # fmt: skip
-
-
-def require_config(c, defaults):
-    """ValueError, one line, unless a model can be built of a dictionary of Config's fields."""
-    for name, value in c.items():
-        words = lacks(name, value, defaults[name])
-        if words:
-            raise ValueError(f"{name} is {doors.SHOWN.repr(value)}, expected {words}")
-    for statement, holds in statements(c).items():
-        if not holds:
-            raise ValueError(statement)
-
 
 def write_table(table, c):
     """The JSON object of a table for a dictionary of Config's fields."""
@@ -642,10 +544,106 @@ def read_extra(release, c, defaults):
                     raise release.wrong(size, "none, as extra.max_pixels is 0")
             c |= {"min_pixels": 0, "max_pixels": 0}
         elif name not in EXTRA:
-            unknown, known = f"extra.{name[:60]}", ", ".join(EXTRA)
-            raise ValueError(f"{release.path}: field {unknown!r} is unknown; known are {known}")
+            known = ", ".join(EXTRA)
+            raise ValueError(
+                f"{release.path}: field {extra.field(name)} is unknown; known are {known}")
         else:
             c[name] = as_field(extra, name, Field(name), value, defaults[name])
+
+
+# --------------------------------------------------------------------------------------------------
+# What a Config may hold
+
+DEFAULT_BOUNDS = {int: (1, 2**20), float: (-1e4, 1e4)}
+BOUNDS = {  # least and most of a number, or of each number of a list, where the default's are not
+    "n_layer": (1, 512), "v_layer": (1, 512), "a_layer": (1, 512), "flex_layer": (1, 512),
+    "n_head": (1, 4096), "n_kv_head": (1, 4096), "v_head": (1, 4096), "e_head": (1, 4096),
+    "head_dim": (2, 4096), "v_grid": (1, 1024), "patch": (1, 256), "merge": (1, 16),
+    "temporal_patch": (1, 16), "frames": (1, 1024), "bins": (2, 2**20), "history_bins": (0, 2**20),
+    "min_pixels": (0, 2**28), "max_pixels": (0, 2**28),
+    "rope_theta": (1, 1e12), "a_max_freq": (1, 1e6), "accel_std": (1e-4, 1e4),
+    "curvature_std": (1e-4, 1e4), "bin_range": (1e-3, 1e4), "frame_dt": (1e-3, 1e3),
+    "keep": (1e-6, 1), "keep_at": (0, 0.999), "retrieve": (1e-6, 1),
+    "mrope_section": (0, 2048), "deepstack": (0, 511), "cameras": (0, 6), "planes": (1, 4096),
+    "planes_patch": (1, 256),
+}  # fmt: skip
+LENGTHS = {"mrope_section": 3, "planes": 3, "planes_patch": 3, "planes_reach": 6}
+CHOICES = {
+    "ego": tuple(EGO_TOKENS),
+    "vision": ("image", "triplane", "flex"),
+    "reasoning": ("on", "off"),
+}
+
+
+def lacks(name, value, default):
+    """What a field of Config must be, in words, where this value is not that; else None."""
+    if name in CHOICES:
+        words = " or ".join(CHOICES[name])
+        right = value in CHOICES[name]
+    elif name == "words":
+        words = "distinct words"
+        right = isinstance(value, tuple) and all(isinstance(w, str) and w for w in value)
+        right = right and all(map(str.isprintable, value)) and len(set(value)) == len(value)
+    elif isinstance(default, bool):
+        words = "true or false"
+        right = isinstance(value, bool)
+    else:
+        many = isinstance(default, tuple)
+        kind = type(default[0] if many else default)
+        least, most = BOUNDS.get(name, DEFAULT_BOUNDS[kind])
+        length = LENGTHS.get(name, "")
+        count = f"{length} ".lstrip() if many else "a "
+        words = f"{count}{'whole ' * (kind is int)}number{'s' * many} from {least} to {most}"
+        numbers = value if many else (value,)
+        right = isinstance(numbers, tuple) and length in ("", len(numbers))
+        right = right and all(is_number(one, kind, least, most) for one in numbers)
+    return None if right else words
+
+
+def is_number(value, kind, least, most):
+    """Whether a value is a finite number of that type, int or float, within bounds."""
+    right = type(value) is int if kind is int else finite(value)
+    return right and least <= value <= most
+
+
+def statements(c):
+    """What must hold between the fields of Config, in words -> whether it does."""
+    rising = all(a < b for a, b in itertools.pairwise((*c["deepstack"], c["v_layer"])))
+    cut = any(cells % patch for cells, patch in zip(c["planes"], c["planes_patch"]))
+    reach = c["planes_reach"]
+    known_words = 256 + len(c["words"]) + len(TEXT_TOKENS)
+    heads = c["n_head"] % c["n_kv_head"] + c["e_head"] % c["n_kv_head"]
+    return {
+        "head_dim must be even": c["head_dim"] % 2 == 0,
+        "mrope_section must add up to head_dim / 2": sum(c["mrope_section"]) == c["head_dim"] // 2,
+        "n_head and e_head must be multiples of n_kv_head": heads == 0,
+        "v_embd must be a multiple of 4 v_head": c["v_embd"] % (4 * c["v_head"]) == 0,
+        "deepstack must increase, below v_layer": rising,
+        "deepstack must not be longer than n_layer": len(c["deepstack"]) <= c["n_layer"],
+        "a_fourier must be even": c["a_fourier"] % 2 == 0,
+        "ego deltas needs 2 history_bins or more": c["ego"] != "deltas" or c["history_bins"] >= 2,
+        "cameras must be one or more, each once": len(set(c["cameras"])) == len(c["cameras"]) > 0,
+        "frames must be a multiple of temporal_patch, as they are paired": (
+            not c["pair_frames"] or c["frames"] % c["temporal_patch"] == 0),
+        "min_pixels must not exceed max_pixels": c["min_pixels"] <= c["max_pixels"],
+        f"planes {c['planes']} must be whole patches of {c['planes_patch']}": (
+            c["vision"] != "triplane" or not cut),
+        "planes_reach must be from and to, three times": (
+            all(low < high for low, high in zip(reach[::2], reach[1::2]))),
+        f"text_vocab must be {known_words}, by the number of words": (
+            not c["words"] or c["text_vocab"] == known_words),
+    }  # fmt: skip
+
+
+def require_config(c, defaults):
+    """ValueError, one line, unless a model can be built of a dictionary of Config's fields."""
+    for name, value in c.items():
+        words = lacks(name, value, defaults[name])
+        if words:
+            raise ValueError(f"{name} is {doors.SHOWN.repr(value)}, expected {words}")
+    for statement, holds in statements(c).items():
+        if not holds:
+            raise ValueError(statement)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -670,7 +668,7 @@ def files_of(folder):
     paths = {}
     for name in weight_map:
         file = weight_map.text(name)
-        paths[name] = doors.inside(folder, file, f"{index}: field weight_map.{name}")
+        paths[name] = doors.inside(folder, file, f"{index}: field {weight_map.field(name)}")
         if not os.path.exists(paths[name]):
             raise FileNotFoundError(f"{folder}: {file!r} is missing, though {INDEX} names it")
     return paths
@@ -752,7 +750,7 @@ def save_weights(model, folder, dtype=None, shard_bytes=5 * 2**30):
             for file, shard in zip(files, shards):
                 doors.save_tensors(os.path.join(folder, file), shard, {"format": "pt"})
             doors.write_json(index, {"metadata": {}, "weight_map": weight_map})
-        except BaseException:
+        except OSError:  # no room on the disk
             remove(folder, files)
             raise
     remove(folder, {file for file in os.listdir(folder) if re.fullmatch(SHARD, file)} - {*files})

@@ -177,7 +177,7 @@ def test_what_is_not_finite_is_not_saved(model, tmp_path, shard_bytes, bad, dtyp
 @pytest.mark.parametrize("shard_bytes", [2**30, 50_000], ids=["one file", "many shards"])
 def test_a_full_disk_is_one_line_and_loses_nothing(model, tmp_path, monkeypatch, error, shard_bytes):
     model.save_pretrained(tmp_path, shard_bytes=shard_bytes)
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*")if file.is_file()}
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     calls = []
 
     def save_half(tensors, path, metadata):
@@ -192,7 +192,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(model, tmp_path, monkeypatch,
         model.save_pretrained(tmp_path, shard_bytes=shard_bytes)
     line = str(caught.value)
     assert "\n" not in line and "safetensors: not written" in line and "No space left" in line
-    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*")if file.is_file()}
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert not list(tmp_path.rglob("*.part"))
 
 
