@@ -74,7 +74,7 @@ class World:
     `images_of` (render.py) looks."""
 
     def __init__(self, seeds, device="cpu"):
-        self.draws = [draw(int(seed)) for seed in seeds]
+        self.draws = [draw(seed) for seed in seeds]
         if not self.draws:
             raise ValueError("seeds: expected one or more")
         self.device = device
