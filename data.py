@@ -404,7 +404,7 @@ def drive_plans(seeds, plans, device="cpu"):
     plans (n, m, T, 2), m/s^2 and 1/m, are driven from t0 to their end; the others react, see
     World.step. Also returns `beside` (n, m, T), metres to the left of the line to drive on.
     ValueError, FloatingPointError where plans are none."""
-    seeds = list(seeds)
+    seeds = doors.whole_numbers("seeds", seeds)
     world = World(seeds, device)
     require_controls("plans", plans, seeds, dims=4)
     world.catch_up()
@@ -421,7 +421,7 @@ def drive_plans(seeds, plans, device="cpu"):
             met[name] = value | met.get(name, False)
     found = {name: value.view(plans.shape[:2]) for name, value in met.items()}
     found["beside"] = torch.stack(beside, -1).view(plans.shape[:3])
-    require_finite("plans, as driven", found["beside"], seeds)
+    require_driven("plans", world, seeds)
     return found
 
 
@@ -441,10 +441,16 @@ def require_controls(name, controls, seeds, dims, least=1):
 
 def require_finite(name, values, seeds):
     """FloatingPointError unless values (n, ...) are finite; it names the first scene's seed."""
-    bad = ~torch.isfinite(values).reshape(len(values), -1).all(1)  # (n,)
+    bad = ~torch.isfinite(values).flatten(1).all(1)  # (n,)
     if bad.any():
         i = int(bad.nonzero()[0])
         raise FloatingPointError(f"{name}: not finite in scene {i}, seed {int(seeds[i])}")
+
+
+def require_driven(name, world, seeds):
+    """FloatingPointError unless controls, finite but huge, have left the ego somewhere."""
+    state = torch.stack([world.x, world.y, world.yaw, world.speed], -1)
+    require_finite(f"{name}: the ego", state.view(len(seeds), -1), seeds)
 
 
 HOUR = 36_000  # steps: the longest drive
@@ -524,7 +530,7 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
             f"seconds, replan: expected steps of {DT} s, seconds at most {HOUR * DT:g}, "
             f"replan at most {FUTURE * DT:g}, not {seconds} and {replan}"
         )
-    seeds = list(seeds)
+    seeds = doors.whole_numbers("seeds", seeds)
     world = World(seeds, device)
     view = View(**view)
     recorder = Recorder(world, view)
@@ -556,7 +562,7 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
         tally.add(world.judge() | {"ran": ran}, world, expert)
         if tally.is_over():
             break
-    require_finite("policy, as driven", tally.metres, seeds)
+    require_driven("policy", world, seeds)
     return tally.result()
 
 
@@ -708,8 +714,8 @@ def tell_of_others(folder, made_by):
     if others:
         size = sum(file.stat().st_size for one in others for file in one.iterdir())
         print(
-            f"{folder}: {len(others)} sets of scenes ({size / 1e9:.2f} GB) were made by other sources "
-            f"than {made_by}; they are not used",
+            f"{folder}: {len(others)} sets of scenes ({size / 1e9:.2f} GB) are not used, "
+            f"as other sources than {made_by} made them",
             file=sys.stderr,
         )
 

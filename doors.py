@@ -262,7 +262,7 @@ def whole_number(name, value, least=0, most=10**9):
     except TypeError:
         number = None
     if number is None or not least <= number <= most:
-        shown = " ".join(str(value).split())[:60]
+        shown = " ".join(repr(value).split())[:60]
         raise ValueError(f"{name}: expected a whole number from {least} to {most}, not {shown}")
     return number
 

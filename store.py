@@ -60,7 +60,8 @@ def making(done):
             yield folder
             for file in Path(folder).iterdir():
                 flush(file)  # else a power cut could leave a folder of zeros
-            os.rename(folder, done)
+            if not os.path.exists(done):  # without locks, another may have been quicker
+                os.rename(folder, done)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -114,7 +115,8 @@ def create_arrays(folder, arrays):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise OSError(
-            f"{folder}: {needed / 1e6:.1f} MB of disk needed, {free / 1e6:.1f} MB are free"
+            f"{os.path.dirname(folder) or '.'}: needs {needed / 1e6:.1f} MB of disk for a set of "
+            f"scenes, {free / 1e6:.1f} MB are free"
         ) from None
 
 
@@ -223,14 +225,17 @@ def ask(idle, job):
 def obituary(status):
     """How a worker came to its end, from its exit status."""
     if status < 0:
-        return f"a worker was killed by signal {-status}, as where memory is out: take fewer"
+        return (
+            f"a worker was killed by signal {-status}, as where memory is out; "
+            "fewer need less: python data.py --workers 1"
+        )
     return f"a worker ended with exit status {status}; it says above why"
 
 
 def serve(work):
     """A worker's life: it answers jobs until there is nobody left who asks."""
     torch.set_num_threads(1)
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    answers = os.dup(1)
     os.dup2(2, 1)  # what the work prints is no answer
     for job in sys.stdin:
         answer = wrong = None
@@ -242,7 +247,8 @@ def serve(work):
             wrong = str(error).partition("\n")[0]
             if not re.search("allocate|out of memory", wrong):
                 raise
-        print(json.dumps([answer, wrong]), file=answers, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # nobody asks any more
+            os.write(answers, f"{json.dumps([answer, wrong])}\n".encode())
 
 
 # --------------------------------------------------------------------------------------------------
