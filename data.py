@@ -574,7 +574,6 @@ TEXTS = ("reasoning", "route", "name")  # the entries of a Scene that are lists 
 BATCH = 32  # scenes that a worker makes at a time,
 ROOM = 2**26  # or fewer, if they have more bytes of images than this
 
-
 # The sources as this process began. Whoever edits them later does not change what it runs.
 HOME = Path(__file__).parent
 FILES = (HOME / "alpamayo.py", HOME / "data.py", *sorted(HOME.glob("world/*.py")))
@@ -714,8 +713,8 @@ def tell_of_others(folder, made_by):
     if others:
         size = sum(file.stat().st_size for one in others for file in one.iterdir())
         print(
-            f"{folder}: {len(others)} sets of scenes ({size / 1e9:.2f} GB) are not used, "
-            f"as other sources than {made_by} made them",
+            f"{folder}: not used, as other sources than {made_by} made them: "
+            f"{len(others)} sets of scenes, {size / 1e9:.2f} GB",
             file=sys.stderr,
         )
 
@@ -728,8 +727,7 @@ def about_set(seeds, view):
 def _make_set(done, seeds, view, workers):
     """Make a set beside its place; it moves there when it is whole."""
     arrays = arrays_of(view)
-    shape = arrays["images"][1]
-    step = max(1, min(BATCH, ROOM // math.prod(shape)))
+    step = max(1, min(BATCH, ROOM // math.prod(arrays["images"][1])))
     with store.making(done) as folder:
         if not folder:
             return

@@ -818,7 +818,7 @@ def test_sets_of_other_sources_stay_and_are_told_of_once(tmp_path, monkeypatch, 
     new = data.load("world", **options)
     data.load("world", **options | dict(split="train"))
     assert old.folder != new.folder and os.path.exists(old.folder)
-    assert capsys.readouterr().err.count("1 sets of scenes (0.00 GB) are not used") == 1
+    assert capsys.readouterr().err.count("1 sets of scenes, 0.00 GB") == 1
     with pytest.raises(ValueError, match="changed since"):
         data.make_part(new.folder, 0, 0, 1, {}, "another")
 
@@ -866,6 +866,7 @@ def put_nan(array):
     (save("ego_kinematics", lambda a: a.astype(np.float64)), "ego_kinematics.npy: expected float32"),
     (save("images", lambda a: a[:1]), r"images.npy: expected uint8 \(2, "),
     (save("images", lambda a: np.array([{}, 1], object)), "images.npy: not an array"),
+    (lambda folder: Path(folder, "images.npy").write_bytes(Path(folder, "images.npy").read_bytes().replace(b"}", b"(")), "images.npy: not an array"),
     (save("camera_ids", lambda a: a + 5), "camera_ids.npy: expected"),
     (lambda folder: Path(folder, "images.npy").write_bytes(b""), "images.npy: not an array"),
     (lambda folder: Path(folder, "images.npy").write_bytes(pickle.dumps([1])), "images.npy: not an array"),
