@@ -4,7 +4,7 @@ The doors: what comes in from outside is read and checked here, and what goes ou
     flags       Flags, a parser; whole, real, device_of: the types of its flags
     text        read_text, read_lines, read_csv
     JSON        read_json -> Json
-    numbers     finite, require_increasing
+    numbers     finite, whole_number, whole_numbers, require_increasing
     images      read_image
     paths       inside
     writing     write_atomically, write_json, save_tensors
@@ -21,6 +21,7 @@ import contextlib
 import csv
 import json
 import math
+import operator
 import os
 import re
 import reprlib
@@ -270,6 +271,27 @@ def finite(value):
     with contextlib.suppress(OverflowError):  # of an int too large for a float
         return math.isfinite(value)
     return False
+
+
+def whole_number(name, value, least=0, most=10**9):
+    """A value as an int; ValueError unless it is a whole number within bounds."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= most:
+        shown = " ".join(repr(value).split())[:60]
+        raise ValueError(f"{name}: expected a whole number from {least} to {most}, not {shown}")
+    return number
+
+
+def whole_numbers(name, values, least=0, most=10**9):
+    """Values as a tuple of ints; ValueError unless they are whole numbers within bounds."""
+    try:
+        values = list(values)
+    except TypeError:
+        raise ValueError(f"{name}: expected whole numbers, not {values}") from None
+    return tuple(whole_number(name, value, least, most) for value in values)
 
 
 def require_increasing(where, times):
