@@ -298,7 +298,7 @@ def draw_title(figure, scene, out, shown):
     if verdict(said, true):
         below += f"; its words: {verdict(said, true)}"
     below += f" | truth: {true}" if true else f" | {scene['name'][0]}"
-    below = textwrap.shorten(readable(below), 180)
+    below = textwrap.shorten(readable(below), 165)
     figure.text(0.025, 0.9, below, size=13, color=GREY, va="top")
 
 
