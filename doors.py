@@ -225,9 +225,10 @@ class Json(dict):
 
     def text(self, key):
         """The text at key."""
-        if not isinstance(self[key], str):
+        value = self[key]
+        if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):  # half a character
             raise self.wrong(key, "text")
-        return self[key]
+        return value
 
     def objects(self, key):
         """The list of objects at key."""

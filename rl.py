@@ -37,7 +37,7 @@ import torch
 from alpamayo import DT, HORIZON, OF_EXPERT, Rollout, ade
 from data import CAUSES, SPLITS, decisions, is_right, seed_of, to_device, words_of
 from doors import expecting, parse_json, read_text, write_atomically
-from draw import GREY, MODEL, pyplot, save_figure
+from draw import GREY, MODEL, pyplot, readable, save_figure
 from memory import without_adapters
 from motion import LONGITUDINAL_META, comfort, lateral_events, meta_actions, smooth_motion
 from world import LEFT, RIGHT
@@ -293,7 +293,7 @@ class Judge:
             problem = f"expected a number from 0 to 5, not {text!r}"
         if self.secret:
             problem = problem.replace(self.secret, "...")  # a server may say it back
-        problem = " ".join(problem[:100].split())
+        problem = readable(problem[:100])
         raise ConnectionError(f"--judge {self.url}: no grade after {self.tries} tries ({problem})")
 
     def answer(self, said, true):

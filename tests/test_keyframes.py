@@ -462,6 +462,7 @@ def test_what_is_filled_in_is_read(filled):
     (dict(clip=["/"]), "keyframes.json: field clip is .*, expected text"),
     (dict(clip=None), "keyframes.json: field clip is null"),
     (dict(clip="/"), "keyframes.json: clip is /, where no clip is any more"),
+    (dict(clip="/\ud800"), "keyframes.json: field clip is .*, expected text"),
     (dict(clip="/\0"), "keyframes.json: clip is .*, where no clip is any more"),
     (dict(key_frames=None), "keyframes.json: field key_frames is null"),
     (dict(key_frames={}), "keyframes.json: key_frames must be a list of objects"),

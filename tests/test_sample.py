@@ -205,30 +205,30 @@ def rollout(texts):
 
 
 @pytest.mark.parametrize("cameras, shape", [
-    ((1,), (90, 160)), ((6,), (100, 100)), ((1, 6), (64, 128)), ((1, 6), (37, 124)), ((0, 1, 2), (90, 160)), ((0, 1, 2, 6), (64, 128)),
-    ((1, 3, 4, 5, 6), (100, 100)), ((0, 1, 2, 3, 4, 6), (90, 160)), (range(7), (64, 128)), (range(7), (37, 124)),
-])  # fmt: skip
+    ((6,), (90, 160)), ((1, 6), (37, 124)), ((0, 1, 2), (100, 100)), ((0, 1, 2, 6), (64, 128)), (range(7), (90, 160))])  # fmt: skip
 def test_every_camera_has_its_place_and_nothing_leaves_the_slide(cameras, shape, monkeypatch):
     """No two things overlap; all words are on the slide, the timing of a slow model too."""
     kept = []
     monkeypatch.setattr("draw.save_figure", lambda figure, file: kept.append(figure))
     photo = Photo(torch.zeros(*shape, 3, dtype=torch.uint8).numpy(), None, None)
     long = "Keep speed and keep lane since " + "the road ahead is free and " * 20
-    for scene, texts in ((scene_of(reasoning=long), [long, "", "x" * 300]), (scene_of(future=False), [""])):
-        draw_scene("a.png", scene, rollout(texts), {i: photo for i in cameras})
-        figure = kept.pop()
-        figure.canvas.draw()
-        images = [ax.images[0].get_window_extent() for ax in figure.axes if ax.images]
-        places = images + [ax.get_window_extent() for ax in figure.axes if not ax.images]
-        assert len(images) == len(cameras) and len(places) == len(cameras) + 4
-        for i, a in enumerate(places):
-            assert a.x0 >= 0 and a.x1 <= 1600 and a.y0 >= 0 and a.y1 <= 900
-            for b in places[:i]:
-                assert min(a.x1, b.x1) - max(a.x0, b.x0) < 1 or min(a.y1, b.y1) - max(a.y0, b.y0) < 1
-        for words in [*figure.texts, *(text for ax in figure.axes for text in ax.texts)]:
-            extent = words.get_window_extent()
-            assert extent.x0 >= 0 and extent.x1 <= 1600 and extent.y0 >= 0, words.get_text()
-        draw.pyplot().close(figure)
+    scene, texts = scene_of(reasoning=long), [long, "", "x" * 300]
+    if 1 not in cameras:  # and where nothing is known
+        scene, texts = scene_of(future=False), [""]
+    draw_scene("a.png", scene, rollout(texts), {i: photo for i in cameras})
+    (figure,) = kept
+    figure.canvas.draw()
+    images = [ax.images[0].get_window_extent() for ax in figure.axes if ax.images]
+    places = images + [ax.get_window_extent() for ax in figure.axes if not ax.images]
+    assert len(images) == len(cameras) and len(places) == len(cameras) + 4
+    for i, a in enumerate(places):
+        assert a.x0 >= 0 and a.x1 <= 1600 and a.y0 >= 0 and a.y1 <= 900
+        for b in places[:i]:
+            assert min(a.x1, b.x1) - max(a.x0, b.x0) < 1 or min(a.y1, b.y1) - max(a.y0, b.y0) < 1
+    for words in [*figure.texts, *(text for ax in figure.axes for text in ax.texts)]:
+        extent = words.get_window_extent()
+        assert extent.x0 >= 0 and extent.x1 <= 1600 and extent.y0 >= 0, words.get_text()
+    draw.pyplot().close(figure)
 
 
 def write_clip(folder, cameras, seconds=10):
