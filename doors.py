@@ -1,7 +1,8 @@
 """
 The doors: what comes in from outside is read and checked here, and what goes out is written here.
 
-    flags       Flags, a parser; whole, real, device_of: the types of its flags
+    flags       Flags, a parser; whole, real, device_of, file_to_write, folder_to_write: types of
+                its flags
     text        read_text, read_lines, read_csv
     JSON        read_json -> Json
     numbers     finite, whole_number, whole_numbers, require_increasing
@@ -99,6 +100,31 @@ def device_of(name):
             return torch.device(name)
     known = ", ".join(known for known, found in there.items() if found)
     raise argparse.ArgumentTypeError(f"expected one that this machine has ({known}), not {name!r}")
+
+
+def file_to_write(*endings):
+    """The type of a flag that names a file to write, with one of these endings if there are any."""
+
+    def read(path):
+        if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
+            raise argparse.ArgumentTypeError(f"expected the name of a file, not {path!r}")
+        if endings and not path.lower().endswith(endings):
+            expected = ", ".join(endings)
+            raise argparse.ArgumentTypeError(f"expected a name ending in {expected}, not {path!r}")
+        folder_to_write(os.path.dirname(path))
+        return path
+
+    return read
+
+
+def folder_to_write(path):
+    """The type of a flag that names a folder to write into, which may be there or not."""
+    there = os.path.abspath(path)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"expected a folder to write in, but {there} is none")
+    return path
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,9 +244,10 @@ class Json(dict):
 
     def text(self, key):
         """The text at key."""
-        if not isinstance(self[key], str):
+        value = self[key]
+        if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):  # half a character
             raise self.wrong(key, "text")
-        return self[key]
+        return value
 
     def objects(self, key):
         """The list of objects at key."""
