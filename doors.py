@@ -4,10 +4,11 @@ The doors: what comes in from outside is read and checked here, and what goes ou
     flags       Flags, a parser; whole, real, device_of: the types of its flags
     text        read_text, read_lines, read_csv
     JSON        read_json -> Json
-    numbers     finite, require_increasing
+    numbers     finite, require_finite, require_increasing
     images      read_image
     paths       inside
     writing     write_atomically, write_json, save_tensors
+    runs        read_json_lines, write_json_lines, locked
     a program   run(main)
 
 What is wrong with an input is one line that names the file, the field and what was expected: a
@@ -26,7 +27,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.nn.utils import get_total_norm
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -263,6 +266,16 @@ def require_increasing(where, times):
             f"{where}: times must increase, but {times[i]} s is followed by {times[i + 1]} s")
 
 
+def require_finite(tensors, where):
+    """ValueError unless every value of these tensors, {name: tensor}, is finite.
+
+    One pass over all of them: their largest magnitude."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not get_total_norm(floats.values(), math.inf).isfinite():
+        bad = next(name for name, tensor in floats.items() if not tensor.isfinite().all())
+        raise ValueError(f"{where}: tensor {bad} holds NaN or infinite values")
+
+
 def read_image(file):
     """An image file -> (H, W, 3) uint8."""
     try:
@@ -308,8 +321,52 @@ def write_json(path, data):
 
 
 def save_tensors(path, tensors, metadata):
-    """Write a safetensors file, whole or not at all."""
-    write_atomically(path, lambda part: save_file(tensors, part, metadata))
+    """Write a safetensors file, whole and finite, or not at all."""
+    require_finite(tensors, path)
+
+    def write(part):
+        try:
+            save_file(tensors, part, metadata)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{path}: {error}") from None
+
+    write_atomically(path, write)
+
+
+# --------------------------------------------------------------------------------------------------
+# Lines of JSON, and locks
+
+
+def read_json_lines(path):
+    """The objects of a file of JSON, a line each. A last line that a kill left half is left out."""
+    *lines, _ = read_text(path).split("\n")
+    objects = [parse_json(line, f"{path}: line {i}") for i, line in enumerate(lines, 1)]
+    return objects_of(path, objects)
+
+
+def write_json_lines(path, lines):
+    """Write a file of JSON, a line for each object, whole or not at all."""
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    write_atomically(path, lambda part: Path(part).write_text(text))
+
+
+@contextlib.contextmanager
+def locked(path, message):
+    """A file that is locked while the block runs; ValueError(message) where somebody has it.
+
+    The death of a process, whatever kills it, sets its locks free. Where the system or the disk
+    knows no locks nothing is locked."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(message) from None
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 # --------------------------------------------------------------------------------------------------
