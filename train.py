@@ -423,7 +423,9 @@ def prepare(run):
             p.requires_grad_("lora_" in name)
         else:
             p.requires_grad_(flags.train != "expert")
-        p.data = p.data.to(torch.float32 if p.requires_grad else getattr(torch, flags.dtype))
+        dtype = torch.float32 if p.requires_grad else getattr(torch, flags.dtype)
+        # Copied: a matrix product's last bits depend on where in memory a file put its matrices.
+        p.data = p.data.to(dtype, copy=True)
     run.params = [p for p in run.model.parameters() if p.requires_grad]
     make = rl.make_optimisers if flags.stage == "rl" else make_optimisers
     run.optimisers = make(run.model, flags)
@@ -509,10 +511,12 @@ def clip_scenes(flags, cfg):
         raise ValueError(f"{flags.data}: {silent} of {len(clips)} scenes have no reasoning; write "
                          "it, or --stage action")
     learned, held = split_clips([(clip.name, t0) for clip, t0 in clips.cuts], flags.hold_out)
-    if held and not learned:
+    if not held:
+        return clips, clips
+    if not learned:
         raise ValueError(f"{flags.data}: nothing is left to learn from, as what is held out must "
                          f"be {APART:g} s away; --hold-out 0")
-    return some_of(clips, learned), some_of(clips, held) if held else clips
+    return some_of(clips, learned), some_of(clips, held)
 
 
 APART = 8.3  # s between two scenes of a clip that have nothing in common: 1.9 behind, 6.4 ahead
