@@ -59,7 +59,7 @@ def whole(least=0, most=10**9):
     """The type of a flag that is a whole number within bounds."""
 
     def read(text):
-        if re.fullmatch(r"[+-]?\d{1,18}", text) and least <= int(text) <= most:
+        if re.fullmatch(r"[+-]?[0-9]{1,18}", text) and least <= int(text) <= most:
             return int(text)
         raise argparse.ArgumentTypeError(
             f"expected a whole number from {least} to {most}, not {text!r}")
