@@ -3,13 +3,14 @@ The doors: what comes in from outside is read and checked here, and what goes ou
 
     flags       Flags, a parser; whole, real, device_of, file_to_write, folder_to_write: types of
                 its flags
-    text        read_text, read_lines, read_csv
+    text        read_text, read_csv
     JSON        read_json -> Json
     numbers     finite, whole_number, whole_numbers, require_increasing
     images      read_image
     a clip      check_times, check_drive, calibration_of
     paths       inside, files_in
     writing     write_atomically, write_json, save_tensors
+    runs        read_json_lines, write_json_lines, locked
     tensors     open_tensors, read_tensor, require_finite
     a Scene     check_scene, check_sampling
     a program   run(main), note
@@ -558,8 +559,45 @@ def write_json(path, data):
 
 
 def save_tensors(path, tensors, metadata):
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file, whole and finite, or not at all."""
+    require_finite(tensors, path)
     write_atomically(path, lambda part: save_file(tensors, part, metadata))
+
+
+# --------------------------------------------------------------------------------------------------
+# Lines of JSON, and locks
+
+
+def read_json_lines(path):
+    """The objects of a file of JSON, a line each. A last line that a kill left half is left out."""
+    *lines, _ = read_text(path).split("\n")
+    objects = [parse_json(line, f"{path}: line {i}") for i, line in enumerate(lines, 1)]
+    return objects_of(path, objects)
+
+
+def write_json_lines(path, lines):
+    """Write a file of JSON, a line for each object, whole or not at all."""
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    write_atomically(path, lambda part: Path(part).write_text(text))
+
+
+@contextlib.contextmanager
+def locked(path, message):
+    """A file that is locked while the block runs; ValueError(message) where somebody has it.
+
+    The death of a process, whatever kills it, sets its locks free. Where the system or the disk
+    knows no locks nothing is locked."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(message) from None
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 # --------------------------------------------------------------------------------------------------
