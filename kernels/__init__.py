@@ -79,6 +79,13 @@ def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def say(line):
+    """Tell a decision on stderr, once."""
+    if line not in _said:
+        _said.add(line)
+        print(f"kernels: {line}", file=sys.stderr)
+
+
 def _decide(device, dtype, even_32_bit):
     """Whether Triton runs, and why or why not."""
     on_gpu = device.type == "cuda"
@@ -120,5 +127,5 @@ def by_hand(device, dtype, even_32_bit=False):
     if decision not in _said and not nothing_to_decide:
         _said.add(decision)
         which = f"Triton {triton.__version__}" if answer else "PyTorch"
-        print(f"kernels: {which} for {str(dtype)[6:]} on {device.type} ({why})", file=sys.stderr)
+        say(f"{which} for {str(dtype)[6:]} on {device.type} ({why})")
     return answer
