@@ -6,12 +6,14 @@ What costs most on a GPU, written by hand in Triton, each kernel beside the PyTo
     prefix_attention.py   attention of n samples over the prompt they share and a tail each
     flow_step.py          Euler step of the flow with the embedding of the new controls; roll-out
     sampler.py            all steps of the flow over the expert, recorded as one CUDA graph
+    stock.py              whether the model is still what sampler and flow_step write out again
     tiles.py              reading and multiplying tiles; vectors whose length is no power of two
     bench.py              each kernel timed, or without a GPU counted and compiled (compiled.py)
 
 A kernel changes how fast something is computed, never what. Each file has the PyTorch first
 (`plain_...`), then the kernels, and last the function that the model calls. That function asks
-`by_hand` here which of the two runs.
+`by_hand` here which of the two runs. Two write a piece of the model itself out again. Where that
+piece was edited PyTorch runs, whatever was chosen: see stock.py.
 
     ALPAMAYO_KERNELS=auto     Triton on an NVIDIA GPU for 16-bit tensors, and for the roll-out
                               32-bit ones too; else PyTorch (default)

@@ -97,10 +97,9 @@ def fingerprint(function, page):
     return hashlib.sha256(plain_source(function.__code__).encode()).hexdigest()[:12]
 
 
-def first_edit(page, names):
-    """The first name that does not mean on the page what it should, or None."""
-    for name, wanted in names.items():
-        found = attrgetter(name)(page)
+def first_edit(page, piece, meant):
+    """The first name of a piece that does not mean on the page what it should, or None."""
+    for (name, wanted), found in zip(PIECES[piece].items(), meant):
         try:
             if isinstance(wanted, str):
                 found = fingerprint(found, page)
@@ -121,7 +120,7 @@ def edit_of_page(page, piece):
     now += tuple(getattr(x, "__code__", None) for x in now)
     before, edit = compared.get((page, piece), (None, None))
     if before is None or not all(map(is_, now, before)):
-        edit = first_edit(page, PIECES[piece])
+        edit = first_edit(page, piece, now)
         compared[page, piece] = now, edit
     return edit
 
@@ -137,7 +136,7 @@ def all_in(parts):
     modules = list(parts)
     for m in modules:  # it grows
         if m._modules:
-            modules += filter(None, m._modules.values())
+            modules += [child for child in m._modules.values() if child is not None]
     return modules
 
 
@@ -198,9 +197,12 @@ def edit_of_flow(page, model, layers):
         return "there are hooks on all modules"
     if page.HORIZON not in (16, 32, 64, 128):
         return f"HORIZON is {page.HORIZON}, no power of two"
-    if len(layers) != model.cfg.n_layer or len({x.shape for kv in layers for x in kv}) > 1:
-        return "the prompt's layers are unlike, or not n_layer"
-    return edit_of_modules(page, model)
+    edit = edit_of_modules(page, model)
+    if edit:
+        return edit
+    if len(layers) != len(model.expert.layers) or len({x.shape for kv in layers for x in kv}) > 1:
+        return "the cache has layers of several shapes, or not as many as the expert"
+    return None
 
 
 def unless(edit, piece):
@@ -213,12 +215,12 @@ def unless(edit, piece):
 def is_flow(drive, model, layers):
     """Whether `sample_flow` computes what `drive`, Alpamayo's method, has in PyTorch for a model.
     layers: the prompt's keys and values (B, G, P, d) of each."""
-    page = sys.modules.get(drive.__module__)
+    page = sys.modules.get(getattr(drive, "__module__", None))
     return unless(edit_of_flow(page, model, layers), "the flow")
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once, while it traces
 def is_roll_out(roll_out):
     """Whether the kernel computes what `roll_out`, the model's function, has in PyTorch."""
-    page = sys.modules.get(roll_out.__module__)
+    page = sys.modules.get(getattr(roll_out, "__module__", None))
     return unless(edit_of_page(page, "roll_out"), "roll_out")

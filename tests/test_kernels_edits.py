@@ -434,7 +434,7 @@ def test_what_the_sampler_has_no_room_for(capsys, monkeypatch):
     monkeypatch.setattr(alpamayo, "HORIZON", 20)
     assert not is_stock(model)
     told = capsys.readouterr().err
-    assert "HORIZON is 20" in told and told.count("prompt's layers") == 1
+    assert "HORIZON is 20" in told and told.count("the cache has layers") == 1
 
 
 def test_a_source_that_is_not_the_code_in_memory(page_with, launched, tmp_path, capsys):
