@@ -1,14 +1,18 @@
 """
 The doors: what comes in from outside is read and checked here, and what goes out is written here.
 
-    flags       Flags, a parser; whole, real, device_of: the types of its flags
-    text        read_text, read_lines, read_csv
+    flags       Flags, a parser; whole, real, device_of, file_to_write, folder_to_write: types of
+                its flags
+    text        read_text, read_csv
     JSON        read_json -> Json
-    numbers     finite, require_increasing
+    numbers     finite, whole_number, whole_numbers, require_increasing
     images      read_image
     a clip      check_times, check_drive, calibration_of
     paths       inside, files_in
     writing     write_atomically, write_json, save_tensors
+    runs        read_json_lines, write_json_lines, locked
+    tensors     open_tensors, read_tensor, require_finite
+    a Scene     check_scene, check_sampling
     a program   run(main), note
 
 What is wrong with an input is one line that names the file, the field and what was expected: a
@@ -21,14 +25,20 @@ import csv
 import functools
 import json
 import math
+import operator
 import os
 import re
+import reprlib
+import shutil
 import sys
+import tempfile
+import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 IMAGE_FORMATS = ("PNG", "JPEG")
@@ -97,6 +107,31 @@ def device_of(name):
             return torch.device(name)
     known = ", ".join(known for known, found in there.items() if found)
     raise argparse.ArgumentTypeError(f"expected one that this machine has ({known}), not {name!r}")
+
+
+def file_to_write(*endings):
+    """The type of a flag that names a file to write, with one of these endings if there are any."""
+
+    def read(path):
+        if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
+            raise argparse.ArgumentTypeError(f"expected the name of a file, not {path!r}")
+        if endings and not path.lower().endswith(endings):
+            expected = ", ".join(endings)
+            raise argparse.ArgumentTypeError(f"expected a name ending in {expected}, not {path!r}")
+        folder_to_write(os.path.dirname(path))
+        return path
+
+    return read
+
+
+def folder_to_write(path):
+    """The type of a flag that names a folder to write into, which may be there or not."""
+    there = os.path.abspath(path)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"expected a folder to write in, but {there} is none")
+    return path
 
 
 # --------------------------------------------------------------------------------------------------
@@ -177,6 +212,10 @@ def number_of(text, where):
 # JSON
 
 
+SHOWN = reprlib.Repr()  # a value in a message: on one line, short, however deep or long it is
+SHOWN.maxstring = SHOWN.maxother = 60
+
+
 class Json(dict):
     """An object of a JSON file. An error in it is one line that names file and field."""
 
@@ -185,27 +224,34 @@ class Json(dict):
         self.path = path
         self.where = where  # the fields around it, each with a dot
 
+    def field(self, key):
+        """A key with the fields around it, as a message has it."""
+        field = f"{self.where}{key}"
+        return field if field.isprintable() else repr(field)
+
     def __missing__(self, key):
-        raise ValueError(f"{self.path}: field {self.where}{key} is missing")
+        raise ValueError(f"{self.path}: field {self.field(key)} is missing")
 
     def __getitem__(self, key):
         value = super().__getitem__(key)
         if value is None:
-            raise ValueError(f"{self.path}: field {self.where}{key} is null")
+            raise ValueError(f"{self.path}: field {self.field(key)} is null")
         return Json(self.path, value, f"{self.where}{key}.") if isinstance(value, dict) else value
 
     def wrong(self, key, expected):
         """The ValueError to raise of a field that is not what was expected."""
-        value = repr(self.get(key))
-        shown = value if len(value) <= 60 else f"{value[:60]}..."
-        return ValueError(f"{self.path}: field {self.where}{key} is {shown}, expected {expected}")
+        shown = SHOWN.repr(self.get(key))
+        return ValueError(f"{self.path}: field {self.field(key)} is {shown}, expected {expected}")
+
+    def object(self, key):
+        """The object at key."""
+        if not isinstance(self[key], Json):
+            raise self.wrong(key, "an object")
+        return self[key]
 
     def part(self, key):
         """The object at key; empty where there is none."""
-        value = self[key] if key in self else Json(self.path, {}, f"{self.where}{key}.")
-        if not isinstance(value, Json):
-            raise self.wrong(key, "an object")
-        return value
+        return self.object(key) if key in self else Json(self.path, {}, f"{self.where}{key}.")
 
     def expect(self, key, value):
         """Refuse another value, where there is one."""
@@ -221,9 +267,10 @@ class Json(dict):
 
     def text(self, key):
         """The text at key."""
-        if not isinstance(self[key], str):
+        value = self[key]
+        if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):  # half a character
             raise self.wrong(key, "text")
-        return self[key]
+        return value
 
     def objects(self, key):
         """The list of objects at key."""
@@ -242,7 +289,7 @@ def read_json(path, kind=dict):
     data = parse_json(read_text(path), path)
     if not isinstance(data, kind):
         wanted = "a list" if kind is list else "an object of named fields"
-        raise ValueError(f"{path}: expected {wanted}, not {str(data)[:20]!r}")
+        raise ValueError(f"{path}: expected {wanted}, not {SHOWN.repr(data)}")
     return Json(path, data) if kind is dict else data
 
 
@@ -274,6 +321,27 @@ def finite(value):
     with contextlib.suppress(OverflowError):  # of an int too large for a float
         return math.isfinite(value)
     return False
+
+
+def whole_number(name, value, least=0, most=10**9):
+    """A value as an int; ValueError unless it is a whole number within bounds."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= most:
+        shown = " ".join(repr(value).split())[:60]
+        raise ValueError(f"{name}: expected a whole number from {least} to {most}, not {shown}")
+    return number
+
+
+def whole_numbers(name, values, least=0, most=10**9):
+    """Values as a tuple of ints; ValueError unless they are whole numbers within bounds."""
+    try:
+        values = list(values)
+    except TypeError:
+        raise ValueError(f"{name}: expected whole numbers, not {values}") from None
+    return tuple(whole_number(name, value, least, most) for value in values)
 
 
 def require_increasing(where, times):
@@ -450,16 +518,38 @@ def files_in(folder, *endings):
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: a killed process leaves the old file or the new one."""
+    """write(temporary path), then rename: a killed process leaves the old file or the new one.
+
+    OSError, one line, where the file cannot be written; then it is as it was."""
     path = os.fspath(path)
-    part = path + ".part"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    folder, name = os.path.split(path)
+    folder = folder or "."
+    own = None  # a folder for this writing alone: libraries have temporary files of their own
     try:
+        os.makedirs(folder, exist_ok=True)
+        sweep(folder, name)
+        own = tempfile.mkdtemp(prefix=f"{name}.", suffix=".part", dir=folder)
+        part = os.path.join(own, name)
+        with open(part, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode  # as the umask has it
         write(part)
+        os.chmod(part, mode)
         os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"{path}: not written, what was there is as it was ({why})") from None
     finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
+        if own:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+def sweep(folder, name):
+    """Remove what writings of this file that were killed more than an hour ago have left."""
+    for entry in os.scandir(folder):
+        if entry.name.startswith(f"{name}.") and entry.name.endswith(".part"):
+            with contextlib.suppress(FileNotFoundError):  # another writer was here first
+                if time.time() - entry.stat().st_mtime > 3600:
+                    shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def write_json(path, data):
@@ -469,8 +559,191 @@ def write_json(path, data):
 
 
 def save_tensors(path, tensors, metadata):
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file, whole and finite, or not at all."""
+    require_finite(tensors, path)
     write_atomically(path, lambda part: save_file(tensors, part, metadata))
+
+
+# --------------------------------------------------------------------------------------------------
+# Lines of JSON, and locks
+
+
+def read_json_lines(path):
+    """The objects of a file of JSON, a line each. A last line that a kill left half is left out."""
+    *lines, _ = read_text(path).split("\n")
+    objects = [parse_json(line, f"{path}: line {i}") for i, line in enumerate(lines, 1)]
+    return objects_of(path, objects)
+
+
+def write_json_lines(path, lines):
+    """Write a file of JSON, a line for each object, whole or not at all."""
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    write_atomically(path, lambda part: Path(part).write_text(text))
+
+
+@contextlib.contextmanager
+def locked(path, message):
+    """A file that is locked while the block runs; ValueError(message) where somebody has it.
+
+    The death of a process, whatever kills it, sets its locks free. Where the system or the disk
+    knows no locks nothing is locked."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(message) from None
+        except (ImportError, OSError):
+            pass
+        yield
+
+
+# --------------------------------------------------------------------------------------------------
+# Tensors
+
+FLOATS = {  # as safetensors calls what may become a weight
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def open_tensors(path, device="cpu"):
+    """A safetensors file, open to read. FileNotFoundError or ValueError: one line."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: missing")
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError(f"{path}: expected a safetensors file")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def read_tensor(file, path, name, shape, dtype):
+    """A floating-point tensor of an open safetensors file in a floating-point dtype, checked."""
+    stored = file.get_slice(name)
+    have = tuple(stored.get_shape())
+    if stored.get_dtype() not in FLOATS:
+        raise ValueError(
+            f"{path}: tensor {name} is {stored.get_dtype()}, expected one of {', '.join(FLOATS)}")
+    if have != tuple(shape):
+        raise ValueError(f"{path}: tensor {name} has shape {have}, expected {tuple(shape)}")
+    tensor = file.get_tensor(name).to(dtype)
+    require_finite({name: tensor}, path)
+    return tensor
+
+
+def require_finite(tensors, where):
+    """ValueError that names the first of {name: tensor} with a NaN or infinite value.
+
+    where: the file to name. One pass, no copies, one wait for each device; what is not of floating
+    point is passed over."""
+    named = {}  # device -> names, and whether each is finite
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            ends = torch.stack(tensor.detach().aminmax())  # tensor.isfinite() would copy it
+            named.setdefault(tensor.device, []).append((name, ends.isfinite().all()))
+    for pairs in named.values():
+        names, right = zip(*pairs)
+        for name, fine in zip(names, torch.stack(right).tolist()):
+            if not fine:
+                dtype = str(tensors[name].dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{where}: tensor {name} holds values that are NaN or infinite in {dtype}")
+
+
+# --------------------------------------------------------------------------------------------------
+# A Scene (data.py)
+
+SCENE = {  # key -> sizes by name, type; None: any of floating point
+    "images": ("B cameras frames 3 H W", torch.uint8),
+    "camera_ids": ("B cameras", torch.long),
+    "ego_history_xyz": ("B 16 3", None),
+    "ego_history_rot": ("B 16 3 3", None),
+    "ego_kinematics": ("B 20 4", None),
+    "ego_future_xyz": ("B 64 3", None),
+    "ego_future_rot": ("B 64 3 3", None),
+    "actions": ("B 64 2", None),
+    "camera_to_ego": ("B cameras 4 4", None),
+    "intrinsics": ("B cameras 10", None),
+    "reasoning": ("B", str),
+    "route": ("B", str),
+    "name": ("B", str),
+}
+ALWAYS = "images", "camera_ids", "ego_history_xyz", "ego_history_rot"
+
+
+def check_scene(scene, *needed):
+    """ValueError, one line, unless a Scene has ALWAYS and the needed keys, every key the shape and
+    type of SCENE, and finite numbers where they are on the CPU: for a GPU one would have to wait.
+
+    All scenes of a batch have the same cameras in the same order."""
+    sizes = {}
+    for key, (shape, kind) in SCENE.items():
+        if key in scene:
+            check_entry(key, scene[key], shape.split(), kind, sizes)
+        elif key in ALWAYS or key in needed:
+            raise ValueError(f"scene: {key} is missing, expected ({', '.join(shape.split())})")
+    cameras = scene["camera_ids"].tolist()
+    if any(ids != cameras[0] for ids in cameras) or not all(0 <= i <= 6 for i in cameras[0]):
+        raise ValueError(
+            f"scene: camera_ids are {SHOWN.repr(cameras)}, expected numbers from 0 to 6, for all "
+            "scenes of a batch the same in the same order")
+
+
+def check_entry(key, value, shape, kind, sizes):
+    """ValueError unless the value of a Scene's key has this shape and type.
+
+    sizes: of the names in shapes, as far as they are known; what this one tells is put in."""
+    if kind is str:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
+            raise ValueError(f"scene: {key} must be a list of texts, not {SHOWN.repr(value)}")
+        if any("<|" in text for text in value):  # it would be read as what it is called
+            raise ValueError(f"scene: {key} has a special token in it: {SHOWN.repr(value)}")
+        have = (len(value),)
+    elif not isinstance(value, torch.Tensor):
+        raise ValueError(f"scene: {key} must be a tensor, not {type(value).__name__}")
+    elif (value.dtype != kind) if kind else not value.is_floating_point():
+        wanted = str(kind).removeprefix("torch.") if kind else "floating point"
+        raise ValueError(f"scene: {key} are of type {value.dtype}, expected {wanted}")
+    else:
+        have = tuple(value.shape)
+    want = tuple(int(name) if name.isdigit() else sizes.get(name, name) for name in shape)
+    fits = all(a == b or (isinstance(b, str) and a > 0) for a, b in zip(have, want))
+    if len(have) != len(want) or not fits:
+        named = f"({', '.join(shape)})"
+        known = "" if any(isinstance(size, str) for size in want) else f" = {want}"
+        raise ValueError(f"scene: {key} has shape {have}, expected {named}{known}")
+    sizes |= dict(zip(shape, have))
+    if kind is None and value.device.type == "cpu" and not value.isfinite().all():
+        raise ValueError(f"scene: {key} holds NaN or infinite values")
+
+
+def check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta, seed, noise):
+    """ValueError, one line, where `Alpamayo.sample` is asked for what cannot be.
+
+    A temperature too near 0 ends in infinite logits, a very high one would say masked tokens."""
+    counts = {"n": n, "steps": steps, "max_new_tokens": max_new_tokens}
+    for name, value in counts.items():
+        number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not (number and 1 <= value <= 10**6):
+            raise ValueError(f"sample: {name} must be a whole number from 1 to 1e6, not {value!r}")
+    if not (finite(temperature) and (temperature == 0 or 1e-4 <= temperature <= 1e4)):
+        raise ValueError(f"sample: temperature must be 0 or 1e-4 to 1e4, not {temperature!r}")
+    if not (finite(top_p) and 0 < top_p <= 1):
+        raise ValueError(f"sample: top_p must be in (0, 1], not {top_p!r}")
+    if not (finite(eta) and 0 <= eta <= 1):
+        raise ValueError(f"sample: eta must be in [0, 1], not {eta!r}")
+    if decode not in ("flow", "tokens"):
+        raise ValueError(f"sample: decode must be flow or tokens, not {decode!r}")
+    if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**64):
+        raise ValueError(f"sample: seed must be a whole number of 64 bits, not {seed!r}")
+    if noise is not None:
+        check_entry("noise", noise, ["N", "64", "2"], None, {})
 
 
 # --------------------------------------------------------------------------------------------------
