@@ -36,7 +36,7 @@ import torch
 
 from alpamayo import DT, HORIZON, OF_EXPERT, Rollout, ade
 from data import CAUSES, SPLITS, decisions, is_right, seed_of, to_device, words_of
-from doors import expecting, parse_json, read_text, write_atomically
+from doors import expecting, parse_json, read_json_lines, read_text, real, whole, write_atomically
 from draw import GREY, MODEL, pyplot, readable, save_figure
 from memory import without_adapters
 from motion import LONGITUDINAL_META, comfort, lateral_events, meta_actions, smooth_motion
@@ -361,10 +361,10 @@ def divergence(log_probs, rewards, beta):
 def choose(known, step, count, flags):
     """The numbers of the scenes to try at a step, and how many of them were drawn by divergence.
 
-    These are a share `--curate`, drawn in proportion to their last divergence, known (scenes,), NaN
+    These are a share `--curate`, drawn in proportion to their last divergence, known (scenes,), 0
     where there is none yet. The rest is random."""
     generator = torch.Generator().manual_seed(seed_of(flags.seed, step))
-    weights = torch.nan_to_num(known).clamp(min=0)
+    weights = known.clamp(min=0)
     many = min(round(flags.curate * flags.batch), int((weights > 0).sum()))
     drawn = []
     if many:
@@ -402,6 +402,7 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
         for name, value in rewards.items():
             expect_finite(number, f"reward `{name}`", value)
         known[some] = divergence(rollout.log_probs.sum(2).cpu(), rewards["total"], flags.beta)
+        expect_finite(number, "divergence", known[some])
         pieces.append(Piece(scene, rollout, rewards, known[some]))
 
     looked = {}
@@ -477,10 +478,10 @@ def update(optimisers, number, flags):
 
 
 def expect_finite(number, what, value):
-    """FloatingPointError, in one line, where a value of step `number` is not finite."""
+    """FloatingPointError, in one line, where a value of a step is not finite. `number` counts from
+    0, and the line from 1, as the log does."""
     if not value.isfinite().all():
-        raise FloatingPointError(
-            f"step {number}: {what} is not finite; the last checkpoint is intact")
+        raise FloatingPointError(f"step {number + 1}: {what} is not finite")
 
 
 def log_of(pieces, drawn):
@@ -544,55 +545,41 @@ START = 100_000  # the first scene of a split that is tried out; validation take
 DEFAULTS = dict(scenes=1000, steps=100, batch=16, lr=1e-4, warmup=5, val_every=25, save_every=25)
 
 
-def add_flags(parser):
+def add_flags(add):
     """The flags of stage rl, for train.py's parser."""
-    add = parser.add_argument_group("stage rl").add_argument
-    add("--policy", choices=("flow", "tokens"), default="flow",
-        help="what drives and learns beside the reasoning: the expert's flow | action tokens")
-    add("--objective", choices=("clip", "paper"), default="clip",
-        help="clipped surrogate (the release's recipe) | weighted likelihood (Eq. 10)")
-    add("--rewards", nargs="+", choices=tuple(WEIGHTS), default=list(WEIGHTS),
-        help="parts of the reward")
-    add("--judge", metavar="URL", type=endpoint,
-        help="grade reasoning by a language model behind this OpenAI-compatible endpoint")
-    add("--judge-model", metavar="NAME", default="judge", help="its name there")
-    add("--split", nargs="+", choices=SPLITS, default=["tail", "train"],
-        help="the world's scenes to try out, --scenes of each; validation: others of the first")
-    add("--group", type=int, default=12, help="rollouts of a scene")
-    add("--temperature", type=float, default=1.5,
-        help="of the reasoning; a well-taught model says one thing at 0.6")
-    add("--top-p", type=float, default=1.0, help="likeliest tokens that have this probability")
-    add("--eta", type=float, default=0.5, help="how stochastic the flow's steps are, in (0, 1]")
-    add("--flow-steps", type=int, default=5, help="Euler steps from noise to controls")
-    add("--max-new-tokens", type=int, default=40, help="of a trace, the paper's measure")
-    add("--beta", type=float, default=2.0, help="sharpness of Eq. 10's weights and of curation's")
-    add("--kl", type=float, default=0.0, help="weight of the KL to the reference policy")
-    add("--flow-weight", type=float, default=1.0, help="of the flow's loss beside the reasoning's")
-    add("--expert-lr", type=float, default=5e-5, help="AdamW's learning rate of the expert")
-    add("--updates", type=int, default=1, help="updates on a batch of rollouts")
-    add("--curate", type=float, default=0.5, help="share of the scenes drawn by divergence")
+    add("--policy", "flow", "what drives and learns beside the reasoning: the expert's flow | "
+        "action tokens", choices=("flow", "tokens"))
+    add("--objective", "clip", "clipped surrogate (the release's recipe) | weighted likelihood "
+        "(Eq. 10)", choices=("clip", "paper"))
+    add("--rewards", list(WEIGHTS), "parts of the reward", nargs="+", choices=tuple(WEIGHTS))
+    add("--judge", None, "grade reasoning by a language model behind this OpenAI-compatible "
+        "endpoint", endpoint, metavar="URL")
+    add("--judge-model", "judge", "its name there", metavar="NAME")
+    add("--split", ["tail", "train"], "the world's scenes to try out, --scenes of each; "
+        "validation: others of the first", nargs="+", choices=SPLITS)
+    add("--group", 12, "rollouts of a scene", whole(2, 10_000))
+    add("--temperature", 1.5, "of the reasoning; a well-taught model says one thing at 0.6",
+        real(0, 1000, above=0))
+    add("--top-p", 1.0, "likeliest tokens that have this probability", real(0, 1, above=0))
+    add("--eta", 0.5, "how stochastic the flow's steps are, in (0, 1]", real(0, 1, above=0))
+    add("--flow-steps", 5, "Euler steps from noise to controls", whole(2, 1000))
+    add("--max-new-tokens", 40, "of a trace, the paper's measure", whole(1, 10_000))
+    add("--beta", 2.0, "sharpness of Eq. 10's weights and of curation's", real(0, 1000, above=0))
+    add("--kl", 0.0, "weight of the KL to the reference policy", real(0, 1e6))
+    add("--flow-weight", 1.0, "of the flow's loss beside the reasoning's", real(0, 1e6))
+    add("--expert-lr", 5e-5, "AdamW's learning rate of the expert", real(0, 1))
+    add("--updates", 1, "updates on a batch of rollouts", whole(1, 1000))
+    add("--curate", 0.5, "share of the scenes drawn by divergence", real(0, 1))
 
 
 def check_flags(flags, error):
-    """Call error(line) where a flag of stage rl cannot be meant."""
-    infinity = math.inf
-    bounds = {
-        "group": (2, infinity), "flow_steps": (2, infinity), "max_new_tokens": (1, infinity),
-        "updates": (1, infinity), "kl": (0, infinity), "curate": (0, 1), "eta": (0, 1),
-        "top_p": (0, 1), "temperature": (0, infinity), "beta": (0, infinity),
-    }  # fmt: skip
-    above = ("eta", "top_p", "temperature", "beta")  # must be more than their lower bound
+    """Call error(line) where flags of stage rl do not go together."""
     if flags.policy == "tokens" and flags.train == "expert":
         error("--policy tokens --train expert: nothing would learn, the tokens are the vlm's")
-    for name, (low, high) in bounds.items():
-        value = getattr(flags, name)
-        flag = f"--{name.replace('_', '-')} {value}"
-        if name in above and not value > low:
-            error(f"{flag}: expected more than {low}")
-        if not value >= low:
-            error(f"{flag}: expected at least {low}")
-        if not value <= high:
-            error(f"{flag}: expected at most {high}")
+    for name in ("rewards", "split"):
+        values = getattr(flags, name)
+        if len(set(values)) < len(values):
+            error(f"--{name} {' '.join(values)}: one of them is there twice")
 
 
 def line_of(line):
@@ -624,8 +611,7 @@ def draw_curves(log, file):
         plt = pyplot()
     except ImportError:
         return
-    with open(log) as f:
-        lines = [json.loads(line) for line in f]
+    lines = read_json_lines(log)
     figure, axes = plt.subplots(3, 3, figsize=(13, 8.5), dpi=100, constrained_layout=True)
     for ax, (name, title) in zip(axes.flat, CURVES.items()):
         steps = [line["step"] for line in lines]
