@@ -95,10 +95,10 @@ def verdict(said, true):
         return ""
     if data.decisions(said) != data.decisions(true):
         return "wrong"
-    return "right" if reasons_of(said) == reasons_of(true) else "other reason"
+    return "right" if reasons_in(said) == reasons_in(true) else "other reason"
 
 
-def reasons_of(text):
+def reasons_in(text):
     """The reasons that a trace gives, in whatever order."""
     return set(text.lower().partition(" since ")[2].strip(" .").split(" and "))
 

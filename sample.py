@@ -38,11 +38,11 @@ def main():
     out = model.sample(
         scene, args.n, args.temperature, args.top_p, args.steps, seed=args.seed, reason=args.reason)
     report_samples(scene, out)
-    draw_scene(args.out, scene, out, photos)
-    print(f"picture    {args.out}")
     if args.json:
         doors.write_json(args.json, record_of(scene, out, args))
         print(f"numbers    {args.json}")
+    draw_scene(args.out, scene, out, photos)
+    print(f"picture    {args.out}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def parse_flags():
         help="the first such scene of the split, from --scene on; python -m tools.world --splits "
              f"lists them (default: {FIRST_SEEN}, where neither --scene nor --split is given)")
     add("--clip", metavar="FOLDER", help="a real clip instead of the world")
-    add("--t0", type=real(), metavar="SECONDS",
+    add("--t0", type=real(-1e9, 1e9), metavar="SECONDS",
         help="now, on the clip's clock (default: the first that the clip names)")
     add("--cameras", type=whole(most=6), nargs="+", metavar="ID",
         help="of the clip to look through (default: those of 0, 1, 2 and 6 that there are)")
@@ -88,7 +88,7 @@ def parse_flags():
     args = p.parse_args()
     for name in ("split", "situation") if args.clip else ("t0", "cameras"):
         if getattr(args, name) is not None:
-            p.error(f"--{name}: not of a clip" if args.clip else f"--{name}: expected with --clip")
+            p.error(f"--{name}: expected {'without' if args.clip else 'with'} --clip")
     args.switches = {}  # of the checkpoint's config, where the command line says something else
     for switch in ("keep", "retrieve"):
         value = getattr(args, switch)
@@ -104,16 +104,15 @@ def parse_flags():
 def world_scene(cfg, args):
     """A held-out Scene of the built-in world, a batch of one, and its Photos."""
     split = args.split or "val"
-    situation = args.situation
-    if args.scene is None and not args.split:
-        situation = situation or FIRST_SEEN
     first = world.SEEDS[split]
-    seed = first + (args.scene or 0)
+    number = args.scene or 0
+    situation = args.situation
+    if not situation and args.scene is None and not args.split:
+        situation = FIRST_SEEN
     if situation:
-        seed = world.find(situation, split, args.scene or 0)
-    scene = data.make_scenes([seed], **data.view_of(cfg, args.size))
-    situation = scene["name"][0]
-    scene["name"] = [f"{situation}, held-out scene {seed - first} of the world"]
+        number = world.find(situation, split, number) - first
+    scene = data.make_scenes([first + number], **data.view_of(cfg, args.size))
+    scene["name"] = [f"{scene['name'][0]}, held-out scene {number} of the world"]
     return scene, photos_of(scene)
 
 
@@ -137,9 +136,9 @@ def clip_scene(cfg, args):
     clip, t0 = clips.cuts[number]
     photos = {}
     for i, camera in clip.cameras.items():
-        if camera.first <= t0 <= camera.last:
+        seen = i in clips.sources(clip)
+        if seen or camera.first <= t0 <= camera.last:
             (image,) = camera.read(np.array([t0]))
-            seen = i in clips.sources(clip)
             photos[i] = Photo(image, camera.intrinsics, camera.camera_to_ego, seen)
     return clips.batch([number]), photos
 

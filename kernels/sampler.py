@@ -381,7 +381,7 @@ def sample_flow(expert, embed, project, steps, noise, cos, sin, prefix, tail, se
     if T < 16 or T & (T - 1):
         raise ValueError(f"noise: {T} action tokens; the kernels' tiles need 16, 32, 64, ...")
     B, _, P, _ = prefix[0][0].shape
-    tail = [kv or (None, None) for kv in tail]
+    tail = [(None, None) if kv is None else kv for kv in tail]
     k1 = tail[0][0]
     S = 0 if k1 is None else -(-k1.shape[2] // 64) * 64
     modules = stock.all_in((expert, embed, project))

@@ -142,20 +142,21 @@ def all_in(parts):
 
 def tensors_in(modules):
     """The modules' own parameters and buffers."""
-    own = [*[m._parameters for m in modules], *[m._buffers for m in modules]]
+    own = [m._parameters for m in modules] + [m._buffers for m in modules]
     return [x for some in own if some for x in some.values() if x is not None]
 
 
 def traits(modules):
     """Six of each module, then three of each tensor: all that they compute with but its values."""
     tensors = tensors_in(modules)
+    own = [*map(vars, modules)]
     return [
         *[len(m._modules) for m in modules],
         *map(type, modules),
+        *map(len, own),  # a `forward` of its own is one more
         *[len(m._forward_hooks) for m in modules],
         *[len(m._forward_pre_hooks) for m in modules],
-        *map(len, map(vars, modules)),  # a `forward` of its own is one more
-        *[vars(m).get("eps") for m in modules],
+        *[x.get("eps") for x in own],
         *map(type, tensors),
         *map(torch.Tensor.size, tensors),
         *map(torch.Tensor.is_contiguous, tensors),

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_clips import folder  # noqa: F401, a clip of one's own
+from test_clips import folder, folder_original  # noqa: F401, a clip of one's own
 from test_train import cache, complaint, log, run  # noqa: F401
 from test_vision import TINY, H, W
 

