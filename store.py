@@ -281,9 +281,9 @@ def obituary(status):
 def serve(work):
     """A worker's life: it answers jobs until there is nobody left who asks."""
     torch.set_num_threads(1)
-    work = pkgutil.resolve_name(work)
     answers = os.dup(1)
     os.dup2(2, 1)  # what the work prints is no answer
+    work = pkgutil.resolve_name(work)
     for job in sys.stdin:
         answer = wrong = None
         try:
