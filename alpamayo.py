@@ -53,7 +53,7 @@ import torch.nn.functional as F
 
 import release
 from doors import check_sampling, check_scene, write_atomically
-from kernels import by_hand
+from kernels import by_hand, stock
 from kernels.flow_step import roll_out_by_kernel
 from kernels.prefix_attention import prefix_attention
 from kernels.pruned_attention import pruned_attention
@@ -530,7 +530,7 @@ class Alpamayo(nn.Module):
         truth = scene["ego_future_xyz"].to(device).repeat_interleave(n, 0)
         return {"flow": flow, "ade": ade(roll_out(guess, v0)[0], truth).mean()}
 
-    def velocity(self, x_t, t, past, start):
+    def velocity(self, x_t, t, past, start):  # kernels/sampler.py has it too
         """The expert's velocity (N, 64, 2) of noisy controls x_t (N, 64, 2) at times t (N,).
         past: a `Past` for every layer; its 64 tokens take the positions from start (N,) on."""
         x = self.action_in_proj(x_t, t)
@@ -699,13 +699,13 @@ class Alpamayo(nn.Module):
             raise ValueError(f"noise: shape {tuple(noise.shape)}, expected {(N, HORIZON, 2)}")
         x = noise.to(device)
         start = prefix.end + thought.length
-        dtype = self.expert.norm.weight.dtype
-        if eta == 0 and by_hand(device, dtype):
+        dtype = next(self.expert.parameters(), x).dtype
+        fast = eta == 0 and by_hand(device, dtype)
+        if fast and stock.is_flow(Alpamayo.drive, self, prefix.layers):  # see kernels/stock.py
             parts = self.expert, self.action_in_proj, self.action_out_proj
             cos, sin = self.rope_of_actions(start, dtype)
             seen = torch.arange(T, device=device) < thought.length[:, None]
-            tail = [kv or (None, None) for kv in thought.tail]
-            return sample_flow(*parts, steps, x, cos, sin, prefix.layers, tail, seen)
+            return sample_flow(*parts, steps, x, cos, sin, prefix.layers, thought.tail, seen)
         past = self.expert_past(prefix, thought.tail, T, thought.length)
         flow = [x]
         for i in range(steps):
@@ -717,7 +717,7 @@ class Alpamayo(nn.Module):
             flow.append(x)
         return torch.stack(flow)
 
-    def expert_past(self, prefix, tail, T, length):
+    def expert_past(self, prefix, tail, T, length):  # kernels/sampler.py has it too
         """The expert's `Past` of every layer: the prompt, and of a sample's own T tokens the first
         length (N,). The stop-gradient is here too."""
         at = torch.arange(T + HORIZON, device=length.device)
@@ -853,7 +853,7 @@ def yaw_of(rot):
     return torch.atan2(rot[..., 1, 0], rot[..., 0, 0])
 
 
-def rot_of(yaw):
+def rot_of(yaw):  # kernels/flow_step.py has it too
     """Rotation matrices (..., 3, 3) about z of headings (...) in rad."""
     cos, sin = yaw.cos(), yaw.sin()
     zero, one = torch.zeros_like(yaw), torch.ones_like(yaw)
@@ -861,11 +861,11 @@ def rot_of(yaw):
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
 
 
-def roll_out(actions, v0):
+def roll_out(actions, v0):  # kernels/flow_step.py has it too
     """Drive a unicycle from the origin of the ego frame, in Euler steps of 0.1 s (Eq. 5).
     actions (..., 64, 2): acceleration m/s^2, curvature 1/m (left-positive); v0 (...): m/s at t0.
     Returns xyz (..., 64, 3) in metres, with z = 0, and rot (..., 64, 3, 3)."""
-    if by_hand(actions.device, actions.dtype, even_32_bit=True):
+    if by_hand(actions.device, actions.dtype, even_32_bit=True) and stock.is_roll_out(roll_out):
         return roll_out_by_kernel(actions, v0)
     accel, curvature = actions.unbind(-1)
     v0 = v0[..., None]
@@ -1063,7 +1063,7 @@ def patchify(images, cfg):
     return x.reshape(M, H // p * (W // p), 3 * T * p * p)
 
 
-def rotate(x, cos, sin):
+def rotate(x, cos, sin):  # kernels/sampler.py has it too
     """Rotary position embedding of x (..., T, d) by angles whose cos and sin are (..., T, d / 2).
     Dimension i turns with i + d / 2."""
     a, b = x.chunk(2, -1)
@@ -1485,7 +1485,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(cfg.head_dim, eps=1e-6)
         self.k_norm = nn.RMSNorm(cfg.head_dim, eps=1e-6)
 
-    def forward(self, x, cos, sin, past=None, n_ask=0):
+    def forward(self, x, cos, sin, past=None, n_ask=0):  # kernels/sampler.py has it too
         """x (N, T, C) to (N, T, C), and this layer's keys and values.
         Without a past: causal. With a `Past`: over the shared prefix, the own tail and these T
         tokens, by its masks. n_ask: also return the attention received from the last n_ask queries,
@@ -1518,7 +1518,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(n_embd, n_mlp, bias=False)
         self.down_proj = nn.Linear(n_mlp, n_embd, bias=False)
 
-    def forward(self, x):
+    def forward(self, x):  # kernels/sampler.py has it too
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -1531,7 +1531,7 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(n_embd, eps=1e-6)
         self.post_attention_layernorm = nn.RMSNorm(n_embd, eps=1e-6)
 
-    def forward(self, x, cos, sin, past=None, n_ask=0):
+    def forward(self, x, cos, sin, past=None, n_ask=0):  # kernels/sampler.py has it too
         y, kv = self.self_attn(self.input_layernorm(x), cos, sin, past, n_ask)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), kv
@@ -1627,7 +1627,7 @@ class Fourier(nn.Module):
         freqs = torch.logspace(0, math.log10(max_freq), features // 2)
         self.register_buffer("freqs", freqs[None])
 
-    def forward(self, x):
+    def forward(self, x):  # kernels/flow_step.py has it too
         angle = x[..., None] * self.freqs[0] * (2 * math.pi)
         return math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], -1)
 
@@ -1649,7 +1649,7 @@ class ActionEmbed(nn.Module):
         self.encoder.trunk = nn.Sequential(*trunk, nn.Linear(width, cfg.e_embd))
         self.norm = nn.LayerNorm(cfg.e_embd)
 
-    def forward(self, x, t):
+    def forward(self, x, t):  # kernels/flow_step.py has it too
         accel = self.sinus[0](x[..., 0])
         curvature = self.sinus[1](x[..., 1])
         t = self.timestep_fourier_encoder(t)[:, None].expand(-1, x.shape[1], -1)
@@ -1667,7 +1667,7 @@ class Expert(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.RMSNorm(cfg.e_embd, eps=1e-6)
 
-    def forward(self, x, cos, sin, past):
+    def forward(self, x, cos, sin, past):  # kernels/sampler.py has it too
         """x (N, 64, C) to (N, 64, C); past: a `Past` for every layer."""
         for layer, layer_past in zip(self.layers, past):
             x, _ = layer(x, cos, sin, layer_past)
@@ -1681,7 +1681,7 @@ def flow_time(n, generator=None, device=None):
     return 0.999 * (1 - u ** (1 / 1.5))
 
 
-def euler_step(x, velocity, t, dt, eta=0.0):
+def euler_step(x, velocity, t, dt, eta=0.0):  # kernels/flow_step.py has it too, for eta = 0
     """An Euler step of the flow from x_t (..., 64, 2) at time t by dt: the next controls' mean and
     standard deviation, which is 0 for eta = 0.
 

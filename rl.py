@@ -18,21 +18,26 @@ What usual GRPO has and this leaves out, or leaves off by default:
     many updates a batch  --updates; at 1, as in the release, the ratio is 1 and nothing is clipped
     filtering of groups   a group of equal rewards has no advantage, so it teaches nothing anyway
 """
+import contextlib
 import hashlib
 import json
 import math
 import os
+import re
+import socket
+import threading
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from alpamayo import DT, HORIZON, OF_EXPERT, Rollout, ade
 from data import CAUSES, SPLITS, decisions, is_right, seed_of, to_device, words_of
-from draw import GREY, MODEL, pyplot, save_figure
+from doors import expecting, parse_json, read_json_lines, read_text, real, whole, write_atomically
+from draw import GREY, MODEL, pyplot, readable, save_figure
 from memory import without_adapters
 from motion import LONGITUDINAL_META, comfort, lateral_events, meta_actions, smooth_motion
 from world import LEFT, RIGHT
@@ -204,25 +209,56 @@ TRUE: {true}
 MODEL: {said}"""
 
 
+ENDPOINT = r"(https?)://([\w.-]+|\[[\da-f:.]+\])(?::(\d{1,5}))?([\w./~%+-]*)"
+GRADE = r"(?:(?:grade|score|rating)\s*:?\s*)?([0-5])(?:\s*/\s*5)?\.?"
+LONGEST = 2**20  # bytes of an answer
+
+
+def endpoint(url):
+    """The type of the flag --judge: the URL, if a Judge can ask there."""
+    parts = re.fullmatch(ENDPOINT, url, re.A | re.I)
+    if not parts or int(parts[3] or 0) > 65535:
+        raise ValueError("--judge: expected http://HOST:PORT/PATH or https://HOST:PORT/PATH")
+    return url
+
+
 class Judge:
     """Grades pairs (said, true) from 0 to 5 by a model behind an OpenAI-compatible endpoint.
 
-    Every answer is kept in a file, so a question is asked once; several are asked at a time. The
-    API key is the environment variable JUDGE_API_KEY. ConnectionError, in one line, where no grade
-    comes after `tries`. The paper also shows its judge the cameras' last images; ours reads."""
+    A grade is an answer that is nothing but a digit from 0 to 5, as `4`, `4.`, `**4**`, `4/5` or
+    `Grade: 4`. Each is kept in a file, a line each, so a question is asked once; several are asked
+    at a time. The API key is the environment variable JUDGE_API_KEY. It goes to the URL's host and
+    nowhere else: no redirect is followed, no proxy used. ConnectionError, in one line, where no
+    grade comes after `tries`. The paper also shows its judge the cameras' last images; ours reads.
+    """
 
     def __init__(self, url, model="judge", file=None, timeout=30.0, tries=3, wait=1.0):
-        self.url = url.rstrip("/") + "/chat/completions"
+        self.url = endpoint(url).rstrip("/") + "/chat/completions"
+        self.secret = os.environ.get("JUDGE_API_KEY", "").strip()
+        if not re.fullmatch("[!-~]*", self.secret):
+            raise ValueError("JUDGE_API_KEY: expected one word of ASCII characters")
         self.model = model
         self.file = file
-        self.timeout = timeout  # seconds
+        self.timeout = timeout  # seconds to connect, and again for the whole answer
         self.tries = tries
         self.wait = wait  # seconds before the second try, twice as many before the next
-        self.known = {}
-        if file and os.path.exists(file):
-            with open(file) as lines:
-                whole = [line for line in lines if line.endswith("\n")]  # a kill may leave half one
-            self.known = dict(json.loads(line) for line in whole)
+        self.known = self.read_file() if file and os.path.exists(file) else {}
+
+    def read_file(self):
+        """{key: grade} of the file. A half-written last line, a kill's, is dropped for good."""
+        text = read_text(self.file)
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            write_atomically(self.file, lambda part: Path(part).write_text(whole))
+        known = {}
+        for number, line in enumerate(whole.splitlines(), 1):
+            where = f"{self.file}: line {number}"
+            entry = parse_json(line, where)
+            fits = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
+            if not fits or type(entry[1]) is not int or not 0 <= entry[1] <= 5:
+                raise ValueError(f"{where}: expected [key, grade], a grade from 0 to 5")
+            known |= [entry]
+        return known
 
     def __call__(self, pairs):
         keys = [self.key(pair) for pair in pairs]
@@ -238,7 +274,7 @@ class Judge:
 
     def key(self, pair):
         text = "\0".join((self.model, *pair))
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
     def ask(self, pair):
         """The grade of one pair."""
@@ -248,26 +284,65 @@ class Judge:
                 time.sleep(self.wait * 2 ** (attempt - 1))
             try:
                 text = self.answer(*pair)
-            except (OSError, ValueError, LookupError, TypeError) as error:  # OSError: urllib's
+            except (OSError, ValueError, HTTPException) as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
-            digits = [c for c in text if c.isdigit()]
-            if len(digits) == 1 and digits[0] <= "5":
-                return int(digits[0])
-            problem = f"expected a number from 0 to 5, not {text[:40]!r}"
+            grade = re.fullmatch(GRADE, text.replace("*", "").strip(), re.I)
+            if grade:
+                return int(grade[1])
+            problem = f"expected a number from 0 to 5, not {text!r}"
+        if self.secret:
+            problem = problem.replace(self.secret, "...")  # a server may say it back
+        problem = readable(problem[:100])
         raise ConnectionError(f"--judge {self.url}: no grade after {self.tries} tries ({problem})")
 
     def answer(self, said, true):
-        """What the endpoint says."""
+        """What the endpoint says. OSError, ValueError or HTTPException where that is no answer."""
         message = {"role": "user", "content": RUBRIC.format(said=said, true=true)}
         body = {"model": self.model, "temperature": 0, "max_tokens": 8, "messages": [message]}
         headers = {"Content-Type": "application/json"}
-        key = os.environ.get("JUDGE_API_KEY")
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-            return json.load(answer)["choices"][0]["message"]["content"]
+        if self.secret:
+            headers["Authorization"] = f"Bearer {self.secret}"
+        scheme, host, port, path = re.fullmatch(ENDPOINT, self.url, re.A | re.I).groups()
+        protocol = HTTPSConnection if scheme.lower() == "https" else HTTPConnection
+        port = int(port or protocol.default_port)
+        connection = protocol(host.strip("[]"), port, timeout=self.timeout)
+        with contextlib.closing(connection):
+            connection.connect()
+            with hanging_up_after(self.timeout, connection.sock):
+                connection.request("POST", path, json.dumps(body), headers)
+                answer = connection.getresponse()
+                data = answer.read(LONGEST + 1)
+        if answer.status != 200:
+            raise ValueError(f"HTTP status {answer.status}")
+        if len(data) > LONGEST:
+            raise ValueError(f"the answer has more than {LONGEST} bytes")
+        with expecting("expected choices[0].message.content, text"):
+            content = parse_json(data, "the answer")["choices"][0]["message"]["content"]
+            if not isinstance(content, str):
+                raise TypeError(f"it is {type(content).__name__}")
+        return content
+
+
+@contextlib.contextmanager
+def hanging_up_after(seconds, line):
+    """TimeoutError where the work in here, with a connected socket, takes longer.
+
+    A socket's own time-out begins anew at every byte."""
+
+    def hang_up():
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(line, socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, hang_up)
+    end = time.monotonic() + seconds
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if time.monotonic() >= end:
+            raise TimeoutError(f"no whole answer in {seconds:g} s")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -286,10 +361,10 @@ def divergence(log_probs, rewards, beta):
 def choose(known, step, count, flags):
     """The numbers of the scenes to try at a step, and how many of them were drawn by divergence.
 
-    These are a share `--curate`, drawn in proportion to their last divergence, known (scenes,), NaN
+    These are a share `--curate`, drawn in proportion to their last divergence, known (scenes,), 0
     where there is none yet. The rest is random."""
     generator = torch.Generator().manual_seed(seed_of(flags.seed, step))
-    weights = torch.nan_to_num(known).clamp(min=0)
+    weights = known.clamp(min=0)
     many = min(round(flags.curate * flags.batch), int((weights > 0).sum()))
     drawn = []
     if many:
@@ -327,6 +402,7 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
         for name, value in rewards.items():
             expect_finite(number, f"reward `{name}`", value)
         known[some] = divergence(rollout.log_probs.sum(2).cpu(), rewards["total"], flags.beta)
+        expect_finite(number, "divergence", known[some])
         pieces.append(Piece(scene, rollout, rewards, known[some]))
 
     looked = {}
@@ -402,10 +478,10 @@ def update(optimisers, number, flags):
 
 
 def expect_finite(number, what, value):
-    """FloatingPointError, in one line, where a value of step `number` is not finite."""
+    """FloatingPointError, in one line, where a value of a step is not finite. `number` counts from
+    0, and the line from 1, as the log does."""
     if not value.isfinite().all():
-        raise FloatingPointError(
-            f"step {number}: {what} is not finite; the last checkpoint is intact")
+        raise FloatingPointError(f"step {number + 1}: {what} is not finite")
 
 
 def log_of(pieces, drawn):
@@ -469,55 +545,41 @@ START = 100_000  # the first scene of a split that is tried out; validation take
 DEFAULTS = dict(scenes=1000, steps=100, batch=16, lr=1e-4, warmup=5, val_every=25, save_every=25)
 
 
-def add_flags(parser):
+def add_flags(add):
     """The flags of stage rl, for train.py's parser."""
-    add = parser.add_argument_group("stage rl").add_argument
-    add("--policy", choices=("flow", "tokens"), default="flow",
-        help="what drives and learns beside the reasoning: the expert's flow | action tokens")
-    add("--objective", choices=("clip", "paper"), default="clip",
-        help="clipped surrogate (the release's recipe) | weighted likelihood (Eq. 10)")
-    add("--rewards", nargs="+", choices=tuple(WEIGHTS), default=list(WEIGHTS),
-        help="parts of the reward")
-    add("--judge", metavar="URL",
-        help="grade reasoning by a language model behind this OpenAI-compatible endpoint")
-    add("--judge-model", metavar="NAME", default="judge", help="its name there")
-    add("--split", nargs="+", choices=SPLITS, default=["tail", "train"],
-        help="the world's scenes to try out, --scenes of each; validation: others of the first")
-    add("--group", type=int, default=12, help="rollouts of a scene")
-    add("--temperature", type=float, default=1.5,
-        help="of the reasoning; a well-taught model says one thing at 0.6")
-    add("--top-p", type=float, default=1.0, help="likeliest tokens that have this probability")
-    add("--eta", type=float, default=0.5, help="how stochastic the flow's steps are, in (0, 1]")
-    add("--flow-steps", type=int, default=5, help="Euler steps from noise to controls")
-    add("--max-new-tokens", type=int, default=40, help="of a trace, the paper's measure")
-    add("--beta", type=float, default=2.0, help="sharpness of Eq. 10's weights and of curation's")
-    add("--kl", type=float, default=0.0, help="weight of the KL to the reference policy")
-    add("--flow-weight", type=float, default=1.0, help="of the flow's loss beside the reasoning's")
-    add("--expert-lr", type=float, default=5e-5, help="AdamW's learning rate of the expert")
-    add("--updates", type=int, default=1, help="updates on a batch of rollouts")
-    add("--curate", type=float, default=0.5, help="share of the scenes drawn by divergence")
+    add("--policy", "flow", "what drives and learns beside the reasoning: the expert's flow | "
+        "action tokens", choices=("flow", "tokens"))
+    add("--objective", "clip", "clipped surrogate (the release's recipe) | weighted likelihood "
+        "(Eq. 10)", choices=("clip", "paper"))
+    add("--rewards", list(WEIGHTS), "parts of the reward", nargs="+", choices=tuple(WEIGHTS))
+    add("--judge", None, "grade reasoning by a language model behind this OpenAI-compatible "
+        "endpoint", endpoint, metavar="URL")
+    add("--judge-model", "judge", "its name there", metavar="NAME")
+    add("--split", ["tail", "train"], "the world's scenes to try out, --scenes of each; "
+        "validation: others of the first", nargs="+", choices=SPLITS)
+    add("--group", 12, "rollouts of a scene", whole(2, 10_000))
+    add("--temperature", 1.5, "of the reasoning; a well-taught model says one thing at 0.6",
+        real(0, 1000, above=0))
+    add("--top-p", 1.0, "likeliest tokens that have this probability", real(0, 1, above=0))
+    add("--eta", 0.5, "how stochastic the flow's steps are, in (0, 1]", real(0, 1, above=0))
+    add("--flow-steps", 5, "Euler steps from noise to controls", whole(2, 1000))
+    add("--max-new-tokens", 40, "of a trace, the paper's measure", whole(1, 10_000))
+    add("--beta", 2.0, "sharpness of Eq. 10's weights and of curation's", real(0, 1000, above=0))
+    add("--kl", 0.0, "weight of the KL to the reference policy", real(0, 1e6))
+    add("--flow-weight", 1.0, "of the flow's loss beside the reasoning's", real(0, 1e6))
+    add("--expert-lr", 5e-5, "AdamW's learning rate of the expert", real(0, 1))
+    add("--updates", 1, "updates on a batch of rollouts", whole(1, 1000))
+    add("--curate", 0.5, "share of the scenes drawn by divergence", real(0, 1))
 
 
 def check_flags(flags, error):
-    """Call error(line) where a flag of stage rl cannot be meant."""
-    infinity = math.inf
-    bounds = {
-        "group": (2, infinity), "flow_steps": (2, infinity), "max_new_tokens": (1, infinity),
-        "updates": (1, infinity), "kl": (0, infinity), "curate": (0, 1), "eta": (0, 1),
-        "top_p": (0, 1), "temperature": (0, infinity), "beta": (0, infinity),
-    }  # fmt: skip
-    above = ("eta", "top_p", "temperature", "beta")  # must be more than their lower bound
+    """Call error(line) where flags of stage rl do not go together."""
     if flags.policy == "tokens" and flags.train == "expert":
         error("--policy tokens --train expert: nothing would learn, the tokens are the vlm's")
-    for name, (low, high) in bounds.items():
-        value = getattr(flags, name)
-        flag = f"--{name.replace('_', '-')} {value}"
-        if name in above and not value > low:
-            error(f"{flag}: expected more than {low}")
-        if not value >= low:
-            error(f"{flag}: expected at least {low}")
-        if not value <= high:
-            error(f"{flag}: expected at most {high}")
+    for name in ("rewards", "split"):
+        values = getattr(flags, name)
+        if len(set(values)) < len(values):
+            error(f"--{name} {' '.join(values)}: one of them is there twice")
 
 
 def line_of(line):
@@ -549,8 +611,7 @@ def draw_curves(log, file):
         plt = pyplot()
     except ImportError:
         return
-    with open(log) as f:
-        lines = [json.loads(line) for line in f]
+    lines = read_json_lines(log)
     figure, axes = plt.subplots(3, 3, figsize=(13, 8.5), dpi=100, constrained_layout=True)
     for ax, (name, title) in zip(axes.flat, CURVES.items()):
         steps = [line["step"] for line in lines]

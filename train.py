@@ -22,22 +22,21 @@ a run goes on after a kill without any random state: from weights, optimisers' m
 rl, the scenes' divergences.
 
 The page reads: flags; a run from start to end; model and optimisers; scenes; a step; stage rl;
-validation; checkpoints; the plan.
+validation; checkpoints; the plan. What a run's folder holds is checked in runs.py.
 """
 import argparse
 import json
 import os
-import sys
 import time
 from collections import defaultdict
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -46,9 +45,10 @@ import data
 import doors
 import memory
 import rl
+import runs
 import world
 from alpamayo import NANO, OF_EXPERT, PRESETS, Alpamayo, ade, read_config, with_words
-from doors import save_tensors
+from doors import device_of, real, save_tensors, whole
 from release import Vocabulary
 
 # --------------------------------------------------------------------------------------------------
@@ -57,39 +57,38 @@ from release import Vocabulary
 
 def parse_flags():
     """The run's flags, checked. With --resume they are those of the stopped run."""
-    parser = argparse.ArgumentParser(description="Train Alpamayo-R1.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = doors.Flags("Train Alpamayo-R1.")
     add_run_flags(group(parser, "run"))
     add_model_flags(group(parser, "model"))
     add_data_flags(group(parser, "data"))
     add_learning_flags(group(parser, "what learns"))
     add_optimiser_flags(group(parser, "optimiser"))
     add_loss_flags(group(parser, "losses of stages action and reason"))
-    rl.add_flags(parser)
+    rl.add_flags(group(parser, "stage rl"))
     if parser.parse_known_args()[0].stage == "rl":
         parser.set_defaults(**rl.DEFAULTS)
     flags = parser.parse_args()
-    if flags.resume:
-        return flags_of_stopped_run(flags, parser.error)
-    if flags.stage == "rl" and flags.preset == "nano" and not flags.plan:
-        flags.init = flags.init or NANO
+    if flags.resume is not None:
+        return runs.flags_of_stopped_run(flags.resume, parser)
+    if flags.init is None and flags.stage == "rl" and flags.preset == "nano" and not flags.plan:
+        flags.init = NANO
     source = os.path.basename(os.path.abspath(flags.init or ""))
     name = f"{source}-{flags.stage}" if flags.init else flags.preset
-    flags.out = flags.out or os.path.join("out", name)
+    if flags.out is None:
+        flags.out = os.path.join("out", name)
     check_flags(flags, parser.error)
     return flags
 
 
 def group(parser, title):
-    """add(name, default, help, ...) for a group of flags. A flag's type is its default's."""
+    """add(name, default, help, type, ...) for a group of flags; with default False it is a switch.
+
+    A type is whole(least, most), real(least, most) or another function of the text."""
     flags = parser.add_argument_group(title)
 
-    def add(name, default, help, **more):
-        if default is False:
-            more["action"] = "store_true"
-        elif default is not None:
-            more.setdefault("type", type(default))
-        flags.add_argument(name, default=default, help=help, **more)
+    def add(name, default, help, type=str, **more):
+        kind = {"action": "store_true"} if default is False else {"type": type}
+        flags.add_argument(name, default=default, help=help, **kind, **more)
 
     return add
 
@@ -99,16 +98,19 @@ def add_run_flags(add):
     add("--stage", "all", "action tokens and expert | reasoning in front of them | one after the "
         f"other | reinforcement learning, with {others} where not given",
         choices=("action", "reason", "all", "rl"))
-    add("--steps", 600, "optimiser steps")
-    add("--action-share", 0.1, "share of the steps that stage `all` spends in stage `action`")
+    add("--steps", 600, "optimiser steps", whole(1))
+    add("--action-share", 0.1, "share of the steps that stage `all` spends in stage `action`",
+        real(0, 1))
     add("--resume", None, "go on with the run that wrote FOLDER; takes no other flag",
         metavar="FOLDER")
     add("--out", None, "for checkpoints and log.jsonl (default: out/PRESET, or out/INIT-STAGE)",
         metavar="FOLDER")
-    add("--val-every", 200, "steps between validation passes")
-    add("--save-every", 200, "steps between checkpoints")
-    add("--seed", 0, "of weights, order and noise")
-    add("--threads", 0, "CPU threads of each process; 0: PyTorch's choice")
+    add("--overwrite", False, "write over the run or the checkpoint that is in --out")
+    add("--val-every", 200, "steps between validation passes", whole(1))
+    add("--save-every", 200, "steps between checkpoints", whole(1))
+    add("--seed", 0, "of weights, order and noise", whole())
+    add("--device", None, "cpu | cuda | mps (default: cuda, where there is one)", device_of)
+    add("--threads", 0, "CPU threads of each process; 0: PyTorch's choice", whole(0, 1024))
     add("--plan", None, "print the memory that these flags need, of a GPU (bfloat16 arithmetic) or "
         "a CPU (float32), and stop", choices=("gpu", "cpu"), nargs="?", const="gpu")
 
@@ -121,21 +123,30 @@ def add_model_flags(add):
     add("--vision", unset, "image tokens | triplane tokens | Flex scene tokens; another encoder "
         "than --init's starts untrained behind its tower (default: --init's, or image)",
         choices=("image", "triplane", "flex"))
-    add("--planes-patch", unset, "with --vision triplane: cells to a token", type=int, nargs=3,
-        metavar=("X", "Y", "Z"))
-    add("--flex-tokens", unset, "with --vision flex: scene tokens", type=int)
-    add("--keep", unset, "share of the image tokens kept; the least salient go", type=float)
+    add("--planes-patch", unset, "with --vision triplane: cells to a token", whole(1, 1000),
+        nargs=3, metavar=("X", "Y", "Z"))
+    add("--flex-tokens", unset, "with --vision flex: scene tokens", whole(1, 10_000))
+    add("--keep", unset, "share of the image tokens kept; the least salient go",
+        real(0, 1, above=0))
 
 
 def add_data_flags(add):
     add("--data", "world", "`world`, or a folder of clips that clips.py can read")
-    add("--scenes", 8000, "training scenes of the world, rendered once to disk")
-    add("--val-scenes", 128, "scenes of a validation pass")
-    add("--size", (64, 128), "pixels of the world's images", type=int, nargs=2,
+    add("--hold-out", None, "share of the clips to validate on and not to learn from: whole clips, "
+        "or the end of a single one (default: a tenth of ten clips or more, else 0, and then "
+        "validation says how well they were learned)", real(0, 0.9))
+    add("--scenes", 8000, "training scenes of the world, rendered once to disk",
+        whole(1, world.SEEDS["val"]))
+    add("--val-scenes", 128, "scenes of a validation pass", whole(1))
+    add("--size", (64, 128), "pixels of the world's images", whole(1, 8192), nargs=2,
         metavar=("H", "W"))
     add("--cache", "data", "where rendered scenes are kept", metavar="FOLDER")
-    add("--front-only", 0.1, "share of steps with the front cameras alone, for rigs without others")
-    add("--routes", 0.5, "share of steps that tell the route, so that a model can do without")
+    add("--workers", None, "processes that render them, 0: none but this one (default: one a core)",
+        whole(0, 1024))
+    add("--front-only", 0.1, "share of steps with the front cameras alone, for rigs without others",
+        real(0, 1))
+    add("--routes", 0.5, "share of steps that tell the route, so that a model can do without",
+        real(0, 1))
     add("--blind", False, "grey images: what can be known without looking")
 
 
@@ -144,61 +155,43 @@ def add_learning_flags(add):
         choices=("all", "vlm", "expert"))
     add("--lora", 0, "of the vlm only adapters of this rank learn, in the language model's layers; "
         "checkpoints have them merged. The expert learns as --train says. 0: no adapters",
-        metavar="RANK")
+        whole(0, 10_000), metavar="RANK")
     add("--dtype", "float32", "of frozen weights; --init's are rounded to it. What learns is "
         "float32", choices=("float32", "bfloat16"))
     add("--checkpointing", False, "compute activations again in backward instead of keeping them")
 
 
 def add_optimiser_flags(add):
-    add("--batch", 32, "scenes a step, over all processes")
-    add("--accumulate", 1, "pieces of each process's share of the batch, to save memory")
-    add("--lr", 2e-3, "AdamW's learning rate: embeddings, heads, norms, biases")
-    add("--muon-lr", 0.01, "Muon's learning rate: matrices inside the layers; 0: AdamW for all")
-    add("--weight-decay", 0.05, "of matrices")
-    add("--warmup", 40, "steps of linear warm-up")
-    add("--decay", 0.4, "share of the steps, at the end, over which the rates fall to 0")
-    add("--clip", 1.0, "largest gradient norm")
+    add("--batch", 32, "scenes a step, over all processes", whole(1, 10**6))
+    add("--accumulate", 1, "pieces of each process's share of the batch, to save memory", whole(1))
+    add("--lr", 2e-3, "AdamW's learning rate: embeddings, heads, norms, biases", real(0, 1))
+    add("--muon-lr", 0.01, "Muon's learning rate: matrices inside the layers; 0: AdamW for all",
+        real(0, 1))
+    add("--weight-decay", 0.05, "of matrices", real(0, 10))
+    add("--warmup", 40, "steps of linear warm-up", whole())
+    add("--decay", 0.4, "share of the steps, at the end, over which the rates fall to 0",
+        real(0, 1))
+    add("--clip", 1.0, "largest gradient norm", real(0, 1e9, above=0))
 
 
 def add_loss_flags(add):
-    add("--action-weight", 0.5, "weight of the action tokens' loss")
+    add("--action-weight", 0.5, "weight of the action tokens' loss", real(0, 1e6))
     add("--path-weight", 0.2, "weight of `ade`, metres between the flow's path and the driven one; "
-        "the paper has none")
-    add("--action-every", 2, "the 128 action tokens join every so many steps; 1: always")
+        "the paper has none", real(0, 1e6))
+    add("--action-every", 2, "the 128 action tokens join every so many steps; 1: always", whole(1))
     add("--hide-actions", 0.5, "share of scenes whose action tokens are not read, see "
-        "Alpamayo.supervised_losses")
+        "Alpamayo.supervised_losses", real(0, 1))
     add("--drive-every", 8, "in stage `reason` one step in so many has no reasoning, so that the "
-        "model can also drive at once; 0: none")
-    add("--flow-samples", 2, "noise levels a scene, which share its cache")
-
-
-def flags_of_stopped_run(flags, error):
-    if len(sys.argv) != (2 if "=" in sys.argv[1] else 3):
-        error("--resume takes no other flag: the run's own settings hold")
-    path = os.path.join(flags.resume, "training.safetensors")
-    try:
-        with safe_open(path, "pt") as f:
-            settings = f.metadata()
-        stopped = json.loads(settings["flags"])
-    except (OSError, SafetensorError, TypeError, KeyError) as e:
-        error(f"{path}: no run to resume ({e})")
-    if "format" not in settings:
-        error(f"{path}: its optimisers' state is of an earlier train.py; go on from it with --init")
-    stopped |= dict(resume=flags.resume, out=flags.resume)
-    return argparse.Namespace(**vars(flags) | stopped)
+        "model can also drive at once; 0: none", whole())
+    add("--flow-samples", 2, "noise levels a scene, which share its cache", whole(1, 1000))
 
 
 def check_flags(flags, error):
-    """Calls error(line) where a flag cannot be meant."""
-    counts = "steps batch accumulate action-every flow-samples val-every val-scenes save-every"
-    for name in counts.split():
-        value = getattr(flags, name.replace("-", "_"))
-        if value < 1:
-            error(f"--{name} {value}: expected 1 or more")
-    if flags.lora < 0 or (flags.lora and flags.train == "expert"):
-        error(f"--lora {flags.lora} --train {flags.train}: expected a rank of 1 or more, and the "
-              "vlm among what learns")
+    """Calls error(line) where flags do not go together, or name folders that are not there."""
+    if flags.lora and flags.train == "expert":
+        error(f"--lora {flags.lora} --train expert: the vlm must be among what learns")
+    if flags.stage == "rl":
+        rl.check_flags(flags, error)
     if flags.plan:
         return
     if flags.preset == "alpamayo-r1-10b":
@@ -209,13 +202,18 @@ def check_flags(flags, error):
               "run --stage all")
     if flags.stage == "rl" and not flags.init:
         error("--stage rl starts from a checkpoint of stage reason: give it with --init")
-    if flags.stage == "rl":
-        rl.check_flags(flags, error)
     if flags.lora and not flags.init:
         error("--lora adapts a model that has learned: give it with --init")
     if flags.lora and os.path.realpath(flags.init) == os.path.realpath(flags.out):
         error(f"--out {flags.out}: must be another folder than --init, whose weights a run with "
               "--lora needs to go on")
+    for name in ("init", "data", "out", "cache"):
+        folder = getattr(flags, name)
+        made = name in ("out", "cache") and folder and not os.path.exists(folder)
+        if not made and folder not in (None, "world") and not os.path.isdir(folder):
+            error(f"--{name} {folder}: expected a folder")
+    if not flags.init:
+        replace(PRESETS[flags.preset], **seeing(flags))  # raises where the preset cannot see so
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,10 +234,11 @@ class Run:
     optimisers: list = None  # pairs (optimiser, its full learning rate)
     scenes: object = None  # to learn from
     val: object = None  # to validate on
+    signs: dict = field(default_factory=dict)  # what else its losses depend on, see runs.signs_of
     # Stage rl:
     reference: Alpamayo = None  # the reference policy, if there is a KL term
     judge: rl.Judge = None  # a language model that grades reasoning
-    known: torch.Tensor = None  # (scenes,) how much model and rewards last disagreed, or NaN
+    known: torch.Tensor = None  # (scenes,) how much model and rewards last disagreed, at first 0
 
     def __post_init__(self):
         pieces = self.world_size * self.flags.accumulate
@@ -263,16 +262,15 @@ def main():
     if flags.plan:
         return print_plan(flags)
     run = start(flags)
-    run.model = starting_model(run)  # before the scenes: it decides how they are shown
-    run.scenes, run.val = load_scenes(run)
-    run.model = run.model or model_from_scratch(run)  # after the scenes: its words are theirs
-    if flags.stage == "rl":
-        prepare_rl(run)
-    prepare(run)
-    first = restore(run) if flags.resume else 0
-    loop(run, first)
+    with runs.own_folder(flags) if run.rank == 0 else nullcontext():
+        run.model = starting_model(run)  # before the scenes: it decides how they are shown
+        load_scenes(run)
+        run.model = run.model or model_from_scratch(run)  # after the scenes: its words are theirs
+        if flags.stage == "rl":
+            prepare_rl(run)
+        prepare(run)
+        loop(run, restore(run) if flags.resume else 0)
     if run.world_size > 1:
-        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -284,15 +282,38 @@ def start(flags):
         raise ValueError("--stage rl runs in one process")
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cpu")
+    device = flags.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
     if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        number = int(os.environ.get("LOCAL_RANK", device.index or 0))
+        if number >= torch.cuda.device_count():
+            raise ValueError(f"no GPU {number} for this process: there are "
+                             f"{torch.cuda.device_count()}")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     if world_size > 1:  # the others wait while the first renders the world
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     # GPU: bfloat16 arithmetic, float32 weights that learn. CPU: --dtype, float32 is faster.
-    return Run(flags, device, "bfloat16" if cuda else flags.dtype, rank, world_size)
+    run = Run(flags, device, "bfloat16" if cuda else flags.dtype, rank, world_size)
+    run.signs = {"processes": str(world_size), "device": f"{device.type}, {run.arithmetic}"}
+    return run
+
+
+@contextmanager
+def together(run):
+    """All processes end where what stands in this block fails in one of them, which says why."""
+    error = None
+    try:
+        yield
+    except Exception as problem:
+        error = problem
+    if run.world_size > 1:
+        failed = torch.tensor(float(error is not None), device=run.device)
+        dist.all_reduce(failed)
+        if failed and not error:
+            error = SystemExit(1)
+    if error:
+        raise error
 
 
 def loop(run, first):
@@ -301,31 +322,26 @@ def loop(run, first):
     run.say(f"{flags.resume or flags.init or flags.preset}: {counts(run)}; {len(run.scenes)} "
             f"scenes; {run.world_size} x {run.device.type}, {run.arithmetic}; steps {first} to "
             f"{flags.steps}; writes {flags.out}")
-    if run.rank == 0:
-        os.makedirs(flags.out, exist_ok=True)
-        log = open(os.path.join(flags.out, "log.jsonl"), "a" if flags.resume else "w")
-    bar = tqdm(total=flags.steps, initial=first, disable=run.rank > 0)
+    with together(run):
+        log = runs.begin_log(flags.out, first) if run.rank == 0 else None
     begin = time.time()
     tokens = 0
-    for step in range(first, flags.steps):
-        line = rl_step(run, step) if flags.stage == "rl" else supervised_step(run, step)
-        tokens += line.pop("tokens") * run.world_size
-        speed = round(tokens / (time.time() - begin))
-        losses = {name: line[name] for name in ("text", "action", "flow", "ade") if name in line}
-        bar.set_postfix({"stage": line["stage"], **losses, "tok/s": speed}, refresh=False)
-        bar.update()
-        last = step + 1 == flags.steps
-        if last or (step + 1) % flags.val_every == 0:
-            line["val"] = validate(run, line["stage"])
-            report(run, f"step {step + 1:6} {line['stage']:6}", line["val"])
-        if run.rank > 0:
-            continue
-        print(json.dumps(line), file=log, flush=True)
-        if last or (step + 1) % flags.save_every == 0:
-            save(run, step + 1, line["stage"])
-        if flags.stage == "rl" and "val" in line:
-            rl.draw_curves(log.name, os.path.join(flags.out, "curves.png"))
-    bar.close()
+    bar = tqdm(total=flags.steps, initial=first, disable=run.rank > 0)
+    with bar, runs.telling_what_is_saved(flags.out):
+        for step in range(first, flags.steps):
+            line = rl_step(run, step) if flags.stage == "rl" else supervised_step(run, step)
+            tokens += line.pop("tokens") * run.world_size
+            speed = round(tokens / (time.time() - begin))
+            losses = {k: line[k] for k in ("text", "action", "flow", "ade") if k in line}
+            bar.set_postfix({"stage": line["stage"], **losses, "tok/s": speed}, refresh=False)
+            bar.update()
+            last = step + 1 == flags.steps
+            if last or (step + 1) % flags.val_every == 0:
+                line["val"] = validate(run, line["stage"])
+                report(run, f"step {step + 1:6} {line['stage']:6}", line["val"])
+            with together(run):
+                if run.rank == 0:
+                    write_down(run, line, log, last)
     run.say(f"done in {(time.time() - begin) / 60:.1f} minutes; look at it: "
             f"python sample.py --checkpoint {flags.out}")
 
@@ -363,13 +379,9 @@ def starting_model(run):
     cfg = replace(model.cfg, **seeing(flags))
     if cfg != model.cfg:
         model = with_new_encoder(run, model, cfg)
-    if flags.lora:
-        # Adapters fit only the weights that they were made for, to the last bit.
+    if flags.lora:  # adapters fit only the weights that they were made for, to the last bit
         base = sum(p.detach().view(torch.int16).sum().item() for p in model.parameters())
-        if getattr(flags, "base", base) != base:
-            raise ValueError(f"{flags.init}: other weights than those that this run began with; "
-                             "its adapters do not fit")
-        flags.base = base
+        run.signs["base"] = str(base)
     return model
 
 
@@ -411,7 +423,9 @@ def prepare(run):
             p.requires_grad_("lora_" in name)
         else:
             p.requires_grad_(flags.train != "expert")
-        p.data = p.data.to(torch.float32 if p.requires_grad else getattr(torch, flags.dtype))
+        dtype = torch.float32 if p.requires_grad else getattr(torch, flags.dtype)
+        # Copied: a matrix product's last bits depend on where in memory a file put its matrices.
+        p.data = p.data.to(dtype, copy=True)
     run.params = [p for p in run.model.parameters() if p.requires_grad]
     make = rl.make_optimisers if flags.stage == "rl" else make_optimisers
     run.optimisers = make(run.model, flags)
@@ -457,23 +471,27 @@ def rate(step, flags):
 
 
 def load_scenes(run):
-    """(Training scenes, validation scenes), as the model wants to be shown them."""
+    """Training scenes and validation scenes, as the model wants to be shown them."""
     flags = run.flags
     cfg = run.model.cfg if run.model else PRESETS[flags.preset]
     unit = cfg.patch * cfg.merge
     if not cfg.max_pixels and any(side % unit for side in flags.size):
         raise ValueError(f"--size {flags.size}: height, width must be multiples of {unit}")
-    if run.rank > 0:
-        dist.barrier()  # the first process renders what is not on disk
-    scenes = world_scenes(flags, cfg) if flags.data == "world" else clip_scenes(flags, cfg)
-    if run.rank == 0 and run.world_size > 1:
-        dist.barrier()
-    return scenes
+    load = world_scenes if flags.data == "world" else clip_scenes
+    for turn in (run.rank == 0, run.rank > 0):  # the first process renders what is not on disk
+        with together(run):
+            if turn:
+                run.scenes, run.val = load(flags, cfg)
+    if flags.data != "world":
+        learned = "the scenes learned from" if run.val is run.scenes else f"{len(run.val)} others"
+        run.say(f"{flags.data}: {len(run.scenes)} scenes to learn from; validation on {learned}")
+    run.signs |= runs.signs_of(run.scenes)
 
 
 def world_scenes(flags, cfg):
     view = data.view_of(cfg, flags.size)
-    load = partial(data.load, "world", folder=flags.cache, workers=os.cpu_count(), **view)
+    workers = os.cpu_count() if flags.workers is None else flags.workers
+    load = partial(data.load, "world", folder=flags.cache, workers=workers, **view)
     if flags.stage == "rl":
         load_split = partial(load, scenes=flags.scenes, start=rl.START)
         train = data.Together([load_split(split=split) for split in flags.split])
@@ -483,7 +501,7 @@ def world_scenes(flags, cfg):
 
 
 def clip_scenes(flags, cfg):
-    """Too few to hold some out: validation says how well they were learned."""
+    """Scenes of clips; those held out are of other clips, or else of another time (--hold-out)."""
     view = dict(frames=cfg.frames, frame_dt=cfg.frame_dt)
     if not cfg.max_pixels:  # a model of the world knows only the world's cameras
         view |= dict(size=tuple(flags.size), rig=world.RIG)
@@ -492,7 +510,41 @@ def clip_scenes(flags, cfg):
     if silent and flags.stage != "action":
         raise ValueError(f"{flags.data}: {silent} of {len(clips)} scenes have no reasoning; write "
                          "it, or --stage action")
-    return clips, clips
+    learned, held = split_clips([(clip.name, t0) for clip, t0 in clips.cuts], flags.hold_out)
+    if not held:
+        return clips, clips
+    if not learned:
+        raise ValueError(f"{flags.data}: nothing is left to learn from, as what is held out must "
+                         f"be {APART:g} s away; --hold-out 0")
+    return some_of(clips, learned), some_of(clips, held)
+
+
+APART = 8.3  # s between two scenes of a clip that have nothing in common: 1.9 behind, 6.4 ahead
+
+
+def split_clips(cuts, share):
+    """(Numbers to learn from, numbers held out) of scenes [(clip, t0)]; share: None for default."""
+    names = list(dict.fromkeys(name for name, _ in cuts))
+    if share is None:
+        share = 0.1 if len(names) >= 10 else 0.0
+    if not share:
+        return list(range(len(cuts))), []
+    if len(names) > 1:  # the last clips, at least one, but not all
+        last = names[-min(max(1, round(share * len(names))), len(names) - 1) :]
+        held = [i for i, (name, _) in enumerate(cuts) if name in last]
+        return [i for i in range(len(cuts)) if i not in held], held
+    times = sorted(t0 for _, t0 in cuts)
+    start = times[-max(1, round(share * len(times)))]
+    held = [i for i, (_, t0) in enumerate(cuts) if t0 >= start]
+    return [i for i, (_, t0) in enumerate(cuts) if t0 <= start - APART], held
+
+
+def some_of(clips, numbers):
+    """Some of the scenes of ClipScenes."""
+    part = copy(clips)
+    for name in ("cuts", "names", "reasoning"):
+        setattr(part, name, [getattr(clips, name)[i] for i in numbers])
+    return part
 
 
 def scene_numbers(run, step):
@@ -571,15 +623,16 @@ def supervised_step(run, step):
     lesson, with_actions = lesson_at(step, flags)
     generator = seeded(data.seed_of(flags.seed, step, run.rank), run.device)
     means = defaultdict(float)
-    for scene in pieces(run, run.scenes, scene_numbers(run, step)):
-        if torch.rand(1, generator=generator, device=run.device) < flags.front_only:
-            scene = front_only(scene)
-        if torch.rand(1, generator=generator, device=run.device) >= flags.routes:
-            scene = hide_route(scene)
-        losses = backward(run, scene, lesson, with_actions, generator)
-        for name, value in losses.items():
-            rl.expect_finite(step, f"loss `{name}`", value)
-            means[name] += value.item() / flags.accumulate
+    with together(run):
+        for scene in pieces(run, run.scenes, scene_numbers(run, step)):
+            if torch.rand(1, generator=generator, device=run.device) < flags.front_only:
+                scene = front_only(scene)
+            if torch.rand(1, generator=generator, device=run.device) >= flags.routes:
+                scene = hide_route(scene)
+            losses = backward(run, scene, lesson, with_actions, generator)
+            for name, value in losses.items():
+                rl.expect_finite(step, f"loss `{name}`", value)
+                means[name] += value.item() / flags.accumulate
     if run.world_size > 1:
         average_gradients(run)
     means["grad_norm"] = update(run, step).item()
@@ -621,6 +674,8 @@ def average_gradients(run):
 def update(run, step):
     """Moves the parameters, at the step's rates. Returns the gradients' norm before clipping."""
     norm = clip_grad_norm_(run.params, run.flags.clip)
+    if not run.flags.plan:  # a planned norm has no value
+        rl.expect_finite(step, "`grad_norm`", norm)
     precision = InFloat32 if run.arithmetic == "float32" else nullcontext
     for optimiser, full in run.optimisers:
         for group in optimiser.param_groups:
@@ -649,7 +704,7 @@ class InFloat32(TorchFunctionMode):
 def prepare_rl(run):
     """What stage rl has beside a model and scenes."""
     flags = run.flags
-    run.known = torch.full((len(run.scenes),), torch.nan)
+    run.known = torch.zeros(len(run.scenes))
     if flags.judge:
         answers = os.path.join(flags.out, "judge.jsonl")
         run.judge = rl.Judge(flags.judge, flags.judge_model, answers)
@@ -688,7 +743,7 @@ def validate(run, stage):
             return rl.validate(run.model, run.val, flags, run.judge)
     reason = stage == "reason"
     names = ["action", "flow", "ade"] + ["text", "right", "exact"] * reason
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.device)  # last: scenes
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # last: scenes
     numbers = range(run.rank, min(flags.val_scenes, len(run.val)), run.world_size)
     for i, scene in enumerate(pieces(run, run.val, numbers)):
         seed = i * run.piece
@@ -703,20 +758,33 @@ def validate(run, stage):
         row = [float(values[name]) for name in names] + [1.0]
         sums += len(scene["images"]) * sums.new_tensor(row)
     if run.world_size > 1:
+        sums = sums.to(run.device)
         dist.all_reduce(sums)
     return dict(zip(names, (sums[:-1] / sums[-1]).tolist()))
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints that survive a kill
+# Checkpoints that survive a kill; what is checked of them stands in runs.py
+
+
+def write_down(run, line, log, last):
+    """Writes a step's line into the log and, where it is time, a checkpoint and the curves."""
+    flags = run.flags
+    for name, value in (line | line.get("before", {}) | line.get("val", {})).items():
+        if isinstance(value, float):
+            rl.expect_finite(line["step"] - 1, f"`{name}`", torch.tensor(value))
+    print(json.dumps(line), file=log, flush=True)
+    if last or line["step"] % flags.save_every == 0:
+        save(run, line["step"], line["stage"])
+    if flags.stage == "rl" and "val" in line:
+        rl.draw_curves(log.name, os.path.join(flags.out, "curves.png"))
 
 
 def save(run, step, stage):
-    """Writes the checkpoint to use; then, to go on from, all that learns and the moments.
+    """Writes the checkpoint to use and, to go on from, all that learns and the moments.
 
-    A kill leaves each file either as it was or whole."""
+    They replace the last ones when all files are whole and finite."""
     flags = run.flags
-    run.model.save_pretrained(flags.out, reasoning="off" if stage == "action" else "on")
     names = {p: name for name, p in run.model.named_parameters()}
     tensors = {f"model.{names[p]}": p.detach() for p in run.params}
     for i, (optimiser, _) in enumerate(run.optimisers):
@@ -725,18 +793,20 @@ def save(run, step, stage):
                 tensors[f"{i}.{key}.{names[p]}"] = value
     if run.known is not None:
         tensors["known"] = run.known
-    settings = {"format": "2", "flags": json.dumps(vars(flags)), "step": str(step),
-                "world": str(world.WORLD_VERSION)}
-    save_tensors(os.path.join(flags.out, "training.safetensors"), tensors, settings)
+    settings = {"format": runs.FORMAT, "flags": json.dumps(runs.kept(flags)), "step": str(step),
+                "tensors": str(len(tensors)), **run.signs}
+    with runs.new_checkpoint(flags.out) as new:
+        save_tensors(os.path.join(new, runs.STATE), tensors, settings)
+        run.model.save_pretrained(new, reasoning="off" if stage == "action" else "on")
 
 
 @torch.no_grad()
 def restore(run):
     """Puts a stopped run's weights and moments into place. Returns the step to go on with."""
-    folder = run.flags.out
-    with safe_open(os.path.join(folder, "training.safetensors"), "pt") as f:
-        step = int(f.metadata()["step"])
-        tensors = {name: f.get_tensor(name) for name in f.keys()}
+    path, settings = runs.read_settings(run.flags.resume)
+    for line in runs.differences(run, path, settings):
+        run.say(line)
+    tensors = runs.read_tensors(run, path, settings["tensors"])
     run.known = tensors.pop("known", None)
     params = dict(run.model.named_parameters())
     for name, p in params.items():
@@ -747,12 +817,7 @@ def restore(run):
         optimiser, _ = run.optimisers[int(i)]
         # Counts of steps, which have no dimension, stay on the CPU.
         optimiser.state[params[name]][key] = value.to(run.device) if value.ndim else value
-    if run.rank == 0:  # the log has a line a step; those that follow will be written again
-        with open(os.path.join(folder, "log.jsonl"), "rb+") as log:
-            for _ in range(step):
-                log.readline()
-            log.truncate()
-    return step
+    return int(settings["step"])
 
 
 # --------------------------------------------------------------------------------------------------

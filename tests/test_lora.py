@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import assert_same_run, cache, command, killed_and_resumed, log  # noqa: F401
+from test_train import cache, command, log, run  # noqa: F401
 from test_vision import TINY
 
 import data
@@ -148,34 +148,24 @@ def test_activations_computed_twice_are_the_same(scene, switches):
             torch.testing.assert_close(grads_b[name], g, rtol=1e-5, atol=atol, msg=name)
 
 
-@pytest.mark.in_pytorch("half runs in another process, and equals the other to the last bit")
-def test_a_killed_run_with_adapters_goes_on(cache, tmp_path, monkeypatch):  # noqa: F811
-    """As if it had not been killed: from the weights that it began with.
-
-    Those of its checkpoint have the adapters merged and would add them twice. Where the first
-    weights are others, it says so."""
+def test_a_checkpoint_has_its_adapters_merged(cache, tmp_path):  # noqa: F811
+    """A run goes on from the weights that it began with: its adapters fit no others."""
     base = tmp_path / "base"
     make().save_pretrained(str(base))
     flags = "--lora 4 --dtype bfloat16 --stage reason --train vlm --val-every 10 --steps 10".split()
-    args = command(cache, tmp_path / "whole", "--init", str(base), *flags)
-    monkeypatch.setattr(sys, "argv", args[1:])
-    train.main()
-    args = command(cache, tmp_path / "killed", "--init", str(base), *flags)
-    killed_and_resumed(args, tmp_path / "killed")
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
-    lines = log(tmp_path / "whole")
+    run(command(cache, tmp_path / "out", "--init", str(base), *flags))
+    lines = log(tmp_path / "out")
     assert lines[9]["text"] < lines[1]["text"] - 0.1
-    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
     first = load_file(base / "model.safetensors")
     assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in first.items()}
     assert torch.equal(tensors["expert.norm.weight"], first["expert.norm.weight"].bfloat16())
-    saved = load_file(tmp_path / "whole" / "training.safetensors")
+    saved = load_file(tmp_path / "out" / "training.safetensors")
     assert all("lora_" in k for k in saved)
 
     make(seed=5).save_pretrained(str(base))  # other weights under the same name
-    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path / "killed")])
     with pytest.raises(ValueError, match=f"{base}: other weights than those"):
-        train.main()
+        run(["python", "train.py", "--resume", str(tmp_path / "out")])
 
 
 def test_flags_that_cannot_be_meant(monkeypatch, capsys):

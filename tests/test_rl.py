@@ -10,15 +10,16 @@ import math
 import os
 import sys
 import threading
+import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_clips import folder  # noqa: F401, a clip of one's own
-from test_train import assert_same_run, cache, complaint, killed_and_resumed, log, run  # noqa: F401
+from test_clips import folder, folder_original  # noqa: F401, a clip of one's own
+from test_train import cache, complaint, log, run  # noqa: F401
 from test_vision import TINY, H, W
 
 import alpamayo
@@ -334,7 +335,7 @@ def test_curation_prefers_scenes_on_which_model_and_rewards_disagree():
     log_probs = torch.tensor([[-1.0, -5, -5], [-5.0, -1, -5], [-2.0, -2, -2]])
     agrees, disagrees, equal = rl.divergence(log_probs, rewards, beta=2.0)
     assert disagrees > 1 > agrees > equal == pytest.approx(0, abs=1e-6)
-    known = torch.full((100,), torch.nan)
+    known = torch.zeros(100)
     numbers, drawn = rl.choose(known, 0, 100, flags_of(batch=8))
     assert drawn == 0 and len(set(numbers)) == 8
     known[:10], known[3] = 0.0, 5.0
@@ -350,28 +351,35 @@ def test_curation_prefers_scenes_on_which_model_and_rewards_disagree():
 
 
 class Stub(BaseHTTPRequestHandler):
-    """A language model of few words: what the server was told to answer, in turn; then always 4."""
+    """A language model of few words: what the server was told to answer, in turn; then always 4.
+
+    Bytes are what it sends, status line and headers included; a list of bytes is sent with pauses."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, body, self.headers.get("Authorization")))
         says = self.server.answers.pop(0) if self.server.answers else "4"
-        if says == "slow":
-            threading.Event().wait(0.6)
-        self.send_response(500 if says == "broken" else 200)
-        self.end_headers()
+        if isinstance(says, str):
+            says = answer({"choices": [{"message": {"content": says}}]})
         with contextlib.suppress(OSError):
-            self.wfile.write(b"{}" if says == "empty" else json.dumps({"choices": [{"message": {"content": says}}]}).encode())
+            for part in says if isinstance(says, list) else [says]:
+                self.wfile.write(part)
+                time.sleep(0.1 * isinstance(says, list))
+        self.close_connection = True
 
     def log_message(self, *_):
         pass
 
 
+def answer(body, status=b"200 OK"):
+    return b"HTTP/1.1 " + status + b"\r\n\r\n" + (body if isinstance(body, bytes) else json.dumps(body).encode())
+
+
 @pytest.fixture
 def server():
-    server = HTTPServer(("127.0.0.1", 0), Stub)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     server.asked, server.answers, server.url = [], [], f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -379,29 +387,122 @@ def server():
 
 
 def test_a_judge_is_asked_once_and_again_when_it_stumbles(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("JUDGE_API_KEY", "secret")
+    monkeypatch.setenv("JUDGE_API_KEY", " secret\n")  # as `cat key` gives it
     file = str(tmp_path / "judge.jsonl")
     judge = rl.Judge(server.url, "critic", file, timeout=0.3, wait=0.01)
-    server.answers[:] = ["broken", "empty", "Grade: 3"]
+    server.answers[:] = [answer(b"", b"500 broken"), answer({}), "Grade: 3"]
     assert judge([("a", "b")]) == [3]
     path, body, key = server.asked[0]
     assert path == "/v1/chat/completions" and body["model"] == "critic" and key == "Bearer secret"
     assert "TRUE: b" in body["messages"][0]["content"] and "MODEL: a" in body["messages"][0]["content"]
-    server.answers[:] = ["slow", "2"]
+    server.answers[:] = [[b""] * 6, "2"]
     assert judge([("c", "d"), ("a", "b"), ("c", "d")]) == [2, 3, 2]
-    asked = len(server.asked)
-    with open(file, "a") as f:
-        f.write('["half a li')  # of a run that was killed
-    assert rl.Judge(server.url, "critic", file)([("a", "b"), ("c", "d")]) == [3, 2] and len(server.asked) == asked
-    assert rl.Judge(server.url, "another", file)([("a", "b")]) == [4]  # another judge is asked again
+    assert rl.Judge(server.url, "another", file)([("a", "\ud800")]) == [4]  # another judge is asked again
+
+
+def test_a_half_written_line_of_the_judges_file_is_dropped_for_good(server, tmp_path):
+    file = tmp_path / "judge.jsonl"
+    assert rl.Judge(server.url, file=str(file))([("a", "b")]) == [4]
+    whole = file.read_text()
+    for cut in range(1, len(whole)):
+        file.write_text(whole + whole[:cut])  # of a run that was killed
+        judge = rl.Judge(server.url, file=str(file))
+        assert file.read_text() == whole and judge([("a", "b")]) == [4]
+    server.answers[:] = ["2"]
+    assert judge([("c", "d")]) == [2]
+    assert sorted(rl.Judge(server.url, file=str(file)).known.values()) == [2, 4]
+    assert len(server.asked) == 2 and os.listdir(tmp_path) == ["judge.jsonl"]
+
+
+@pytest.mark.parametrize("line", [
+    '["a", 7]', '["a", NaN]', '["a", -1]', '["a", "4"]', '["a", 4.0]', '["a", true]', '["a", null]', '["a"]', '{"a": 4}', "4", "",
+    '["a", 4] 5', "[" * 100_000, '[["a"], 4]'])  # fmt: skip
+def test_a_wrong_line_of_the_judges_file_is_told(line, tmp_path):
+    file = tmp_path / "judge.jsonl"
+    file.write_text(f'["b", 3]\n{line}\n["c", 3]\n')
+    with pytest.raises(ValueError, match=r"^[^\n]*judge.jsonl: line 2: [^\n]*$"):
+        rl.Judge("http://127.0.0.1:9/v1", file=str(file))
+
+
+@pytest.mark.parametrize("says, score", [
+    ("4", 4), (" 0\n", 0), ("5.", 5), ("**4**", 4), ("Grade: 3", 3), ("grade 3", 3), ("**Score:** 2", 2), ("4/5", 4), ("Rating: 4 / 5.", 4),
+    ("-3", None), ("there are 2 decisions", None), ("99", None), ("6", None), ("4.5", None), ("3 of 5", None), ("7 of 10", None),
+    ("2/3", None), ("4 4", None), ("\u0664", None), ("\u00b2", None), ("", None), ("four", None), ("+4", None), ("4, as all agrees", None),
+])  # fmt: skip
+def test_what_a_grade_is(says, score, server):
+    judge = rl.Judge(server.url, tries=1)
+    server.answers[:] = [says]
+    if score is None:
+        with pytest.raises(ConnectionError, match=r"no grade after 1 tries \(expected a number from 0 to 5, not "):
+            judge([("a", "b")])
+    else:
+        assert judge([("a", "b")]) == [score]
+
+
+FOUR = json.dumps({"choices": [{"message": {"content": "4"}}]}).encode()
+
+
+@pytest.mark.parametrize("says", [
+    b"", b"\0\0\0\n", b"HTTP/1.1 none\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n" + FOUR[:-1],
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200 + b"\r\n" + FOUR,
+    b"HTTP/1.1 200 OK\r\na: " + b"x" * 70_000 + b"\r\n\r\n" + FOUR, answer(FOUR, b"404 Not Found"), answer(b"<html>"), answer(b"\xff\xfe{"),
+    answer(b"[" * 100_000), answer([]), answer({"choices": []}), answer({"choices": {"a": 1}}), answer({"choices": [{"message": None}]}),
+    *(answer({"choices": [{"message": {"content": content}}]}) for content in (4, 4.0, None, ["4"], {"text": "4"}, True)),
+    answer(FOUR + b" " * rl.LONGEST), answer(b"9" * 5000), answer(b"NaN"),
+])  # fmt: skip
+def test_a_malformed_answer_is_one_line(says, server):
+    server.answers[:] = [says] * 2
+    with pytest.raises(ConnectionError) as error:
+        rl.Judge(server.url, tries=2, wait=0.01)([("a", "b")])
+    line = str(error.value)
+    assert line.startswith(f"--judge {server.url}/chat/completions: no grade after 2 tries (") and "\n" not in line and len(line) < 250
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("dripping", [[b"H"] * 30, [b"HTTP/1.1 200 OK\r\n"] + [b"a: b\r\n"] * 30, [answer(b"[")] + [b" "] * 30,
+                                      [b"HTTP/1.1 100 Continue\r\n\r\n"] * 30])  # fmt: skip
+def test_a_dripping_answer_ends_at_the_time_out(dripping, server):
+    server.answers[:] = [dripping]
+    begin = time.monotonic()
+    with pytest.raises(ConnectionError, match="TimeoutError: no whole answer in 0.3 s"):
+        rl.Judge(server.url, timeout=0.3, tries=1)([("a", "b")])
+    assert time.monotonic() - begin < 1
+
+
+def test_the_key_goes_nowhere_else(server, monkeypatch, capfd):
+    monkeypatch.setenv("JUDGE_API_KEY", "sec-ret")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody answers
+    elsewhere = server.url.replace("127.0.0.1", "localhost").encode()
+    for status in (b"301", b"302", b"303", b"307", b"308"):
+        moved = b"HTTP/1.1 " + status + b" Moved\r\nLocation: " + elsewhere + b"\r\n\r\n"
+        server.answers[:] = [moved]
+        with pytest.raises(ConnectionError, match=f"HTTP status {status.decode()}"):
+            rl.Judge(server.url, tries=1)([("a", "b")])
+    assert len(server.asked) == 5  # once each
+    server.answers[:] = ["you sent Bearer sec-ret"]
+    with pytest.raises(ConnectionError, match=r"not 'you sent Bearer \.\.\.'"):
+        rl.Judge(server.url, tries=1)([("a", "b")])
+    for key in ("sec\nret", "sec ret", "s\u00e9cret"):
+        monkeypatch.setenv("JUDGE_API_KEY", key)
+        with pytest.raises(ValueError, match="^JUDGE_API_KEY: expected one word of ASCII characters$"):
+            rl.Judge(server.url)
+    assert "ret" not in "".join(capfd.readouterr())
 
 
 def test_a_judge_that_is_away_is_one_line(server):
-    server.answers[:] = ["7 of 10", "3 of 5"]  # which of the two is meant?
-    with pytest.raises(ConnectionError, match=r"^--judge http://.*: no grade after 2 tries \(expected a number from 0 to 5, not '3 of 5'\)$"):
-        rl.Judge(server.url, tries=2, wait=0.01)([("a", "b")])
     with pytest.raises(ConnectionError, match="no grade after 1 tries"):
         rl.Judge("http://127.0.0.1:9/v1", tries=1)([("a", "b")])
+    with pytest.raises(ConnectionError, match="no grade after 1 tries"):
+        rl.Judge("http://no..name/v1", tries=1)([("a", "b")])
+
+
+def test_where_a_judge_may_be():
+    for url in ("http://localhost:8000/v1", "https://api.example.com/v1/", "http://[::1]:80", "http://a"):
+        assert rl.endpoint(url) == url
+    for url in ("", "localhost:8000", "ftp://a/v1", "http://", "http:///v1", "http://user:word@a/v1", "http://a/v1?key=b", "http://a:99999/v1",
+                "http://a:b/v1", "http://a/v 1", "http://a/v1\r\nX: y", "http://\u00e9/v1", "file:///etc/passwd", "http://a/v1#b"):  # fmt: skip
+        with pytest.raises(ValueError, match="^--judge: expected http://HOST:PORT/PATH"):
+            rl.endpoint(url)
 
 
 # ------------------------------------------------------------------------------------------------------------- a step
@@ -413,7 +514,7 @@ def few():
 
 
 def one_step(model, few, flags, judge=None, reference=None, step=0):
-    known = torch.full((len(few),), torch.nan)
+    known = torch.zeros(len(few))
     line = rl.step(model, reference, rl.make_optimisers(model, flags), few, step, known, flags, CPU, contextlib.nullcontext(), judge)
     return line, known
 
@@ -424,7 +525,7 @@ def test_a_step_is_a_function_of_weights_seed_and_step(few, policy):
     first, second, other = tiny(), tiny(), tiny()
     line, known = one_step(first, few, flags, reference=copy.deepcopy(first))
     again, _ = one_step(second, few, flags, reference=copy.deepcopy(second))
-    assert line == again and known.isnan().sum() == 2
+    assert line == again and (known == 0).sum() == 2
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     assert any(not torch.equal(a, b) for a, b in zip(first.expert.parameters(), other.expert.parameters())) == (policy == "flow")
     assert any(not torch.equal(a, b) for a, b in zip(first.vlm.parameters(), other.vlm.parameters()))
@@ -453,35 +554,37 @@ def test_pieces_of_a_batch_are_the_batch(few):
 def test_what_is_not_a_number_stops_the_run_and_says_where(few):
     flags = flags_of()
     model = tiny()
-    with pytest.raises(FloatingPointError, match="step 0: reward `reason` is not finite"):
+    with pytest.raises(FloatingPointError, match="step 1: reward `reason` is not finite"):
         one_step(model, few, flags, judge=lambda pairs: [math.nan] * len(pairs))
+    before = copy.deepcopy(model)
+    model.vlm.lm_head.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(FloatingPointError, match="step 3: `grad_norm` is not finite"):
+        one_step(model, few, flags, step=2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
     model.action_out_proj.weight.data[0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match="step 0: "):
+    with pytest.raises(FloatingPointError, match="step 1: "):
         one_step(model, few, flags)
 
 
 # ---------------------------------------------------------------------------------------------- as a user runs it
 
-TRY = "--stage rl --scenes 8 --batch 2 --group 3 --flow-steps 2 --max-new-tokens 30 --val-scenes 4 --val-every 2 --save-every 1 --threads 1".split()
+TRY = "--stage rl --scenes 8 --batch 2 --group 3 --flow-steps 2 --max-new-tokens 30 --val-scenes 4 --val-every 2 --save-every 1 --threads 1 --workers 0 --device cpu".split()
 
 
 def rl_command(cache, out, *more):
     return [sys.executable, os.path.join(ROOT, "train.py"), *TRY, "--cache", cache, "--out", str(out), *more]
 
 
-def test_a_killed_run_goes_on_with_the_same_rewards(cache, tmp_path):  # noqa: F811
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = run(rl_command(cache, whole, "--steps", "5", "--kl", "0.01"))
-    assert "reason" in done.stderr + done.stdout and "validation:" in done.stderr + done.stdout
-    killed_and_resumed(rl_command(cache, broken, "--steps", "5", "--kl", "0.01"), broken, after=2, of=5)
-    assert_same_run(broken, whole)
-    lines = log(whole)
-    assert sorted(lines) == [1, 2, 3, 4, 5] and lines[3]["divergence_chosen"] is not None
+def test_a_run_of_the_shipped_nano(cache, tmp_path):  # noqa: F811
+    said = run(rl_command(cache, tmp_path, "--steps", "3", "--kl", "0.01"))
+    assert "reason" in said and "validation:" in said
+    lines = log(tmp_path)
+    assert sorted(lines) == [1, 2, 3] and lines[3]["divergence_chosen"] is not None
     for name in ("total", "reason", "consistency", "trajectory", "silent", "length", "entropy", "kl", "grad_norm", "grad_norm_expert"):
         assert all(math.isfinite(line[name]) for line in lines.values())
     assert all(line["mismatch"] < 1e-4 for line in lines.values())
-    assert (whole / "curves.png").stat().st_size > 10_000
-    Alpamayo.from_pretrained(str(whole))  # a checkpoint as any other
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    Alpamayo.from_pretrained(str(tmp_path))  # a checkpoint as any other
 
 
 def test_adapters_alone_learn_by_trying(cache, tmp_path):  # noqa: F811
@@ -506,10 +609,11 @@ def test_ones_own_clips_are_tried_too(cache, folder, tmp_path):  # noqa: F811
 
 def test_flags_that_cannot_be_meant_are_one_line(cache, tmp_path, capsys):  # noqa: F811
     for more, line in (
-        (("--group", "1"), "--group 1: expected at least 2"),
-        (("--eta", "0"), "--eta 0.0: expected more than 0"),
+        (("--group", "1"), "--group: expected a whole number from 2"),
+        (("--eta", "0"), "--eta: expected a number, 0 or more and more than 0"),
         (("--preset", "mini"), "--stage rl starts from a checkpoint of stage reason: give it with --init"),
         (("--policy", "tokens", "--train", "expert"), "--policy tokens --train expert: nothing would learn"),
+        (("--rewards", "reason", "reason"), "--rewards reason reason: one of them is there twice"),
         (("--judge", "http://127.0.0.1:9/v1", "--steps", "1"), "train.py: --judge http://127.0.0.1:9/v1/chat/completions: no grade"),
     ):
         assert line in complaint(rl_command(cache, tmp_path, *more), capsys)

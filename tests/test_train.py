@@ -3,28 +3,37 @@ Training as a user runs it: learn, be killed, go on, fail clearly.
 
     python -m pytest tests/test_train.py
 """
+import contextlib
+import io
 import json
+import math
 import os
 import runpy
-import signal
+import shutil
 import subprocess
 import sys
-import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from test_clips import folder  # noqa: F401, a clip of one's own
-from test_vision import build, scene  # noqa: F401, a tiny model without zeros, three scenes
+from test_vision import TINY, build, scene  # noqa: F401, a tiny model without zeros, three scenes
 
 import data
+import doors
+import rl
+import runs
+import sample
 import train
 import world
-from alpamayo import OF_EXPERT, Alpamayo
+from alpamayo import OF_EXPERT, Alpamayo, Vocabulary
 
 SMALL = "--size 32 64 --scenes 32 --batch 8 --val-scenes 8 --val-every 4 --save-every 2".split()
-SMALL += "--warmup 2 --threads 1".split()
+SMALL += "--warmup 2 --threads 1 --workers 0 --device cpu".split()
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +46,18 @@ def command(cache, out, *more):
     return [*script, *SMALL, "--cache", cache, "--out", str(out), *more]
 
 
-def run(args, ok=True):
-    done = subprocess.run(args, capture_output=True, text=True, timeout=300)
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    return done
+def run(args):
+    """What a command of train.py says. In this process: another takes seconds."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", args[1:])
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            train.main()
+    return said.getvalue()
 
 
 def complaint(args, capsys):
-    """The last line of what a failing command says. In this process: another takes seconds."""
+    """The last line of what a failing command says."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(sys, "argv", args[1:])
         runpy.run_path(args[1], run_name="__main__")
@@ -80,48 +93,13 @@ def test_it_learns_and_leaves_a_checkpoint_that_drives(unbroken):
     assert not [f for f in os.listdir(unbroken) if f.endswith(".part")]
 
 
-def killed_and_resumed(args, out, after=5, of=10):
-    """Run, kill with SIGKILL after five steps, and go on."""
-    running = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    path = out / "log.jsonl"
-
-    def is_early():
-        return not path.exists() or len(path.read_text().splitlines()) < after
-
-    while running.poll() is None and is_early():
-        time.sleep(0.02)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    assert len(log(out)) < of, "the run ended before it could be killed"
-    run([sys.executable, os.path.join(ROOT, "train.py"), "--resume", str(out)])
-
-
-def assert_same_run(out, other):
-    """Every loss, gradient norm, validation and weight, to the last bit."""
-    assert log(out) == log(other)
-    a, b = (load_file(f / "model.safetensors") for f in (out, other))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_a_killed_run_goes_on_as_if_it_had_not_been(cache, unbroken, tmp_path):
-    killed_and_resumed(command(cache, tmp_path, "--steps", "10", "--action-share", "0.3"), tmp_path)
-    assert_same_run(tmp_path, unbroken)
-
-
-def test_so_does_one_that_trains_the_expert_alone(cache, unbroken, tmp_path):
-    """Its frozen weights are not in what it saved to go on: the checkpoint beside has them."""
-    flags = ("--init", str(unbroken), "--stage", "reason", "--train", "expert", "--steps", "10")
-    run(command(cache, tmp_path / "whole", *flags))
-    killed_and_resumed(command(cache, tmp_path / "killed", *flags), tmp_path / "killed")
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
-
-
 def test_two_processes_share_the_batch(cache, tmp_path):
     launch = "-m torch.distributed.run --nproc_per_node 2 --master-port 29617".split()
-    args = command(cache, tmp_path, "--steps", "4", "--action-share", "0")
-    run([sys.executable, *launch, *args[1:]])
+    args = command(cache, tmp_path, "--steps", "2", "--action-share", "0")
+    done = subprocess.run([sys.executable, *launch, *args[1:]], capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
     lines = log(tmp_path)
-    assert sorted(lines) == [1, 2, 3, 4] and lines[4]["val"]["text"] < 8
+    assert sorted(lines) == [1, 2] and lines[2]["val"]["text"] < 8
 
 
 def test_processes_take_parts_of_one_order():
@@ -155,17 +133,19 @@ def test_ones_own_clips_train_too(cache, unbroken, folder, tmp_path):  # noqa: F
 
     Reasoning must be there."""
     flags = ("--data", str(folder), "--init", str(unbroken), "--steps", "2", "--batch", "4")
-    args = command(cache, tmp_path / "out", *flags)
-    run([*args, "--stage", "action"])
+    args = command(cache, tmp_path / "out", "--overwrite", *flags)
+    assert "validation on the scenes learned from" in run([*args, "--stage", "action"])
     assert log(tmp_path / "out")[2]["val"]["ade"] > 0
-    done = run([*args, "--stage", "reason"], ok=False)
-    assert "have no reasoning" in done.stderr.splitlines()[-1]
+    with pytest.raises(ValueError, match="have no reasoning"):
+        run([*args, "--stage", "reason"])
     write_reasoning(folder)
     run([*args, "--stage", "reason"])
     assert log(tmp_path / "out")[1]["text"] > 0
 
 
-def test_a_released_checkpoint_is_tuned_and_sampled(release_folder, cache, folder, tmp_path):  # noqa: F811
+def test_a_released_checkpoint_is_tuned_and_sampled(  # noqa: F811
+    release_folder, cache, folder, tmp_path, monkeypatch, capsys
+):
     """The README's way with NVIDIA's weights, on the tiny checkpoint in their format.
 
     First the expert learns, then the backbone."""
@@ -181,9 +161,10 @@ def test_a_released_checkpoint_is_tuned_and_sampled(release_folder, cache, folde
     args[args.index(str(tmp_path / "expert"))] = str(tmp_path / "vlm")
     run([*args, "--init", str(tmp_path / "expert"), "--train", "vlm", "--steps", "2"])
     assert (tmp_path / "vlm" / "tokenizer.json").exists()
-    sample = [sys.executable, os.path.join(ROOT, "sample.py"), "--clip", str(folder), "--n", "2"]
-    where = ["--out", str(tmp_path / "a.png"), "--checkpoint", str(tmp_path / "vlm")]
-    assert "minADE" in run(sample + where).stdout
+    words = ["sample.py", "--clip", folder, "--n", 2, "--out", tmp_path / "a.png"]
+    monkeypatch.setattr(sys, "argv", list(map(str, [*words, "--checkpoint", tmp_path / "vlm"])))
+    sample.main()
+    assert "minADE" in capsys.readouterr().out
 
 
 def test_hidden_action_tokens_are_not_read(scene):  # noqa: F811
@@ -293,37 +274,330 @@ def test_muon_moves_the_matrices_inside_layers_in_float32(monkeypatch):
         torch.testing.assert_close(moved.double(), newton_schulz(grads[name]), rtol=0, atol=5e-4)
 
 
+# --------------------------------------------------------------------------------------------------
+# What is bad is one line, and what was good is still there
+
+
 def test_bad_input_is_one_line(cache, unbroken, tmp_path, capsys):
     script, broken = command(cache, tmp_path)[:2], tmp_path / "broken"
     os.makedirs(broken)
     half = (unbroken / "training.safetensors").read_bytes()[:100_000]
     (broken / "training.safetensors").write_bytes(half)
-    old = tmp_path / "old"
+    old, file = tmp_path / "old", tmp_path / "file"
     os.makedirs(old)
+    file.write_text("")
     tensors = {"momentum.x": torch.zeros(2)}
     save_file(tensors, old / "training.safetensors", {"flags": "{}", "step": "4"})
     for args, words in (
         (command(cache, tmp_path / "a", "--stage", "reason"), "--init"),
-        (command(cache, tmp_path / "b", "--init", "nowhere"), "nowhere"),
+        (command(cache, tmp_path / "b", "--init", "nowhere"), "--init nowhere: expected a folder"),
+        (command(cache, tmp_path / "b", "--data", "nowhere"), "--data nowhere: expected a folder"),
+        (command(cache, tmp_path / "b", "--init", file), f"--init {file}: expected a folder"),
+        (command(cache, tmp_path / "b", "--init", ""), "--init : expected a folder"),
+        (command(cache, file), f"--out {file}: expected a folder"),
         (command(cache, tmp_path / "c", "--size", "48", "96"), "multiples of 32"),
         (command(cache, tmp_path / "d", "--accumulate", "3"), "multiple of processes"),
-        ([*script, "--resume", str(tmp_path)], "no run to resume"),
-        ([*script, "--resume", str(unbroken), "--lr", "1"], "no other flag"),
-        ([*script, "--resume", str(broken)], "training.safetensors"),
-        ([*script, "--resume", str(old)], "of an earlier train.py"),
+        (command(cache, tmp_path / "e", "--vision", "triplane", "--planes-patch", "5", "5", "5"), "whole patches"),
+        ([*script, "--resume", tmp_path], "no run to resume"),
+        ([*script, "--resume", file], "no run to resume"),
+        ([*script, "--resume", ""], "no run to resume"),
+        ([*script, "--resume", unbroken, "--lr", "1"], "no other flag"),
+        ([*script, "--resume", broken], "training.safetensors"),
+        ([*script, "--resume", old], "of an earlier train.py"),
     ):
-        line = complaint(args, capsys)
-        assert words in line and ("error:" in line or line.startswith("train.py:")), line
+        line = complaint(list(map(str, args)), capsys)
+        words = words.replace("of an earlier", "by an earlier")
+        assert words in line and line.startswith("train.py: "), line
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_itself(cache, unbroken, tmp_path):
-    tensors = load_file(unbroken / "model.safetensors")
-    tensors["action_out_proj.bias"] += 1e30  # squares to infinity
-    os.makedirs(tmp_path / "vlm")
-    for file in ("config.json", "vlm/config.json"):
-        (tmp_path / file).write_text((unbroken / file).read_text())
-    save_file(tensors, tmp_path / "model.safetensors")
-    flags = ("--stage", "reason", "--init", str(tmp_path), "--steps", "2")
-    done = run(command(cache, tmp_path / "out", *flags), ok=False)
-    assert "step 0: loss `flow` is not finite" in done.stderr
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+WRONG = """
+--steps 0 | --steps -1 | --steps 1e3 | --action-share nan | --action-share 1.1 | --val-every 0 | --save-every 0 | --seed -1
+--threads -1 | --threads 99999 | --planes-patch 0 0 0 | --flex-tokens -1 | --keep 0 | --keep nan | --keep 1.5 | --hold-out 1
+--hold-out nan | --scenes 0 | --scenes 99999999 | --val-scenes 0 | --size 0 0 | --size 64 | --size 999999 64 | --front-only -0.1
+--front-only inf | --routes nan | --lora -1 | --batch 0 | --batch 99999999999999999999 | --accumulate 0 | --lr nan | --lr -1
+--lr inf | --lr 1e20 | --muon-lr nan | --weight-decay nan | --weight-decay -1 | --warmup -1 | --decay nan | --decay inf | --clip nan
+--clip 0 | --clip -1 | --clip inf | --action-weight inf | --path-weight nan | --action-every 0 | --hide-actions 2
+--drive-every -1 | --flow-samples 0 | --group 0 | --group 1 | --temperature nan | --temperature 0 | --top-p 0 | --top-p nan
+--eta nan | --flow-steps 1 | --max-new-tokens 0 | --beta inf | --kl -1 | --kl nan | --flow-weight nan | --expert-lr nan
+--updates 0 | --curate 1.1 | --device tpu | --device cuda:x | --workers -1 | --lora 4 --train expert | --policy tokens --train expert --stage rl
+"""
+
+
+@pytest.mark.parametrize("more", ["", " --plan"])
+def test_flags_are_checked_before_any_work(more, monkeypatch, capsys):
+    """Numbers that no run can mean, in a plan too; the line names the flag."""
+    for words in WRONG.replace("\n", "|").strip("|").split("|"):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words.split(), *more.split()])
+        with pytest.raises(SystemExit) as end:
+            train.parse_flags()
+        said = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and len(said) == 1 and words.split()[0] in said[0], words
+
+
+SMALLER = replace(TINY, n_layer=2, v_layer=2, deepstack=(0,))
+BRIEF = "--batch 2 --scenes 4 --val-scenes 2 --save-every 1 --val-every 9 --steps 3"
+
+
+@pytest.fixture(scope="module")
+def brief(cache, tmp_path_factory):
+    """(the words of a run of a tiny model, a folder in which it has been, its starting point)."""
+    place = tmp_path_factory.mktemp("brief")
+    model = Alpamayo(SMALLER, Vocabulary(SMALLER))
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.save_pretrained(str(place / "init"), reasoning="on")
+    words = [*BRIEF.split(), "--stage", "reason", "--init", str(place / "init")]
+    run(command(cache, place / "out", *words))
+    return SimpleNamespace(words=words, out=place / "out", init=place / "init")
+
+
+def contents(folder):
+    """{file: bytes} of a checkpoint and what is needed to go on."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.name != "log.jsonl"}
+
+
+def infinite_gradient(run):
+    """Makes one gradient infinite, with all losses finite."""
+    run.model.vlm.lm_head.weight.register_hook(lambda grad: grad * math.inf)
+
+
+def infinite_weight(run):
+    """Makes one weight infinite behind the losses' back: in what is saved and not used."""
+    run.model.action_in_proj.encoder.trunk[0].weight.data[0, 0] = math.inf
+
+
+def nan_moment(run):
+    optimiser, _ = run.optimisers[0]
+    next(iter(optimiser.state.values()))["exp_avg"][...] = math.nan
+
+
+@pytest.mark.parametrize("stage", ["action", "reason", "rl"])
+@pytest.mark.parametrize("harm, complaint", [
+    (infinite_gradient, "`grad_norm` is not finite"), (infinite_weight, "holds NaN or infinite"), (nan_moment, "exp_avg"),
+])  # fmt: skip
+def test_the_last_good_checkpoint_survives(harm, complaint, stage, brief, cache, tmp_path, monkeypatch):
+    """A saving step whose gradient, weights or moments are not finite ends the run; what is said is true."""
+    of_rl = "--split tail --group 2 --flow-steps 2 --max-new-tokens 4 --lr 2e-3 --warmup 1".split()
+    words = [*brief.words, "--stage", stage, *of_rl * (stage == "rl")]
+    monkeypatch.setattr(rl, "draw_curves", lambda *_: None)
+    good = {}
+    save = train.save
+
+    def save_then_harm(run, step, stage):
+        if step == harmed:
+            harm(run)  # at a saving step: after the optimiser's
+        save(run, step, stage)
+        good.update(contents(tmp_path))
+        if step == harmed - 1 and harm is infinite_gradient:
+            harm(run)
+
+    monkeypatch.setattr(train, "save", save_then_harm)
+    for harmed, words_of_it in ((2, f"the checkpoint of step 1 in {tmp_path} is intact"), (1, "no checkpoint was saved")):
+        if harm is infinite_gradient and harmed == 1:
+            monkeypatch.setattr(train, "prepare", lambda run, prepare=train.prepare: (prepare(run), harm(run)))
+        good.clear()
+        with pytest.raises((FloatingPointError, ValueError)) as end:
+            run(command(cache, tmp_path, *words, "--overwrite"))
+        assert complaint in str(end.value) and str(end.value).endswith(words_of_it)
+        if harmed == 2:
+            assert contents(tmp_path) == good
+            Alpamayo.from_pretrained(str(tmp_path))
+        assert not (tmp_path / "saving").exists()
+
+
+def test_a_validation_that_is_not_finite_ends_the_run(brief, cache, tmp_path, monkeypatch):
+    """Else the log would hold what no reader of JSON reads."""
+    monkeypatch.setattr(train, "validate", lambda *_: {"ade": math.nan})
+    with pytest.raises(FloatingPointError, match="step 3: `ade` is not finite; the checkpoint of step 2"):
+        run(command(cache, tmp_path, *brief.words))
+    assert sorted(log(tmp_path)) == [1, 2]
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device"), OSError(28, "No space left on device")])
+def test_a_full_disk_is_one_line_and_the_checkpoint_stays(error, brief, cache, tmp_path, monkeypatch):
+    good, calls, write = {}, [], doors.save_file
+
+    def save_file(tensors, part, metadata):
+        calls.append(part)
+        if len(calls) == 4:  # the second step's model
+            good.update(contents(tmp_path))
+            open(part, "w").write("half")
+            raise error
+        write(tensors, part, metadata)
+
+    monkeypatch.setattr(doors, "save_file", save_file)
+    with pytest.raises(OSError, match="No space left on device.*; the checkpoint of step 1 in .* is intact$"):
+        run(command(cache, tmp_path, *brief.words))
+    left = {name: value for name, value in good.items() if not name.startswith("saving")}
+    assert contents(tmp_path) == left
+
+
+# --------------------------------------------------------------------------------------------------
+# A run's folder
+
+
+def test_a_folder_is_one_runs(brief, cache, tmp_path):
+    """Other files than a run's that saved nothing stay; what is overwritten is never resumed."""
+    out = tmp_path / "out"
+    shutil.copytree(brief.out, out)
+    args = command(cache, out, *brief.words)
+    before = contents(out)
+    for there in ([brief.out], [brief.init], [out]):
+        with pytest.raises(ValueError, match="--resume goes on with the run .*, --overwrite writes over it"):
+            run(command(cache, there[0], *brief.words))
+    assert contents(out) == before and not (brief.init / "train.lock").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "log.jsonl").write_text("of somebody else")
+    with pytest.raises(ValueError, match="has log.jsonl"):
+        run(command(cache, tmp_path / "mine", *brief.words))
+
+    with pytest.MonkeyPatch.context() as patch:  # a new run that dies before it saves
+        patch.setattr(train, "save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run([*args, "--overwrite"])
+    with pytest.raises(ValueError, match="no run to resume"):
+        run(["python", "train.py", "--resume", str(out)])
+    shutil.rmtree(out / "vlm")
+    for file in ("config.json", "model.safetensors"):
+        os.remove(out / file)
+    run(args)  # a log and a lock alone are in nobody's way
+    assert sorted(log(out)) == [1, 2, 3]
+    with doors.locked(str(out / "train.lock"), "held"), pytest.raises(ValueError, match=f"{out}: another run writes it"):
+        run(["python", "train.py", "--resume", str(out)])
+    with doors.locked(str(out / "train.lock"), "free again"):
+        pass
+
+
+def test_a_checkpoint_in_other_files_takes_the_place_of_an_older_one(tmp_path):
+    for file in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json", "mine.safetensors"):
+        (tmp_path / file).write_text("old")
+    with runs.new_checkpoint(str(tmp_path)) as new:
+        os.makedirs(os.path.join(new, "vlm"))
+        for file in ("model.safetensors", "vlm/config.json"):
+            open(os.path.join(new, file), "w").write("new")
+    assert sorted(os.listdir(tmp_path)) == ["mine.safetensors", "model.safetensors", "vlm"]
+
+
+def test_the_log_of_a_killed_run_is_whole_again(brief, cache, tmp_path):
+    """A half line, a line of a step that was not saved: they go, for good, in a new file."""
+    out = tmp_path / "out"
+    shutil.copytree(brief.out, out)
+    whole = (out / "log.jsonl").read_text()
+    (out / "log.jsonl").write_text(whole + '{"step": 4, "stage": "reason"}\n{"step": 5, "sta')
+    number = os.stat(out / "log.jsonl").st_ino
+    run(["python", "train.py", "--resume", str(out)])
+    assert (out / "log.jsonl").read_text() == whole and os.stat(out / "log.jsonl").st_ino != number
+    (out / "log.jsonl").write_text('{"step": 4}\nno JSON\n')
+    with pytest.raises(ValueError, match="log.jsonl: line 2: not JSON"):
+        run(["python", "train.py", "--resume", str(out)])
+    os.remove(out / "log.jsonl")
+    assert "done" in run(["python", "train.py", "--resume", str(out)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Going on
+
+
+def damaged(settings, tensors):
+    """[(what must be said, settings, tensors)]: each of them wrong in one place."""
+    flags = json.loads(settings["flags"])
+    cases = [("format", settings | {"format": "2"}, tensors)]
+    for step in ("0", "4", "-1", "1.0", "nan", "", "1" * 5000):
+        cases.append(("step is", settings | {"step": step}, tensors))
+    for name in ("format", "flags", "step", "tensors"):
+        cases.append((name, {k: v for k, v in settings.items() if k != name}, tensors))
+    for text in ("", "[]", "1", "{", '{"lr": NaN}', "[" * 100_000):
+        cases.append(("flags", settings | {"flags": text}, tensors))
+    for name, value in {
+        "lr": "fast", "steps": "3", "batch": 2.5, "size": [64], "clip": None, "blind": 1, "train": "nothing", "seed": [0], "init": 5,
+        "help": True, "resume": "x", "unheard_of": 1, "": 1, "val_every": 0, "decay": -1, "stage": {}, "out": "elsewhere", "dtype": "int8",
+    }.items():  # fmt: skip
+        cases.append(("flags", settings | {"flags": json.dumps(flags | {name: value})}, tensors))
+    weight = next(name for name in tensors if name.startswith("model."))
+    moment = next(name for name in tensors if "exp_avg_sq" in name)
+    count = next(name for name in tensors if ".step." in name)
+    for name in (weight, moment, count):
+        cases.append(("expected", settings, {k: v for k, v in tensors.items() if k != name}))
+        cases.append(("expected", settings, tensors | {name: tensors[name].double()}))
+        cases.append(("expected", settings, tensors | {name: torch.zeros(3, 3, 3)}))
+        for bad in (math.nan, -math.inf):
+            cases.append(("NaN or infinite", settings, tensors | {name: torch.full_like(tensors[name], bad)}))
+    for name in ("known", "more", "0.exp_avg.more", "7.exp_avg.x", "x"):
+        cases.append((f"unexpected: {name}", settings, tensors | {name: torch.zeros(2)}))
+    return cases
+
+
+def test_a_damaged_file_to_go_on_from_is_one_line(brief, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(brief.out, out)
+    file = out / "training.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as f:
+        settings = f.metadata()
+    cases = damaged(settings, tensors)
+    scenes = data.make_scenes([0, 1], size=(32, 64))  # the shapes are told before any is read
+    assert len(cases) > 45 and scenes
+    for words, some_settings, some_tensors in cases:
+        save_file(some_tensors, file, some_settings)
+        before = file.read_bytes()
+        with pytest.raises(ValueError) as end:
+            run(["python", "train.py", "--resume", str(out)])
+        line = str(end.value)
+        assert words in line and str(file) in line and "\n" not in line and len(line) < 6000, line
+        assert file.read_bytes() == before
+    for size in (0, 7, 100, len(before) - 1):
+        file.write_bytes(before[:size])
+        with pytest.raises(ValueError, match="training.safetensors"):
+            run(["python", "train.py", "--resume", str(out)])
+
+
+def test_what_changed_is_said_and_the_run_goes_on(brief, cache, tmp_path, monkeypatch):
+    """Settings are absolute, so another working directory changes nothing; other scenes and sources do."""
+    out = tmp_path / "out"
+    shutil.copytree(brief.out, out)
+    monkeypatch.chdir(tmp_path)
+    resume = ["python", "train.py", "--resume", "out"]
+    assert "will not be those" not in run(resume)
+    with safe_open(out / "training.safetensors", "pt") as f:
+        settings = f.metadata()
+        tensors = {name: f.get_tensor(name) for name in f.keys()}
+    flags = json.loads(settings["flags"])
+    assert flags["cache"] == cache and flags["init"] == str(brief.init) and flags["data"] == "world"
+    del flags["muon_lr"]
+    other = {"sources": "0", "scenes": "7, 0", "processes": "2", "device": "cuda, bfloat16", "threads": "64", "PyTorch": "1.0"}
+    save_file(tensors, out / "training.safetensors", settings | other | {"flags": json.dumps(flags)})
+    said = run(resume)
+    for name, was in other.items():
+        assert f"training.safetensors: {name}: {was} when it was saved, {settings[name]} now; the losses will not be" in said
+    assert "has no flag muon_lr: its default holds" in said
+
+
+# --------------------------------------------------------------------------------------------------
+# Clips that are held out
+
+
+def test_clips_are_held_out_whole_or_at_their_end():
+    two = [("a", float(t)) for t in range(4)] + [("b", float(t)) for t in range(4)]
+    ten = [(f"clip {i}", t / 2) for i in range(10) for t in range(3)]
+    one = [("a", 2 + t / 2) for t in range(60)]
+    for cuts in (two, one):
+        assert train.split_clips(cuts, None) == train.split_clips(cuts, 0.0) == (list(range(len(cuts))), [])
+    assert train.split_clips(two, 0.1) == ([0, 1, 2, 3], [4, 5, 6, 7])
+    assert train.split_clips(two, 0.9) == ([0, 1, 2, 3], [4, 5, 6, 7])
+    assert train.split_clips(ten, None) == (list(range(27)), [27, 28, 29])
+    assert train.split_clips(ten, 0.3)[1] == list(range(21, 30))
+    learned, held = train.split_clips(one, 0.1)
+    assert held == list(range(54, 60)) and learned == list(range(38))
+    assert one[held[0]][1] - one[learned[-1]][1] >= 1.9 + 6.4  # nothing of one is in the other
+    assert train.split_clips(one[:6], 0.5) == ([], [3, 4, 5])
+
+
+def test_held_out_scenes_are_other_scenes(cache, brief, folder, tmp_path):  # noqa: F811
+    write_reasoning(folder)
+    args = command(cache, tmp_path / "a", "--data", str(folder), *brief.words, "--steps", "1")
+    with pytest.raises(ValueError, match="nothing is left to learn from, .*--hold-out 0"):
+        run([*args, "--hold-out", "0.4"])
+    clips = data.load(str(folder), frames=1)
+    part = train.some_of(clips, [2, 0])
+    assert part.names == [clips.names[2], clips.names[0]] and len(part) == 2 and len(clips) == 3
+    assert torch.equal(part.batch([0])["ego_history_xyz"], clips.batch([2])["ego_history_xyz"])

@@ -1,0 +1,246 @@
+"""
+A run's folder, as train.py keeps it: whose it is, what it holds, whether a stopped run can go on.
+
+    train.lock               held while a run lives: own_folder
+    log.jsonl                a line a step: begin_log
+    model.safetensors, ...   the checkpoint to use; it replaces an older one when it is whole and
+                             finite: new_checkpoint
+    training.safetensors     moved there with it, to go on from: what learns, the optimisers'
+                             moments and, as text, the settings: flags, step, number of tensors, and
+                             the signs, by which a resumed run knows whether all is as it was
+
+What cannot work is a ValueError of one line. What changes the losses is said.
+"""
+import hashlib
+import json
+import os
+import shutil
+import sys
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+import doors
+
+FORMAT = "3"  # of training.safetensors
+STATE = "training.safetensors"
+SHARDS = ("model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors")
+OF_CHECKPOINT = (STATE, "config.json", "tokenizer.json", "vlm/config.json", *SHARDS)
+NOT_KEPT = ("resume", "out", "overwrite", "plan")  # of the flags
+
+# --------------------------------------------------------------------------------------------------
+# One run at a time
+
+
+@contextmanager
+def own_folder(flags):
+    """--out is this run's alone. ValueError where another run writes it, or files would be lost."""
+    lock = os.path.join(flags.out, "train.lock")
+    if not flags.resume and not flags.overwrite:
+        losses = OF_CHECKPOINT
+        if not os.path.exists(lock):  # a run that has saved nothing leaves a log, and its lock
+            losses += ("log.jsonl", "curves.png")
+        there = [file.name for name in losses for file in Path(flags.out).glob(name)]
+        if there:
+            raise ValueError(f"--out {flags.out}: has {there[0]}; --resume goes on with the run "
+                             "that wrote it, --overwrite writes over it")
+    with doors.locked(lock, f"{flags.out}: another run writes it"):
+        yield
+
+
+def begin_log(folder, steps):
+    """The open log, in which the lines of the first steps are left. From here on --resume finds no
+    older run."""
+    path = os.path.join(folder, "log.jsonl")
+    lines = []
+    if not steps:
+        with suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, STATE))
+    elif os.path.exists(path):
+        lines = [line for line in doors.read_json_lines(path) if line.number("step") <= steps]
+    doors.write_json_lines(path, lines)
+    return open(path, "a")
+
+
+@contextmanager
+def new_checkpoint(folder):
+    """An empty folder to write a checkpoint to. Its files move to `folder` if the block ends well:
+    all of them or, on any error, none."""
+    new = Path(folder, "saving")
+    shutil.rmtree(new, ignore_errors=True)  # of a killed run
+    try:
+        yield str(new)
+        files = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
+        for name in SHARDS:  # of an older checkpoint, in more or fewer files
+            for old in Path(folder).glob(name):
+                if old.relative_to(folder) not in files:
+                    old.unlink()
+        for file in files:
+            os.makedirs(Path(folder, file).parent, exist_ok=True)
+            os.replace(Path(new, file), Path(folder, file))
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def telling_what_is_saved(folder):
+    """An error in here says, too, which checkpoint is intact."""
+    try:
+        yield
+    except (FloatingPointError, OSError, ValueError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        saved = "no checkpoint was saved"
+        with suppress(OSError, SafetensorError), safe_open(os.path.join(folder, STATE), "pt") as f:
+            saved = f"the checkpoint of step {f.metadata()['step']} in {folder} is intact"
+        kind = next(k for k in (FloatingPointError, OSError, ValueError) if isinstance(error, k))
+        raise kind(f"{error}; {saved}") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings: flags and signs
+
+
+def kept(flags):
+    """What is kept of the flags, {name: value} as JSON has them. Folders are absolute."""
+    found = {k: v for k, v in vars(flags).items() if k not in NOT_KEPT}
+    for name in ("init", "data", "cache"):
+        if found[name] not in (None, "world"):
+            found[name] = os.path.abspath(found[name])
+    return json.loads(json.dumps(found, default=str))
+
+
+def signs_of(scenes):
+    """What a run's losses depend on beside its flags and its device, {name: text}."""
+    told = json.dumps([scenes.names, scenes.reasoning]).encode()
+    shown = [v.numpy().tobytes() for v in scenes.batch([0]).values() if torch.is_tensor(v)]
+    return {
+        "sources": sources(),
+        "scenes": f"{len(scenes)}, {short_hash([told, *shown])}",
+        "threads": str(torch.get_num_threads()),
+        "PyTorch": torch.__version__,
+    }
+
+
+@lru_cache
+def sources():
+    """A short hash of the project's own Python: its rooms, the world and the kernels."""
+    root = Path(__file__).parent
+    files = [file for folder in (".", "world", "kernels") for file in (root / folder).glob("*.py")]
+    return short_hash(file.read_bytes() for file in sorted(files))
+
+
+def short_hash(parts):
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
+
+
+def read_settings(folder):
+    """(path, settings) of the file to go on from; ValueError where there is none of this format.
+
+    settings: {name: text}, but the flags are a dictionary, as `kept` returns it."""
+    path = os.path.join(folder, STATE)
+    if not os.path.isfile(path):
+        raise ValueError(f"--resume {folder}: no run to resume, there is no file {path}")
+    try:
+        with safe_open(path, "pt") as f:
+            settings = f.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: no run to resume ({error})") from None
+    if settings.get("format") != FORMAT:
+        raise ValueError(f"{path}: written by an earlier train.py, format "
+                         f"{settings.get('format')} and not {FORMAT}; go on from it with --init")
+    for name in ("flags", "step", "tensors"):
+        if name not in settings:
+            raise ValueError(f"{path}: {name} is missing")
+    flags = doors.parse_json(settings["flags"], f"{path}: flags")
+    if not isinstance(flags, dict):
+        raise ValueError(f"{path}: flags must be an object of named fields")
+    return path, settings | {"flags": flags}
+
+
+def flags_of_stopped_run(folder, parser):
+    """Its flags, read as if they were typed again: what is wrong with them is refused as there."""
+    if len(sys.argv) != (2 if "=" in sys.argv[1] else 3):
+        parser.error("--resume takes no other flag: the run's own settings hold")
+    path, settings = read_settings(folder)
+    stopped = settings["flags"]
+
+    def refuse(message):
+        raise ValueError(f"{path}: flags: {message}")
+
+    known = {action.dest for action in parser._actions} - {"help", *NOT_KEPT}
+    words = []
+    for name, value in stopped.items():
+        if name not in known:
+            refuse(f"{name} is none that this train.py knows")
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is not None and value is not False:
+            words.append(flag if value is True else f"{flag}={value}")
+    parser.error = refuse
+    flags = parser.parse_args(words)
+    typed = kept(flags)
+    for name, value in stopped.items():
+        if typed.get(name) != value:
+            refuse(f"{name} is {value!r}")
+    if settings["step"] not in map(str, range(1, flags.steps + 1)):
+        raise ValueError(f"{path}: step is {settings['step']!r}, expected 1 to {flags.steps}")
+    flags.resume = flags.out = folder
+    return flags
+
+
+def differences(run, path, settings):
+    """Lines to say of what is not as the stopped run had it.
+
+    ValueError where it cannot go on like this."""
+    if settings.get("base") != run.signs.get("base"):
+        raise ValueError(f"{run.flags.init}: other weights than those that this run began with; "
+                         "its adapters do not fit")
+    new = sorted(kept(run.flags).keys() - settings["flags"].keys())
+    lines = [f"{path}: has no flag {name}: its default holds" for name in new]
+    for name, now in run.signs.items():
+        if settings.get(name) != now:
+            lines.append(f"{path}: {name}: {settings.get(name)} when it was saved, {now} now; the "
+                         "losses will not be those of an unbroken run")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------
+# Tensors
+
+MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
+
+
+def read_tensors(run, path, count):
+    """{name: tensor} of the file to go on from: all that it should hold, in shape, finite.
+
+    A weight that has had no gradient yet has no moments. So the file says how many tensors there
+    are, `count`."""
+    names = {p: name for name, p in run.model.named_parameters()}
+    shapes = {f"model.{names[p]}": p.shape for p in run.params}
+    if run.known is not None:
+        shapes["known"] = run.known.shape
+    needed = set(shapes)
+    for i, (optimiser, _) in enumerate(run.optimisers):
+        for p in [p for group in optimiser.param_groups for p in group["params"]]:
+            for key in MOMENTS[type(optimiser).__name__]:
+                shapes[f"{i}.{key}.{names[p]}"] = torch.Size() if key == "step" else p.shape
+    try:
+        with safe_open(path, "pt") as f:
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    wrong = sorted((tensors.keys() - shapes.keys()) | (needed - tensors.keys()))
+    if wrong or count != str(len(tensors)):
+        raise ValueError(f"{path}: has {len(tensors)} tensors, expected {count}"
+                         + f"; missing or unexpected: {', '.join(wrong[:3])}" * bool(wrong))
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name] or tensor.dtype != torch.float32:
+            raise ValueError(f"{path}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                             f"expected torch.float32 {tuple(shapes[name])}")
+    doors.require_finite(tensors, path)
+    return tensors
