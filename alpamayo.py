@@ -52,8 +52,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import release
-from doors import write_atomically
-from kernels import by_hand
+from doors import check_sampling, check_scene, write_atomically
+from kernels import by_hand, stock
 from kernels.flow_step import roll_out_by_kernel
 from kernels.prefix_attention import prefix_attention
 from kernels.pruned_attention import pruned_attention
@@ -136,17 +136,7 @@ class Config:
     flex_layer: int = 4  # ours, see Flex
 
     def __post_init__(self):
-        for name in ("keep", "retrieve"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a share in (0, 1], not {getattr(self, name)}")
-        if self.vision not in ("image", "triplane", "flex"):
-            raise ValueError(f"vision: expected image, triplane or flex, not {self.vision!r}")
-        if not 0 <= self.keep_at < 1:
-            raise ValueError(f"keep_at: expected a share in [0, 1), not {self.keep_at}")
-        cut = any(cells % patch for cells, patch in zip(self.planes, self.planes_patch))
-        if self.vision == "triplane" and cut:
-            raise ValueError(f"planes: {self.planes} cells are not whole patches of "
-                             f"{self.planes_patch}")
+        release.require_config(vars(self), vars(Config))
 
     @property
     def vocab(self):  # tokens in all
@@ -159,6 +149,11 @@ class Config:
     @property
     def times(self):  # time steps of a camera that become tokens of their own
         return self.frames // self.temporal_patch if self.pair_frames else self.frames
+
+    @property
+    def reads(self):  # keys of a Scene, beside those that every model reads
+        keys = ["ego_kinematics"] if self.ego == "kinematics" else []
+        return keys + (["intrinsics", "camera_to_ego"] if self.vision == "triplane" else [])
 
 
 # What nano and mini share. They learn in the built-in world; `with_words` adds its words.
@@ -189,11 +184,7 @@ NANO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "checkpoints", "
 
 def read_config(folder):
     """Config of a checkpoint folder, ours or the release's."""
-    fields = release.read_config(folder, vars(Config()))
-    try:
-        return Config(**fields)
-    except ValueError as e:
-        raise ValueError(f"{folder}/config.json: field extra.{e}") from None
+    return Config(**release.read_config(folder, vars(Config())))
 
 
 def with_words(cfg, texts):
@@ -281,6 +272,7 @@ class Alpamayo(nn.Module):
         The release lacks the backbone's tokenizer.json: put it beside. switches: fields of Config
         to change, such as keep=0.5. FileNotFoundError, ValueError: one line with file and field."""
         cfg = replace(read_config(folder), **switches)
+        folder = os.fsdecode(folder)
         with torch.device("meta"):
             model = Alpamayo(cfg, Vocabulary(cfg, folder))
         release.load_weights(model, folder, dtype, device)
@@ -290,6 +282,7 @@ class Alpamayo(nn.Module):
         """Write a checkpoint in the release's format.
         dtype: of the weights on disk, as they are where not given; reasoning: whether the saved
         model thinks before it drives, "on" or "off", as its Config says where not given."""
+        folder = os.fsdecode(folder)
         release.save_weights(self, folder, dtype, shard_bytes)
         source = self.vocabulary.path
         target = os.path.join(folder, "tokenizer.json")
@@ -310,7 +303,8 @@ class Alpamayo(nn.Module):
         images = resize(scene["images"].to(self.device), cfg)
         camera_ids = scene["camera_ids"].to(self.device)
         B, cameras, frames, _, H, W = images.shape
-        if (cfg.view_embed or cfg.vision != "image") and frames != cfg.frames:
+        placed = cfg.pair_frames or cfg.view_embed or cfg.vision != "image"
+        if placed and frames != cfg.frames:
             raise ValueError(f"images: {frames} frames of each camera; this model reads "
                              f"{cfg.frames}")
         if cfg.pair_frames:
@@ -332,9 +326,6 @@ class Alpamayo(nn.Module):
             tokens = tower.flex(x, kept, view, camera_ids)
             grids = [[(1, 1)] * cfg.flex_tokens]
         else:
-            if "intrinsics" not in scene or "camera_to_ego" not in scene:
-                raise ValueError("vision = triplane: the scene's cameras are not calibrated "
-                                 "(intrinsics, camera_to_ego)")
             lenses = [scene[k].to(self.device) for k in ("intrinsics", "camera_to_ego")]
             tokens = tower.triplane(x, kept, view, *lenses)
             grids = [tower.triplane.grids()] * times
@@ -361,11 +352,9 @@ class Alpamayo(nn.Module):
         """The sequence of Eq. 1 up to where the model speaks: a `Prompt`.
         Pruned image tokens are not in it. Kept ones have the position they would have among all."""
         cfg, vocab, device = self.cfg, self.vocabulary, self.device
+        check_scene(scene, *cfg.reads)
         tokens, deep, images, kept = self.look(scene)
         cameras = scene["camera_ids"]
-        if (cameras != cameras[0]).any():
-            raise ValueError("camera_ids: the scenes of a batch must have the same cameras in the "
-                             "same order")
         routes = scene["route"] if cfg.route and "route" in scene else [""] * len(cameras)
         every = [self.prompt_ids(cameras[0].tolist(), images, reason, r) for r in routes]
         if len({len(ids) for ids in every}) > 1:
@@ -431,6 +420,8 @@ class Alpamayo(nn.Module):
         tower never learns the lane offset.
         Returns `text` and `action`, mean nats a token of each kind (the release adds them); `flow`,
         a mean square; `ade`, m, of where the velocity points; `tokens`, how many were read."""
+        rot = [] if "actions" in scene else ["ego_future_rot"]
+        check_scene(scene, "reasoning", "ego_future_xyz", *rot)
         actions = self.target_actions(scene)  # (B, 64, 2)
         prompt = self.embed_prompt(scene, reason)
         ids, ends = self.response_ids(scene, actions, reason, action_tokens)  # (B, R), (B,)
@@ -539,7 +530,7 @@ class Alpamayo(nn.Module):
         truth = scene["ego_future_xyz"].to(device).repeat_interleave(n, 0)
         return {"flow": flow, "ade": ade(roll_out(guess, v0)[0], truth).mean()}
 
-    def velocity(self, x_t, t, past, start):
+    def velocity(self, x_t, t, past, start):  # kernels/sampler.py has it too
         """The expert's velocity (N, 64, 2) of noisy controls x_t (N, 64, 2) at times t (N,).
         past: a `Past` for every layer; its 64 tokens take the positions from start (N,) on."""
         x = self.action_in_proj(x_t, t)
@@ -606,7 +597,7 @@ class Alpamayo(nn.Module):
         the expert drives; "tokens": the language model says its 128 action tokens, which is slow
         and is what the paper's reinforcement learning scores. eta: see euler_step.
         The prompt's keys and values are stored once for all n samples. Returns a Rollout."""
-        check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta)
+        check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta, seed, noise)
         cfg = self.cfg
         reason = cfg.reasoning == "on" if reason is None else reason
         generator = torch.Generator(self.device).manual_seed(seed) if seed is not None else None
@@ -708,13 +699,13 @@ class Alpamayo(nn.Module):
             raise ValueError(f"noise: shape {tuple(noise.shape)}, expected {(N, HORIZON, 2)}")
         x = noise.to(device)
         start = prefix.end + thought.length
-        dtype = self.expert.norm.weight.dtype
-        if eta == 0 and by_hand(device, dtype):
+        dtype = next(self.expert.parameters(), x).dtype
+        fast = eta == 0 and by_hand(device, dtype)
+        if fast and stock.is_flow(Alpamayo.drive, self, prefix.layers):  # see kernels/stock.py
             parts = self.expert, self.action_in_proj, self.action_out_proj
             cos, sin = self.rope_of_actions(start, dtype)
             seen = torch.arange(T, device=device) < thought.length[:, None]
-            tail = [kv or (None, None) for kv in thought.tail]
-            return sample_flow(*parts, steps, x, cos, sin, prefix.layers, tail, seen)
+            return sample_flow(*parts, steps, x, cos, sin, prefix.layers, thought.tail, seen)
         past = self.expert_past(prefix, thought.tail, T, thought.length)
         flow = [x]
         for i in range(steps):
@@ -726,7 +717,7 @@ class Alpamayo(nn.Module):
             flow.append(x)
         return torch.stack(flow)
 
-    def expert_past(self, prefix, tail, T, length):
+    def expert_past(self, prefix, tail, T, length):  # kernels/sampler.py has it too
         """The expert's `Past` of every layer: the prompt, and of a sample's own T tokens the first
         length (N,). The stop-gradient is here too."""
         at = torch.arange(T + HORIZON, device=length.device)
@@ -832,16 +823,6 @@ class Replay(NamedTuple):
     stds: list  # of each step, a float
 
 
-def check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta):
-    """ValueError where `sample` is asked for what cannot be."""
-    if not (min(n, steps, max_new_tokens) >= 1 and temperature >= 0 and 0 < top_p <= 1):
-        raise ValueError("sample: n, steps and max_new_tokens must be 1 or more, temperature 0 or "
-                         "more, top_p in (0, 1]")
-    if decode not in ("flow", "tokens") or not 0 <= eta <= 1:
-        raise ValueError(f"sample: decode must be flow or tokens, eta in [0, 1], not {decode!r} "
-                         f"and {eta}")
-
-
 class Clock:
     """Wall-clock seconds of each stage; waits until the GPU has finished it."""
     def __init__(self, device):
@@ -872,7 +853,7 @@ def yaw_of(rot):
     return torch.atan2(rot[..., 1, 0], rot[..., 0, 0])
 
 
-def rot_of(yaw):
+def rot_of(yaw):  # kernels/flow_step.py has it too
     """Rotation matrices (..., 3, 3) about z of headings (...) in rad."""
     cos, sin = yaw.cos(), yaw.sin()
     zero, one = torch.zeros_like(yaw), torch.ones_like(yaw)
@@ -880,11 +861,11 @@ def rot_of(yaw):
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
 
 
-def roll_out(actions, v0):
+def roll_out(actions, v0):  # kernels/flow_step.py has it too
     """Drive a unicycle from the origin of the ego frame, in Euler steps of 0.1 s (Eq. 5).
     actions (..., 64, 2): acceleration m/s^2, curvature 1/m (left-positive); v0 (...): m/s at t0.
     Returns xyz (..., 64, 3) in metres, with z = 0, and rot (..., 64, 3, 3)."""
-    if by_hand(actions.device, actions.dtype, even_32_bit=True):
+    if by_hand(actions.device, actions.dtype, even_32_bit=True) and stock.is_roll_out(roll_out):
         return roll_out_by_kernel(actions, v0)
     accel, curvature = actions.unbind(-1)
     v0 = v0[..., None]
@@ -902,6 +883,11 @@ def ade(path, truth):
     """Average displacement error in m, (...): the mean over 6.4 s of the distance in the ground
     plane between a path (..., 64, 3) and the driven one (..., 64, 3)."""
     return (path - truth)[..., :2].norm(dim=-1).mean(-1)
+
+
+def in_float64(x):
+    """x in float64, on the CPU where the device has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def smooth_solve(A, b, order, smooth, ridge, first=None):
@@ -947,9 +933,9 @@ def fit_speed(xy, yaw, v0=None):
 
 def initial_speed(history_xyz, history_rot):
     """Speed (...) in m/s at t0 of history_xyz (..., T, 3) and history_rot (..., T, 3, 3)."""
-    yaw = unwrap(yaw_of(history_rot.double()))
-    speed = fit_speed(history_xyz[..., :2].double(), yaw)
-    return speed[..., -1].to(history_xyz.dtype)
+    yaw = unwrap(yaw_of(in_float64(history_rot)))
+    speed = fit_speed(in_float64(history_xyz)[..., :2], yaw)
+    return speed[..., -1].to(history_xyz)
 
 
 def fit_actions(history_xyz, history_rot, future_xyz, future_rot):
@@ -960,11 +946,11 @@ def fit_actions(history_xyz, history_rot, future_xyz, future_rot):
     squares in turn: heading, speed, acceleration, curvature, as the release. One thing differs.
     Where the car hardly moves, curvature is 0 / 0 and the release's fit runs wild. Ours is clamped
     to +-0.33 1/m, and is 0 where either end of the step is slower than 0.6 m/s."""
-    eye = torch.eye(HORIZON + 1, dtype=torch.float64, device=future_xyz.device)
-    xy = F.pad(future_xyz[..., :2].double(), (0, 0, 1, 0))  # (..., 65, 2): from the origin on
-    measured = unwrap(F.pad(yaw_of(future_rot).double(), (1, 0)))
+    xy = F.pad(in_float64(future_xyz)[..., :2], (0, 0, 1, 0))  # (..., 65, 2): from the origin on
+    eye = torch.eye(HORIZON + 1, dtype=torch.float64, device=xy.device)
+    measured = unwrap(F.pad(in_float64(yaw_of(future_rot)), (1, 0)))
     yaw = smooth_solve(eye, measured, 3, 1e-6, 1e-8, torch.zeros_like(measured[..., 0]))
-    v = fit_speed(xy, yaw, initial_speed(history_xyz, history_rot).double())
+    v = fit_speed(xy, yaw, in_float64(initial_speed(history_xyz, history_rot)))
     accel = smooth_solve(eye[1:, 1:], v.diff(dim=-1) / DT, 2, 1e-4, 1e-4)
 
     arc = DT * v[..., :-1] + DT**2 / 2 * accel  # arc length in m: dyaw = curvature * arc (Eq. 5)
@@ -972,7 +958,7 @@ def fit_actions(history_xyz, history_rot, future_xyz, future_rot):
     curvature = curvature.clamp(-CURVATURE_BOUND, CURVATURE_BOUND)
     fast = v.abs() >= LOW_SPEED
     moving = fast[..., :-1] & fast[..., 1:]
-    return torch.stack([accel, curvature * moving], -1).to(future_xyz.dtype)
+    return torch.stack([accel, curvature * moving], -1).to(future_xyz)
 
 
 class ActionSpace(nn.Module):
@@ -1077,7 +1063,7 @@ def patchify(images, cfg):
     return x.reshape(M, H // p * (W // p), 3 * T * p * p)
 
 
-def rotate(x, cos, sin):
+def rotate(x, cos, sin):  # kernels/sampler.py has it too
     """Rotary position embedding of x (..., T, d) by angles whose cos and sin are (..., T, d / 2).
     Dimension i turns with i + d / 2."""
     a, b = x.chunk(2, -1)
@@ -1499,7 +1485,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(cfg.head_dim, eps=1e-6)
         self.k_norm = nn.RMSNorm(cfg.head_dim, eps=1e-6)
 
-    def forward(self, x, cos, sin, past=None, n_ask=0):
+    def forward(self, x, cos, sin, past=None, n_ask=0):  # kernels/sampler.py has it too
         """x (N, T, C) to (N, T, C), and this layer's keys and values.
         Without a past: causal. With a `Past`: over the shared prefix, the own tail and these T
         tokens, by its masks. n_ask: also return the attention received from the last n_ask queries,
@@ -1532,7 +1518,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(n_embd, n_mlp, bias=False)
         self.down_proj = nn.Linear(n_mlp, n_embd, bias=False)
 
-    def forward(self, x):
+    def forward(self, x):  # kernels/sampler.py has it too
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -1545,7 +1531,7 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(n_embd, eps=1e-6)
         self.post_attention_layernorm = nn.RMSNorm(n_embd, eps=1e-6)
 
-    def forward(self, x, cos, sin, past=None, n_ask=0):
+    def forward(self, x, cos, sin, past=None, n_ask=0):  # kernels/sampler.py has it too
         y, kv = self.self_attn(self.input_layernorm(x), cos, sin, past, n_ask)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), kv
@@ -1641,7 +1627,7 @@ class Fourier(nn.Module):
         freqs = torch.logspace(0, math.log10(max_freq), features // 2)
         self.register_buffer("freqs", freqs[None])
 
-    def forward(self, x):
+    def forward(self, x):  # kernels/flow_step.py has it too
         angle = x[..., None] * self.freqs[0] * (2 * math.pi)
         return math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], -1)
 
@@ -1663,7 +1649,7 @@ class ActionEmbed(nn.Module):
         self.encoder.trunk = nn.Sequential(*trunk, nn.Linear(width, cfg.e_embd))
         self.norm = nn.LayerNorm(cfg.e_embd)
 
-    def forward(self, x, t):
+    def forward(self, x, t):  # kernels/flow_step.py has it too
         accel = self.sinus[0](x[..., 0])
         curvature = self.sinus[1](x[..., 1])
         t = self.timestep_fourier_encoder(t)[:, None].expand(-1, x.shape[1], -1)
@@ -1681,7 +1667,7 @@ class Expert(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.RMSNorm(cfg.e_embd, eps=1e-6)
 
-    def forward(self, x, cos, sin, past):
+    def forward(self, x, cos, sin, past):  # kernels/sampler.py has it too
         """x (N, 64, C) to (N, 64, C); past: a `Past` for every layer."""
         for layer, layer_past in zip(self.layers, past):
             x, _ = layer(x, cos, sin, layer_past)
@@ -1695,7 +1681,7 @@ def flow_time(n, generator=None, device=None):
     return 0.999 * (1 - u ** (1 / 1.5))
 
 
-def euler_step(x, velocity, t, dt, eta=0.0):
+def euler_step(x, velocity, t, dt, eta=0.0):  # kernels/flow_step.py has it too, for eta = 0
     """An Euler step of the flow from x_t (..., 64, 2) at time t by dt: the next controls' mean and
     standard deviation, which is 0 for eta = 0.
 

@@ -17,16 +17,22 @@ layout has. A reader takes the folder and returns a list of Clips. A Clip needs
 
     motion       Motion(file, times, xyz, rot) of the rear axle: s, m, rotations (`rotation` makes
                  them of yaw, pitch and roll). What was measured goes in by name, as speed=...
-    cameras      {id: Camera}, ids as in CAMERAS; `image_camera` makes one of image files and times
+    cameras      {id: Camera}, ids as in CAMERAS; `image_camera` makes one of image files and times,
+                 `calibration_of` its intrinsics and camera_to_ego
     reasoning    {time in s: text}, or {}
 
-All else works on Clips: Scenes, batches, rigs, labels, and the errors about what is too short.
+All else works on Clips: Scenes, batches, rigs, labels, and the errors about what is too short or
+what no car does (doors.py).
 """
 import functools
-import json
+import io
 import math
+import os
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +41,22 @@ from torch.nn.functional import grid_sample, interpolate
 from torch.utils.data import default_collate
 
 from alpamayo import DT, LOW_SPEED, project, rot_of, yaw_of
-from doors import expecting, read_csv, read_image, read_json, require_increasing
+from doors import (
+    calibration_of,
+    check_drive,
+    check_times,
+    expecting,
+    files_in,
+    inside,
+    note,
+    number_of,
+    objects_of,
+    parse_json,
+    read_csv,
+    read_image,
+    read_json,
+    read_text,
+)
 from world import FUTURE, HISTORY, PAST, WHEELBASE, rays, rig_camera
 
 CAMERAS = """
@@ -45,14 +66,37 @@ rear_left_70fov rear_tele_30fov rear_right_70fov front_tele_30fov
 USED = (0, 1, 2, 6)  # the cameras that the release looks through
 KINEMATICS = ("speed", "acceleration", "steering", "turn_signal")  # columns of ego_kinematics
 TICK = 5e-7  # s, half a microsecond of NVIDIA's clock: times closer than this are the same
+GAP = 0.5  # s without a pose; no Scene spans more
+STALE = 3  # frame periods; an older image is not used
+IMAGE_TYPES = (".png", ".jpg", ".jpeg")
+STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+")  # KITTI's
 
 
 class Camera(NamedTuple):
-    read: Callable  # times (frames,) in s -> (frames, H, W, 3) uint8, the last image at or before
-    first: float  # s, the first image
-    last: float  # s
+    times: np.ndarray  # (N,) s, of its images
+    images: Callable  # numbers (n,) of images -> (n, H, W, 3) uint8
     intrinsics: torch.Tensor | None = None  # (10,), see `project`; None where unknown
     camera_to_ego: torch.Tensor | None = None  # (4, 4)
+
+    @property
+    def first(self):
+        """The time of the first image, in s."""
+        return self.times[0]
+
+    @property
+    def last(self):
+        """The time of the last image, in s."""
+        return self.times[-1]
+
+    def read(self, times):
+        """The last images at or before times (n,) in s: (n, H, W, 3) uint8."""
+        return self.images(last_at(self.times, times))
+
+    def has(self, times):
+        """Whether there is an image for each of times (n,) in s that is not STALE: (n,) bool."""
+        there = (times >= self.first - TICK) & (times <= self.last + TICK)
+        age = times - self.times[last_at(self.times, times)]
+        return there & (age <= STALE * np.median(np.diff(self.times)))
 
 
 class Clip(NamedTuple):
@@ -61,18 +105,19 @@ class Clip(NamedTuple):
     cameras: dict  # camera id -> Camera
     reasoning: dict  # time in s -> text, "" for a key frame without one
 
-    def default_starts(self):
-        """The times t0 in s that Scenes are cut at when nobody asks for others."""
+    def default_starts(self, after):
+        """The times t0 in s that Scenes are cut at when nobody asks for others.
+
+        after: how long a Scene goes on after its t0, in s."""
         first = self.motion.first + 2
-        every_half = np.arange(first, max(self.motion.last, first + 0.1), 0.5)  # at least one
+        end = self.motion.last - after
+        every_half = np.arange(first, max(end + TICK, first + 0.1), 0.5)  # at least one
         return list(self.reasoning) or every_half
 
     def text_at(self, t0):
         """The reasoning at t0, "" if there is none."""
-        for time, text in self.reasoning.items():
-            if abs(time - t0) < DT / 2:
-                return text
-        return ""
+        near = min(self.reasoning, key=lambda time: abs(time - t0), default=math.inf)
+        return self.reasoning[near] if abs(near - t0) < DT / 2 else ""
 
     def view(self, camera_id, times):
         """
@@ -103,7 +148,11 @@ def read_clips(path):
     readers = {"features.csv": read_nvidia, "oxts": read_kitti, "egomotion.csv": read_folder}
     for entry, reader in readers.items():
         if (path / entry).exists():
-            return reader(path)
+            clips = reader(path)
+            for clip in clips:
+                motion = clip.motion
+                check_drive(motion.where, motion.times, motion.xyz, motion.rot, motion.measured)
+            return clips
     raise FileNotFoundError(f"{path}: no ego motion in it, expected one of {', '.join(readers)}")
 
 
@@ -117,13 +166,14 @@ class ClipScenes:
     camera_ids  left out: those of 0, 1, 2 and 6 that there are
     frames      images of each camera, frame_dt s apart, the last one at t0
     size, rig   (H, W), and RIG or the like: all images become what the cameras of the rig would
-                see, for models that know only the world. Left out, images keep their size, which
-                must be one for all
+                see, for models that know only the world. Left out, images keep their size; if the
+                cameras' differ, all are scaled into that of the front wide one
     future      False asks for no poses after t0, and the Scenes have no ego_future_xyz and
                 ego_future_rot
 
     A Scene has intrinsics and camera_to_ego where all its cameras are calibrated.
-    Raises ValueError or FileNotFoundError: one line, the file and what was expected of it.
+    Raises ValueError or FileNotFoundError: one line, the file and what was expected of it. Scenes
+    that nobody asked for by t0 and that cannot be cut are left out; a note counts them.
     """
 
     def __init__(self, clips, t0=None, camera_ids=None, frames=4, frame_dt=0.1,
@@ -138,7 +188,8 @@ class ClipScenes:
         self.cuts = []  # (clip, t0) of each Scene
         refused = []
         for clip in clips:
-            for start in clip.default_starts() if t0 is None else np.atleast_1d(t0):
+            after = FUTURE * DT * future
+            for start in clip.default_starts(after) if t0 is None else np.atleast_1d(t0):
                 reason = self.refusal(clip, float(start))
                 if reason:
                     refused.append(reason)
@@ -146,6 +197,9 @@ class ClipScenes:
                     self.cuts.append((clip, float(start)))
         if refused and (t0 is not None or not self.cuts):  # asked for in vain, or nothing left
             raise ValueError(refused[0])
+        if refused:
+            total = len(refused) + len(self.cuts)
+            note(f"{len(refused)} of {total} scenes are left out; the first: {refused[0]}")
         self.names = [f"{clip.name} at {start:.1f} s" for clip, start in self.cuts]
         self.reasoning = [clip.text_at(start) for clip, start in self.cuts]
 
@@ -175,11 +229,8 @@ class ClipScenes:
         views = {i: clip.view(i, t0 - self.ages) for i in self.sources(clip)}
         if self.rig:
             views = reproject(self.rig, views, self.camera_ids, self.size)
-        sizes = {i: tuple(images.shape[2:]) for i, (images, _, _) in views.items()}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(
-                f"{clip.name}: images must be of one size, by camera they are {sizes}; "
-                "choose camera_ids")
+        wide, _, _ = views.get(1) or next(iter(views.values()))
+        views = {i: scaled_into(wide.shape[2:], *view) for i, view in views.items()}
         scene = clip.motion.scene(t0, self.future)
         images, intrinsics, poses = zip(*views.values())
         scene["images"] = torch.stack(images)
@@ -195,7 +246,7 @@ class ClipScenes:
         """The real cameras that a clip's Scenes are made of: {id: Camera}, ids ascending."""
         ids = [i for i in USED if i in clip.cameras]
         if self.camera_ids and not self.rig:
-            ids = sorted(self.camera_ids)
+            ids = sorted(set(self.camera_ids))
         if not ids or not clip.cameras.keys() >= set(ids):
             raise ValueError(
                 f"{clip.name}: has the cameras {sorted(clip.cameras)}, not {ids or list(USED)}")
@@ -205,20 +256,62 @@ class ClipScenes:
         return {i: clip.cameras[i] for i in ids}
 
     def refusal(self, clip, t0):
-        """What the clip is too short for, in one line; None if it is long enough."""
-        too_short = f"too short for t0 = {t0:.2f} s, which needs"
+        """Why no Scene can be cut out of a clip at t0, in one line; None if one can."""
+        if not abs(t0) < 1e12:
+            return f"{clip.name}: t0 is {t0:g}, expected a time in s on the clip's clock"
+        short = f"too short for t0 = {t0:.2f} s, which needs"
         start = t0 - HISTORY * DT
         end = t0 + FUTURE * DT * self.future
         motion = clip.motion
-        if motion.first >= start - TICK or motion.last < end - TICK:
+        if not (motion.first < start - TICK and end - TICK <= motion.last):
             hint = f" ({t0:.2f} s with future=False)" if self.future else ""
-            return (f"{motion.where}: {too_short} poses from before {start:.2f} s to {end:.2f} s"
+            return (f"{motion.where}: {short} poses from before {start:.2f} s to {end:.2f} s"
                     f"{hint}; there are {motion.first:.2f} to {motion.last:.2f} s")
+        for before, after in motion.gaps:
+            if before < end and after > t0 - (PAST + 2) * DT:
+                return (f"{motion.where}: no poses from {before:.2f} to {after:.2f} s, which the "
+                        f"scene at {t0:.2f} s needs; a gap may be {GAP:g} s")
         start = t0 - self.ages[0]
-        for i, camera in self.sources(clip).items():
-            if start < camera.first - TICK or t0 > camera.last + TICK:
-                return (f"{clip.name}: {too_short} images of camera {i} from {start:.2f} s "
+        try:
+            cameras = self.sources(clip)
+        except ValueError as error:
+            return str(error)
+        for i, camera in cameras.items():
+            if not (camera.first - TICK <= start and t0 <= camera.last + TICK):
+                return (f"{clip.name}: {short} images of camera {i} from {start:.2f} s "
                         f"to {t0:.2f} s; there are {camera.first:.2f} to {camera.last:.2f} s")
+            there = camera.has(t0 - self.ages)
+            if not there.all():
+                late = (t0 - self.ages)[~there][0]
+                return (f"{clip.name}: at {late:.2f} s the last image of camera {i} is more than "
+                        f"{STALE} frame periods old")
+        return None
+
+
+def scaled_into(size, images, lens, pose):
+    """
+    A view, see Clip.view, in images of a size (H, W): scaled to fit, in the middle, black around.
+
+    The release resizes each image by itself; a Scene's images are one tensor. Width and height are
+    scaled alike, as an f-theta lens cannot say otherwise.
+    """
+    old = images.shape[2:]
+    if old == size:
+        return images, lens, pose
+    scale = min(size[0] / old[0], size[1] / old[1])
+    fitted = [max(1, round(scale * side)) for side in old]
+    above, left = [(side - part) // 2 for side, part in zip(size, fitted)]
+    small = interpolate(images.float(), fitted, mode="bicubic", antialias=True)
+    picture = torch.zeros(*images.shape[:2], *size, dtype=torch.uint8)
+    rows = slice(above, above + fitted[0])
+    columns = slice(left, left + fitted[1])
+    picture[:, :, rows, columns] = small.round().clamp(0, 255).byte()
+    if lens is not None:
+        kind, _, _, cx, cy, *coefficients = lens.tolist()
+        centre = cx * fitted[1] / old[1] + left, cy * fitted[0] / old[0] + above
+        scaled = [scale * number for number in coefficients]
+        lens = torch.tensor([kind, size[1], size[0], *centre, *scaled])
+    return picture, lens, pose
 
 
 def reproject(rig, views, camera_ids, size):
@@ -285,7 +378,8 @@ class Motion:
     xyz, rot    (N, 3) m and (N, 3, 3) in any fixed frame with z up
     measured    those of KINEMATICS that were recorded, each (N,) in the units of a Scene
 
-    ValueError for fewer than 4 poses, numbers that are not finite, times that do not increase.
+    ValueError for fewer than 4 poses, numbers that are not finite, times that do not increase or
+    are not in s.
     """
 
     def __init__(self, where, times, xyz, rot, **measured):
@@ -296,14 +390,21 @@ class Motion:
             bad = np.argwhere(~np.isfinite(values))
             if len(bad):
                 raise ValueError(f"{where}: {field} of pose {bad[0, 0]} is not a finite number")
-        require_increasing(where, times)
+        check_times(where, times)
         self.where = where
         self.times = times
         self.first, self.last = times[0], times[-1]
+        self.period = np.median(np.diff(times))
+        late = np.flatnonzero(np.diff(times) > GAP)
+        self.gaps = [(times[i], times[i + 1]) for i in late]  # the poses before and after, in s
         self.xyz = xyz
         self.rot = rot
         self.measured = measured
-        self.curve = cubic_spline(times, xyz)  # (4, N - 1, 3)
+
+    @functools.cached_property
+    def curve(self):
+        """The spline through the positions, (4, N - 1, 3): see cubic_spline."""
+        return cubic_spline(self.times, self.xyz)
 
     def pose(self, t):
         """
@@ -461,53 +562,69 @@ def read_folder(path):
     file = path / "egomotion.csv"
     columns = read_csv(file, ("time", "x", "y", "yaw"), ("z", "roll", "pitch", *KINEMATICS))
     times = columns["time"]
+    if not (np.abs(columns["yaw"]) < 4 * math.pi).all():
+        raise ValueError(f"{file}: yaw must be in rad, less than two turns either way")
     z, roll, pitch = [columns.get(name, 0 * times) for name in ("z", "roll", "pitch")]
     xyz = np.c_[columns["x"], columns["y"], z]
     measured = {name: columns[name] for name in KINEMATICS if name in columns}
     motion = Motion(file, times, xyz, rotation(columns["yaw"], pitch, roll), **measured)
     cameras = {}
     for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
+        if folder.name.startswith((".", "__")):  # .ipynb_checkpoints, __MACOSX
+            continue
         if folder.name not in CAMERAS:
             raise ValueError(f"{folder}: unknown camera, expected one of {', '.join(CAMERAS)}")
         cameras[CAMERAS.index(folder.name)] = read_camera(folder, path / "cameras.json")
-    return [Clip(path.name, motion, cameras, read_reasoning(path / "reasoning.json"))]
+    return [Clip(path.resolve().name, motion, cameras, read_reasoning(path / "reasoning.json"))]
 
 
-def read_camera(folder, calibration):
-    """The Camera in a folder of images, see read_folder; calibration: its cameras.json, if any."""
+def read_camera(folder, calibrations):
+    """The Camera in a folder of images, see read_folder; calibrations: cameras.json, if any."""
     file = folder / "times.csv"
     columns = read_csv(file, ("time",), ("file",))
-    images = sorted(i for i in folder.iterdir() if i.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    images = files_in(folder, *IMAGE_TYPES)
     if "file" in columns:
-        images = [folder / name for name in columns["file"]]
-    known = read_calibration(calibration, folder.name) if calibration.exists() else ()
+        images = [inside(folder, name, f"{file}: file") for name in columns["file"]]
+        for image in images:
+            if not os.path.isfile(image):
+                raise FileNotFoundError(f"{image}: missing, but {file} names it")
+    known = read_calibration(calibrations, folder.name) if calibrations.exists() else ()
     return image_camera(file, images, columns["time"], *known)
 
 
 def read_calibration(file, name):
     """A camera's intrinsics (10,) and camera_to_ego (4, 4) in cameras.json, see read_folder."""
-    entry = read_json(file).get(name, {})
+    entry = read_json(file).part(name)
     kinds = {"ftheta": (0, 5), "pinhole": (1, 2)}  # kind in `project`, number of coefficients
-    if entry.get("kind") not in kinds:
-        raise ValueError(
-            f"{file}: {name} needs kind, one of {', '.join(kinds)}; it has {entry.get('kind')}")
+    if entry.text("kind") not in kinds:
+        raise entry.wrong("kind", f"one of {', '.join(kinds)}")
+    kind, count = kinds[entry["kind"]]
 
     def numbers(field, *shape):
         with expecting(f"{file}: {name} needs {field}, numbers of shape {shape}"):
-            return torch.tensor(entry[field], dtype=torch.float32).reshape(shape)
+            return np.array(entry[field], float).reshape(shape)
 
-    kind, count = kinds[entry["kind"]]
-    size_and_centre = [numbers(field, 1) for field in ("width", "height", "cx", "cy")]
-    lens = [torch.tensor([kind]), *size_and_centre, numbers("coefficients", count)]
-    intrinsics = torch.cat([*lens, torch.zeros(5 - count)])
-    return intrinsics, numbers("camera_to_ego", 4, 4)
+    lens = [kind, *[entry.number(field) for field in ("width", "height", "cx", "cy")]]
+    lens += [*numbers("coefficients", count), *[0] * (5 - count)]
+    return calibration_of(f"{file}: {name}", lens, numbers("camera_to_ego", 4, 4))
 
 
 def read_reasoning(file):
     """{time in s: text} of a reasoning.json, see read_folder; empty where there is no file."""
     entries = read_json(file, list) if file.exists() else []
-    with expecting(f'{file}: expected a list of {{"time": s, "text": str}}'):
-        return {entry["time"]: entry["text"] for entry in entries}
+    return texts_of(file, entries, "time", 1, "text")
+
+
+def texts_of(where, entries, time, second, text):
+    """{time in s: text} of a list of objects; time and text name their fields.
+
+    second: how many of its units a second has."""
+    texts = {}
+    for entry in objects_of(where, entries):
+        at = entry.number(time) / second
+        if texts.setdefault(at, entry.text(text).strip()) != entry.text(text).strip():
+            raise ValueError(f"{where}: two texts at {at:g} s")
+    return texts
 
 
 def read_kitti(path):
@@ -523,22 +640,25 @@ def read_kitti(path):
     motion = kitti_motion(path / "oxts", (clock - clock[0]) / 1e9)
     folder = path / "image_02"
     times = (read_timestamps(folder / "timestamps.txt") - clock[0]) / 1e9
-    images = sorted((folder / "data").glob("*.png"))
+    images = files_in(folder / "data", *IMAGE_TYPES)
     camera = image_camera(folder / "timestamps.txt", images, times)
-    intrinsics = kitti_intrinsics(path, *read_image(images[0]).shape[:2])
-    _, pose = rig_camera(1, 1, 1, {1: ((1.6, 0.06, 1.65), 0, 1)})  # looks ahead, level
+    intrinsics, pose = kitti_calibration(path, *read_image(images[0]).shape[:2])
     camera = camera._replace(intrinsics=intrinsics, camera_to_ego=pose)
-    return [Clip(path.name, motion, {1: camera}, read_reasoning(path / "reasoning.json"))]
+    name = path.resolve().name
+    return [Clip(name, motion, {1: camera}, read_reasoning(path / "reasoning.json"))]
 
 
 def kitti_motion(folder, times):
     """The Motion in KITTI's oxts, with poses at times (N,) in s."""
-    rows = [read_oxts(file) for file in sorted((folder / "data").glob("*.txt"))]
-    rows = np.array(rows)  # (N, 30)
+    rows = [read_oxts(file) for file in files_in(folder / "data", ".txt")]
     if len(rows) != len(times):
         raise ValueError(
             f"{folder}: {len(rows)} files in data, but {len(times)} lines in timestamps.txt")
-    latitude, longitude = np.radians(rows[:, :2]).T
+    rows = np.array(rows)  # (N, 30)
+    if not (np.abs(rows[:, 0]) < 89).all():
+        raise ValueError(f"{folder}: latitudes must be in degrees, within 89 of the equator")
+    east = (rows[:, 1] - rows[0, 1] + 180) % 360 - 180  # degrees from the start, the short way
+    latitude, longitude = np.radians([rows[:, 0], east])
     up, roll, pitch, yaw = rows[:, 2:6].T
     scale = 6378137 * np.cos(latitude[0])  # Mercator, true to scale at the start
     north = scale * np.log(np.tan(np.pi / 4 + latitude / 2))
@@ -554,9 +674,9 @@ P_rect_02: 721.5377 0 609.5593 0 0 721.5377 172.854 0 0 0 1 0
 """
 
 
-def kitti_intrinsics(path, height, width):
+def kitti_calibration(path, height, width):
     """
-    The pinhole (10,) of image_02, scaled to images of this size.
+    The pinhole (10,) of image_02, scaled to images of this size, and its camera_to_ego (4, 4).
 
     It is read from calib_cam_to_cam.txt in the folder or its parent, else it is that of 2011_09_26.
     KITTI's pixel centres are at integers, ours half a pixel further.
@@ -564,16 +684,17 @@ def kitti_intrinsics(path, height, width):
     text = KITTI_CALIBRATION
     for file in (path / "calib_cam_to_cam.txt", path.parent / "calib_cam_to_cam.txt"):
         if file.exists():
-            text = file.read_text()
+            text = read_text(file)
             break
     lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     with expecting(f"{file}: expected lines S_rect_02 and P_rect_02 of numbers"):
-        size = np.array(lines["S_rect_02"].split(), float)
+        full_width, full_height = map(float, lines["S_rect_02"].split())
         projection = np.array(lines["P_rect_02"].split(), float).reshape(3, 4)
-    scale = (width, height) / size
+        scale = np.array([width / full_width, height / full_height])
     centre = (projection[:2, 2] + 0.5) * scale
     focal = projection.diagonal()[:2] * scale
-    return torch.tensor([1, width, height, *centre, *focal, 0, 0, 0]).float()
+    _, pose = rig_camera(1, 1, 1, {1: ((1.6, 0.06, 1.65), 0, 1)})  # looks ahead, level
+    return calibration_of(file, [1, width, height, *centre, *focal, 0, 0, 0], pose)
 
 
 def read_nvidia(path):
@@ -582,23 +703,93 @@ def read_nvidia(path):
 
     t0 are the events of reasoning/ood_reasoning.parquet, with their texts, or else event_t0s of
     clip_index.parquet, or else 5.1 s, the release's default. Clips without egomotion here and
-    invalid ones are left out.
+    invalid ones are left out; a note counts those that the zips here lack.
     """
-    kit = local_kit(path)
-    index = kit.clip_index[kit.clip_index["clip_is_valid"]]
-    chunks = {chunk: kit.has(chunk, "egomotion") for chunk in index["chunk"].unique()}
-    index = index[index["chunk"].map(chunks)]
-    if not len(index):
-        raise FileNotFoundError(
-            f"{path}: none of the clips of clip_index.parquet has its egomotion here")
+    kit = Kit(path)
+    file = path / "clip_index.parquet"
+    listed = [clip for clip in kit.index.index if kit.has_chunk(clip, "egomotion")]
+    there = [clip for clip in listed if kit.has(clip, "egomotion", "egomotion")]
+    if not there:
+        raise FileNotFoundError(f"{path}: none of the clips of {file.name} has its egomotion here")
+    if len(there) < len(listed):
+        note(f"{path}: {len(listed) - len(there)} of {len(listed)} clips are left out, as the zips "
+             "lack their egomotion")
     events = nvidia_events(path / "reasoning/ood_reasoning.parquet")
     clips = []
-    for clip, row in index.iterrows():
-        motion = nvidia_motion(kit, clip, f"{path}: egomotion of clip {clip}")
-        cameras = nvidia_cameras(kit, clip, row["chunk"])
-        starts = {start / 1e6: "" for start in row.get("event_t0s", [])} or {5.1: ""}
-        clips.append(Clip(clip, motion, cameras, events.get(clip) or starts))
+    for clip in there:
+        inside(path, clip, f"{file}: clip_id")
+        starts = kit.index.get("event_t0s", {}).get(clip)
+        with expecting(f"{file}: event_t0s of clip {clip} must be a list of microseconds"):
+            starts = {int(start) / 1e6: "" for start in ([] if starts is None else starts)}
+        starts = events.get(clip) or starts or {5.1: ""}
+        clips.append(Clip(clip, nvidia_motion(kit, clip), nvidia_cameras(kit, clip), starts))
     return clips
+
+
+class Kit:
+    """NVIDIA's kit on a folder: what is there of which clip. Its errors name folder and clip."""
+
+    def __init__(self, path):
+        self.path = path
+        self.names = {}  # zip file -> the names in it
+        self.kit = local_kit(path)
+        with expecting(f"{path}/clip_index.parquet: expected clip_id, clip_is_valid and chunk"):
+            valid = self.kit.clip_index["clip_is_valid"]
+            self.index = self.kit.clip_index[valid].astype({"chunk": int})
+            if not self.index.index.is_unique:
+                raise ValueError("a clip_id stands in two rows")
+        self.kit.clip_index = self.index  # it looks up chunks in it
+
+    def name_of(self, clip, feature):
+        """What to call a feature of a clip in errors."""
+        return f"{self.path}: {feature} of clip {clip}"
+
+    def chunk_of(self, clip, feature):
+        """The file that has a clip's feature, if it is there."""
+        with expecting(f"{self.path}/features.csv: chunk_path of {feature}"):
+            chunk = self.index.at[clip, "chunk"]
+            file = self.kit.features.get_chunk_feature_filename(chunk, feature)
+        return self.kit.download_file(file)
+
+    def has_chunk(self, clip, feature):
+        """Whether the file that has a clip's feature is there."""
+        return feature in self.kit.features.ALL and os.path.exists(self.chunk_of(clip, feature))
+
+    def member_of(self, clip, feature, member):
+        """The name in its zip file of a part of a clip's feature."""
+        with expecting(f"{self.path}/features.csv: clip_files_in_zip of {feature}"):
+            return self.kit.features.get_clip_files_in_zip(clip, feature)[member]
+
+    def has(self, clip, feature, *members):
+        """Whether a clip's feature is there, with all these members of its zip file."""
+        if not self.has_chunk(clip, feature):
+            return False
+        file = self.chunk_of(clip, feature)
+        if file not in self.names:
+            with expecting(f"{file}: not a zip file"), zipfile.ZipFile(file) as archive:
+                self.names[file] = set(archive.namelist())
+        return all(self.member_of(clip, feature, each) in self.names[file] for each in members)
+
+    def read(self, clip, feature):
+        """A clip's feature, as the kit has it."""
+        with expecting(f"{self.name_of(clip, feature)}: the kit cannot read it"):
+            return self.kit.get_clip_feature(clip, feature)
+
+    def image_times(self, clip, feature):
+        """When the images of a camera were taken, (N,) s. The kit would read the video for it."""
+        import pandas  # the kit brings it
+
+        member = self.member_of(clip, feature, "frame_timestamps")
+        with expecting(f"{self.name_of(clip, feature)}: expected a table of timestamps"):
+            with zipfile.ZipFile(self.chunk_of(clip, feature)) as archive:
+                table = pandas.read_parquet(io.BytesIO(archive.read(member)))
+            return table["timestamp"].to_numpy(float) / 1e6
+
+    def images(self, clip, feature, numbers):
+        """Images (n, H, W, 3) uint8 of a camera by their numbers (n,)."""
+        video = self.read(clip, feature)
+        with expecting(f"{self.name_of(clip, feature)}: no images {numbers.tolist()}"):
+            return video.decode_images_from_frame_indices(numbers)
 
 
 def local_kit(path):
@@ -610,46 +801,46 @@ def local_kit(path):
                           f"pip install physical_ai_av ({error})") from None  # fmt: skip
 
     class LocalKit(PhysicalAIAVDatasetInterface):
-        def is_file_cached(self, filename):
-            return (path / filename).exists()
+        def _load_metadata(self):
+            self.api = SimpleNamespace(file_exists=self._has_file)  # in place of the hub's
+            self.is_offline_mode = True
+            super()._load_metadata()
 
-        _has_file = is_file_cached
+        def _has_file(self, filename, **repository):
+            return os.path.exists(self.download_file(filename))
+
+        is_file_cached = _has_file
 
         def download_file(self, filename):
-            return path / filename
+            return inside(path, filename, f"{path}/features.csv: chunk_path")
 
         def open_file(self, filename, **options):
-            return open(path / filename, "rb")
+            return open(self.download_file(filename), "rb")
 
-        def has(self, chunk, feature):
-            return feature in self.features.ALL and self.is_file_cached(
-                self.features.get_chunk_feature_filename(chunk, feature))
-
-        def read(self, clip, feature):
-            with expecting(f"{path}: clip {clip} has no {feature}"):
-                return self.get_clip_feature(clip, feature)
-
-        def images(self, clip, feature, times):
-            video = self.read(clip, feature)
-            microseconds = np.round(1e6 * times).astype("int64")
-            with expecting(f"{path}: clip {clip} has no {feature} at {times[0]} to {times[-1]} s"):
-                return video.decode_images_from_timestamps(microseconds)[0]
-
-    return LocalKit(revision="local")
+    with expecting(f"{path}: NVIDIA's kit cannot read its tables"):
+        return LocalKit(revision="local")
 
 
 def nvidia_events(file):
     """{clip: {time in s: text}} of ood_reasoning.parquet; empty where there is no file."""
     import pandas  # the kit brings it
 
+    if not file.exists():
+        return {}
+    with expecting(f"{file}: expected clip_id and events"):
+        table = pandas.read_parquet(file)["events"].items()
     events = {}
-    for clip, entries in pandas.read_parquet(file)["events"].items() if file.exists() else ():
-        entries = json.loads(entries) if isinstance(entries, str) else entries
-        events[clip] = {entry["event_start_timestamp"] / 1e6: entry["cot"] for entry in entries}
+    for clip, entries in table:
+        where = f"{file}: events of clip {clip}"
+        if isinstance(entries, str):
+            entries = parse_json(entries, where)
+        elif isinstance(entries, np.ndarray):
+            entries = entries.tolist()
+        events[clip] = texts_of(where, entries, "event_start_timestamp", 1e6, "cot")
     return events
 
 
-def nvidia_motion(kit, clip, where):
+def nvidia_motion(kit, clip):
     """The Motion of a clip. Its velocities and accelerations are in the frame of the poses."""
     egomotion = kit.read(clip, "egomotion")
     state = egomotion.values
@@ -658,28 +849,31 @@ def nvidia_motion(kit, clip, where):
     speed = (state.velocity * forward).sum(-1)
     acceleration = (state.acceleration * forward).sum(-1)
     steering = steering_angle(speed, state.curvature[:, 0])
-    return Motion(where, egomotion.timestamps / 1e6, state.pose.translation, rot,
+    return Motion(kit.name_of(clip, "egomotion"), egomotion.timestamps / 1e6,
+                  state.pose.translation, rot,
                   speed=speed, acceleration=acceleration, steering=steering)  # fmt: skip
 
 
-def nvidia_cameras(kit, clip, chunk):
+def nvidia_cameras(kit, clip):
     """{id: Camera} of a clip, calibrated where the folder has both the lenses and the poses."""
-    has = functools.partial(kit.has, chunk)
-    lenses = kit.read(clip, "camera_intrinsics").camera_models if has("camera_intrinsics") else {}
-    poses = kit.read(clip, "sensor_extrinsics").sensor_poses if has("sensor_extrinsics") else {}
+    lenses = poses = {}
+    if kit.has_chunk(clip, "camera_intrinsics") and kit.has_chunk(clip, "sensor_extrinsics"):
+        lenses = kit.read(clip, "camera_intrinsics").camera_models
+        poses = kit.read(clip, "sensor_extrinsics").sensor_poses
     cameras = {}
     for camera_id, name in enumerate(CAMERAS):
         feature = "camera_" + name
-        if not has(feature):
+        if not kit.has(clip, feature, "video", "frame_timestamps"):
             continue
-        calibration = ()
+        where = kit.name_of(clip, feature)
+        known = ()
         if feature in lenses and feature in poses:
-            lens, pose = lenses[feature], poses[feature].as_matrix()
+            lens = lenses[feature]
             numbers = [0, lens.width, lens.height, *lens.principal_point, *lens.th2r.coef]
-            calibration = torch.tensor(numbers).float(), torch.tensor(pose).float()
-        # The kit knows when its images are from, and refuses times before and after them.
-        read = functools.partial(kit.images, clip, feature)
-        cameras[camera_id] = Camera(read, -math.inf, math.inf, *calibration)
+            known = calibration_of(where, numbers, poses[feature].as_matrix())
+        times = kit.image_times(clip, feature)
+        check_times(where, times)
+        cameras[camera_id] = Camera(times, functools.partial(kit.images, clip, feature), *known)
     return cameras
 
 
@@ -687,29 +881,37 @@ def nvidia_cameras(kit, clip, chunk):
 # Single files
 
 
-def image_camera(file, images, times, *calibration):
-    """A Camera of images (paths, oldest first) taken at times (N,) in s; file has the times."""
-    if not 0 < len(images) == len(times):
+def image_camera(file, images, times, *known):
+    """A Camera of images (paths, oldest first) taken at times (N,) in s; file has the times.
+
+    known: what `calibration_of` makes, if anything."""
+    if len(images) != len(times):
         raise ValueError(
             f"{file}: {len(times)} times for {len(images)} images, expected one for each")
-    require_increasing(file, times)
+    check_times(file, times)
 
-    def read(t):
-        pictures = [read_image(images[i]) for i in last_at(times, t)]
+    def read(numbers):
+        pictures = [read_image(images[i]) for i in numbers]
         if len({picture.shape for picture in pictures}) > 1:
-            raise ValueError(f"{images[0].parent}: the images of a camera must be of one size")
+            raise ValueError(f"{file}: the images of a camera must be of one size")
         return np.stack(pictures)
 
-    return Camera(read, times[0], times[-1], *calibration)
+    return Camera(times, read, *known)
 
 
 def read_timestamps(file):
     """KITTI's lines of date and time -> (N,) ns, integers."""
-    with expecting(f"{file}: expected lines like 2011-09-26 13:02:25.964000000"):
-        return np.array(file.read_text().strip().splitlines(), "datetime64[ns]").astype("int64")
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    expected = f"{file}: expected lines like 2011-09-26 13:02:25.964000000"
+    if not lines or not all(STAMP.fullmatch(line) for line in lines):
+        raise ValueError(expected)
+    with expecting(expected):
+        return np.array(lines, "datetime64[ns]").astype("int64")
 
 
 def read_oxts(file):
     """A file of KITTI's oxts -> (30,): latitude, longitude, altitude, roll, pitch, yaw, ..."""
-    with expecting(f"{file}: expected 30 numbers"):
-        return np.array(file.read_text().split(), float).reshape(30)
+    numbers = [number_of(text, f"{file}: a field") for text in read_text(file).split()]
+    if len(numbers) != 30:
+        raise ValueError(f"{file}: expected 30 numbers, not {len(numbers)}")
+    return np.array(numbers)

@@ -31,11 +31,13 @@ a label; what loops do to a Scene; scenes of the world; driving in it; its scene
 """
 
 import argparse
+import contextlib
+import functools
+import hashlib
 import json
 import math
-import multiprocessing
 import os
-import shutil
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +48,7 @@ import torch
 from tqdm import tqdm
 
 import doors
+import store
 from alpamayo import DT, rot_of
 from clips import load_clips
 from doors import read_json
@@ -55,6 +58,7 @@ from world import (
     HISTORY,
     LEFT,
     PAST,
+    RIG,
     RIGHT,
     SEEDS,
     WHEELBASE,
@@ -265,8 +269,13 @@ def seed_of(seed, step, part=None):
 
 def ticks_of(seconds):
     """How many steps of the world these seconds are; 0 where that is no whole number."""
+    if not doors.finite(seconds):
+        return 0
     ticks = round(seconds / DT)
     return ticks if abs(ticks * DT - seconds) < 1e-6 else 0
+
+
+SIDE = 2048  # pixels: the most that an image may be high or wide
 
 
 @dataclass
@@ -279,21 +288,27 @@ class View:
     frame_dt: float = 0.5  # s, a multiple of 0.1
 
     def __post_init__(self):
-        self.camera_ids = tuple(sorted(self.camera_ids))
-        self.size = tuple(self.size)
+        self.camera_ids = tuple(sorted(doors.whole_numbers("camera_ids", self.camera_ids)))
+        self.size = doors.whole_numbers("size", self.size)
+        self.frames = doors.whole_number("frames", self.frames, 1)
         self.every = ticks_of(self.frame_dt)
-        if not self.camera_ids:
-            raise ValueError("camera_ids: expected one camera or more")
-        if self.size[0] < 2 or self.size[0] % 2 or self.size[1] < 1:
+        once = set(self.camera_ids)
+        if not once or not once <= set(RIG) or len(once) < len(self.camera_ids):
             raise ValueError(
-                "size: expected an even height, as the horizon lies between two rows, "
+                f"camera_ids: the rig has the cameras {*RIG,}, each once, not {self.camera_ids}"
+            )
+        fits = len(self.size) == 2 and 1 <= min(self.size) and max(self.size) <= SIDE
+        if not fits or self.size[0] % 2:
+            raise ValueError(
+                f"size: expected H, W up to {SIDE}, H even: the horizon lies between two rows, "
                 f"not {self.size}"
             )
-        if self.frames < 1 or self.every < 1 or (self.frames - 1) * self.every > PAST:
+        if self.every < 1 or (self.frames - 1) * self.every > PAST:
             raise ValueError(
                 f"frames, frame_dt: expected steps of {DT} s in {PAST * DT:g} s, "
                 f"not {self.frames} of {self.frame_dt} s"
             )
+        self.frame_dt = round(self.every * DT, 1)
 
     def shows(self, age):
         """Whether a Scene shows what was seen `age` ticks before it."""
@@ -387,8 +402,11 @@ def drive_plans(seeds, plans, device="cpu"):
     """What comes of m plans of each scene: {name: (n, m)} of collision, close, off_road (bool).
 
     plans (n, m, T, 2), m/s^2 and 1/m, are driven from t0 to their end; the others react, see
-    World.step. Also returns `beside` (n, m, T), metres to the left of the line to drive on."""
+    World.step. Also returns `beside` (n, m, T), metres to the left of the line to drive on.
+    ValueError, FloatingPointError where plans are none."""
+    seeds = doors.whole_numbers("seeds", seeds)
     world = World(seeds, device)
+    require_controls("plans", plans, seeds, dims=4)
     world.catch_up()
     for _ in range(PAST):
         world.step(*world.expert())
@@ -403,9 +421,39 @@ def drive_plans(seeds, plans, device="cpu"):
             met[name] = value | met.get(name, False)
     found = {name: value.view(plans.shape[:2]) for name, value in met.items()}
     found["beside"] = torch.stack(beside, -1).view(plans.shape[:3])
+    require_driven("plans", world, seeds)
     return found
 
 
+def require_controls(name, controls, seeds, dims, least=1):
+    """ValueError or FloatingPointError unless controls are finite floats (n, ..., T, 2)."""
+    shape = tuple(controls.shape) if torch.is_tensor(controls) else ()
+    fits = len(shape) == dims and shape[0] == len(seeds) and shape[-2] >= least and shape[-1] == 2
+    if not fits or not controls.numel() or not controls.is_floating_point():
+        kind = controls.dtype if shape else type(controls).__name__
+        plans = "m, " * (dims == 4)
+        raise ValueError(
+            f"{name}: expected controls, floats ({len(seeds)}, {plans}{least} or more, 2), "
+            f"not {kind} {shape}"
+        )
+    require_finite(name, controls, seeds)
+
+
+def require_finite(name, values, seeds):
+    """FloatingPointError unless values (n, ...) are finite; it names the first scene's seed."""
+    bad = ~torch.isfinite(values).flatten(1).all(1)  # (n,)
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise FloatingPointError(f"{name}: not finite in scene {i}, seed {int(seeds[i])}")
+
+
+def require_driven(name, world, seeds):
+    """FloatingPointError unless controls, finite but huge, have left the ego somewhere."""
+    state = torch.stack([world.x, world.y, world.yaw, world.speed], -1)
+    require_finite(f"{name}: the ego", state.view(len(seeds), -1), seeds)
+
+
+HOUR = 36_000  # steps: the longest drive
 GRACE = 1.0  # s: how long after a scenario's end a collision still counts as its
 
 
@@ -474,14 +522,15 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
         progress    metres as a share, at most 1, of what the expert makes in the same time
         comfort     share of the six motion.COMFORT_BOUNDS that held until the end
         seconds     when it ended
-    ValueError where steps do not fit."""
+    ValueError where steps or controls do not fit, FloatingPointError where these are not finite."""
     every = ticks_of(replan)
     ticks = ticks_of(seconds)
-    if not 1 <= every <= FUTURE or ticks < 1:
+    if not 1 <= every <= FUTURE or not 1 <= ticks <= HOUR:
         raise ValueError(
-            f"seconds, replan: expected steps of {DT} s, replan at most {FUTURE * DT:g} s, "
-            f"not {seconds} and {replan}"
+            f"seconds, replan: expected steps of {DT} s, seconds at most {HOUR * DT:g}, "
+            f"replan at most {FUTURE * DT:g}, not {seconds} and {replan}"
         )
+    seeds = doors.whole_numbers("seeds", seeds)
     world = World(seeds, device)
     view = View(**view)
     recorder = Recorder(world, view)
@@ -498,7 +547,9 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
         # Plan
         if policy and tick % every == 0:
             scene = recorder.scene()
-            plan = plan_of(policy, scene, every).to(device)
+            plan = policy(scene)
+            require_controls("policy", plan, seeds, dims=3, least=every)
+            plan = plan.to(device)
             if film:
                 film(world, scene, plan)
         controls = plan[:, tick % every].unbind(-1) if policy else world.expert()
@@ -511,18 +562,8 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
         tally.add(world.judge() | {"ran": ran}, world, expert)
         if tally.is_over():
             break
+    require_driven("policy", world, seeds)
     return tally.result()
-
-
-def plan_of(policy, scene, least):
-    """The controls (n, `least` or more, 2) that a policy plans in a Scene."""
-    plan = policy(scene)
-    n = len(scene["name"])
-    if plan.shape[:1] != (n,) or plan.shape[1] < least:
-        raise ValueError(
-            f"policy: expected controls ({n}, {least} or more, 2), not {tuple(plan.shape)}"
-        )
-    return plan
 
 
 # --------------------------------------------------------------------------------------------------
@@ -530,22 +571,69 @@ def plan_of(policy, scene, least):
 
 SPLITS = tuple(SEEDS)[:-1]  # train, val, and what training never shows: tail, rare
 TEXTS = ("reasoning", "route", "name")  # the entries of a Scene that are lists of str
-BATCH = 32  # scenes that a worker makes at a time
+BATCH = 32  # scenes that a worker makes at a time,
+ROOM = 2**26  # or fewer, if they have more bytes of images than this
+
+# The sources as this process began. Whoever edits them later does not change what it runs.
+HOME = Path(__file__).parent
+FILES = (HOME / "alpamayo.py", HOME / "data.py", *sorted(HOME.glob("world/*.py")))
+PAGES = [file.read_text(encoding="utf-8") for file in FILES]
+
+
+@functools.cache
+def sources():
+    """A short hash of the sources that a seed's scene depends on. Comments do not count.
+
+    They are the world, what `make_scenes` reaches on this page, what both take from the model."""
+    model, here, *world = PAGES
+    shared = set().union(*(store.imported(page, "alpamayo") for page in (here, *world)))
+    parts = [store.essence(model, shared), store.essence(here, ["make_scenes"])]
+    parts += map(store.essence, world)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+
+
+def arrays_of(view):
+    """What a Scene of a View has of each scene: {name: (type, shape)}."""
+    cameras = len(view.camera_ids)
+    return {
+        "images": (np.uint8, (cameras, view.frames, 3, *view.size)),
+        "camera_ids": (np.int64, (cameras,)),
+        "ego_history_xyz": (np.float32, (HISTORY, 3)),
+        "ego_history_rot": (np.float32, (HISTORY, 3, 3)),
+        "ego_kinematics": (np.float32, (PAST, 4)),
+        "ego_future_xyz": (np.float32, (FUTURE, 3)),
+        "ego_future_rot": (np.float32, (FUTURE, 3, 3)),
+        "camera_to_ego": (np.float32, (cameras, 4, 4)),
+        "intrinsics": (np.float32, (cameras, 10)),
+    }
 
 
 class WorldSet:
-    """Scenes of the world on disk: len(set), set.batch(indices), set.reasoning, set.names."""
+    """Scenes of the world on disk: len(set), set.batch(indices), set.reasoning, set.names.
 
-    def __init__(self, folder):
+    ValueError, which names the file, where the folder is not what was made of these seeds."""
+
+    def __init__(self, folder, seeds, view):
         about = read_json(f"{folder}/set.json")
+        for key, value in about_set(seeds, view).items():
+            if about[key] != value:
+                raise about.wrong(key, repr(value))
         self.folder = folder
-        self.texts = about["texts"]
+        self.seeds = seeds
+        self.texts = {}
+        for key in TEXTS:
+            texts = self.texts[key] = about.part("texts")[key]
+            strings = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+            if not strings or len(texts) != len(seeds):
+                raise about.part("texts").wrong(key, f"{len(seeds)} texts")
         self.reasoning = self.texts["reasoning"]
         self.names = self.texts["name"]
-        first = about["first_seed"]
-        self.seeds = range(first, first + len(self.names))
-        files = sorted(Path(folder).glob("*.npy"))
-        self.arrays = {file.stem: np.load(file, mmap_mode="r") for file in files}
+        self.arrays = {}
+        for key, (dtype, shape) in arrays_of(view).items():
+            file = f"{folder}/{key}.npy"
+            self.arrays[key] = store.open_array(file, dtype, (len(seeds), *shape))
+        if not (self.arrays["camera_ids"] == view.camera_ids).all():
+            raise ValueError(f"{folder}/camera_ids.npy: expected {view.camera_ids} in each row")
 
     def __len__(self):
         return len(self.names)
@@ -584,77 +672,98 @@ class Together(WorldSet):
         return scene
 
 
-def load_world(split="train", scenes=16000, start=0, folder="data", workers=2, **view):
+def load_world(split="train", scenes=16000, start=0, folder="data", workers=None, **view):
     """The built-in world's scenes [start, start + scenes) of a split, as a WorldSet.
 
     The first call makes them (393 KB a scene of 16 images of 64 x 128), later ones read them from
-    `folder`. All that they depend on is in the set's name. An interrupted call leaves no half set.
-    workers: processes that make scenes; 0 makes them in this one. view: the options of `View`."""
+    `folder`. All that they depend on is in the set's name, the world's sources too. An interrupted
+    call leaves no half set; of two calls at once, one waits for the other.
+    workers: processes that make scenes, by default one a core; 0 makes them in this one.
+    view: the options of `View`."""
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, not {split!r}")
-    if scenes < 1 or start < 0 or start + scenes > SEEDS["val"]:
-        raise ValueError(
-            f"scenes, start: expected scenes within 0 .. {SEEDS['val']}, "
-            f"not {scenes} from {start} on"
-        )
+    most = SEEDS["val"]
+    scenes = doors.whole_number("scenes", scenes, 1, most)
+    start = doors.whole_number("start", start, 0, most - scenes)
+    if workers is None:
+        workers = os.cpu_count()
+    workers = doors.whole_number("workers", workers, 0, 1024)
     view = View(**view)
     cameras = "".join(map(str, view.camera_ids))
     size = "x".join(map(str, view.size))
     shown = f"{size}-c{cameras}-f{view.frames}x{view.frame_dt:g}"
-    done = os.path.join(folder, f"world{WORLD_VERSION}-{split}-{start}+{scenes}-{shown}")
+    made_by = f"world{WORLD_VERSION}-{sources()}"
+    done = os.path.join(folder, f"{made_by}-{split}-{start}+{scenes}-{shown}")
+    first = SEEDS[split] + start
+    seeds = range(first, first + scenes)
     if not os.path.exists(done):
-        first = SEEDS[split] + start
-        _make_set(done, range(first, first + scenes), asdict(view), workers)
-    return WorldSet(done)
+        tell_of_others(folder, made_by)
+        _make_set(done, seeds, view, workers)
+    try:
+        return WorldSet(done, seeds, view)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; without its folder, the set is made again") from None
+
+
+@functools.cache
+def tell_of_others(folder, made_by):
+    """Say once how much disk the sets take that other sources made: they are used no more."""
+    sets = [one.parent for one in Path(folder).glob("world*/set.json")]
+    others = [one for one in sets if not one.name.startswith(f"{made_by}-")]
+    if others:
+        size = sum(file.stat().st_size for one in others for file in one.iterdir())
+        print(
+            f"{folder}: not used, as other sources than {made_by} made them: "
+            f"{len(others)} sets of scenes, {size / 1e9:.2f} GB",
+            file=sys.stderr,
+        )
+
+
+def about_set(seeds, view):
+    """What set.json says of a set, beside its texts."""
+    return {"options": json.loads(json.dumps(asdict(view))), "first_seed": seeds[0]}
 
 
 def _make_set(done, seeds, view, workers):
     """Make a set beside its place; it moves there when it is whole."""
-    making = f"{done}.making-{os.getpid()}"
-    os.makedirs(making)
-    try:
-        for key, value in make_scenes(seeds[:1], **view).items():  # tells shapes and types
-            if torch.is_tensor(value):
-                shape = (len(seeds), *value.shape[1:])
-                np.lib.format.open_memmap(f"{making}/{key}.npy", "w+", value.numpy().dtype, shape)
+    arrays = arrays_of(view)
+    step = max(1, min(BATCH, ROOM // math.prod(arrays["images"][1])))
+    with store.making(done) as folder:
+        if not folder:
+            return
+        room = {key: (dtype, (len(seeds), *shape)) for key, (dtype, shape) in arrays.items()}
+        store.create_arrays(folder, room)
+        jobs = []
+        for i in range(0, len(seeds), step):
+            part = seeds[i : i + step]
+            jobs.append([folder, i, part.start, part.stop, asdict(view), sources()])
         texts = {key: [] for key in TEXTS}
-        starts = range(0, len(seeds), BATCH)
-        jobs = [(making, seeds, slice(i, i + BATCH), view) for i in starts]
-        bar = {"desc": f"making {os.path.basename(done)}", "unit": "scene", "unit_scale": BATCH}
-        for part in tqdm(_make_parts(jobs, workers), total=len(jobs), **bar):
-            for key in TEXTS:
-                texts[key] += part[key]
-        with open(f"{making}/set.json", "w") as file:
-            json.dump({"options": view, "first_seed": seeds[0], "texts": texts}, file)
-        if not os.path.exists(done):  # else another process was quicker
-            os.rename(making, done)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
+        with (
+            _workers(min(workers, len(jobs))) as answers,
+            tqdm(desc=f"making {os.path.basename(done)}", total=len(seeds), unit="scene") as bar,
+        ):
+            for part in answers(jobs):
+                for key in TEXTS:
+                    texts[key] += part[key]
+                bar.update(len(part["name"]))
+        doors.write_json(f"{folder}/set.json", about_set(seeds, view) | {"texts": texts})
 
 
-def _make_parts(jobs, workers):
-    """Yields what `_make_part` returns for each job, in order."""
-    if not workers:
-        yield from map(_make_part, jobs)
-        return
-    with pool_of(workers) as pool:
-        yield from pool.imap(_make_part, jobs)
+def _workers(count):
+    """A function, as a context, that yields what `make_part` returns for each job, in order."""
+    if count:
+        return store.crew("data.make_part", count)
+    return contextlib.nullcontext(lambda jobs: (make_part(*job) for job in jobs))
 
 
-def _make_part(job):
-    """Make some rows of a set, write their tensors where they belong and return their texts."""
-    folder, seeds, rows, view = job
-    scene = make_scenes(seeds[rows], **view)
-    for key, value in scene.items():
-        if torch.is_tensor(value):
-            array = np.load(f"{folder}/{key}.npy", mmap_mode="r+")
-            array[rows] = value.numpy()
+def make_part(folder, row, first, last, view, made_by):
+    """Make the scenes of seeds [first, last), write their tensors from a row on; returns texts."""
+    if made_by != sources():
+        raise ValueError("the world's sources have changed since this began: start again")
+    scene = make_scenes(range(first, last), **view)
+    for key in arrays_of(View(**view)):
+        store.write_rows(f"{folder}/{key}.npy", row, scene[key].numpy())
     return {key: scene[key] for key in TEXTS}
-
-
-def pool_of(workers):
-    """Processes of one thread each: threads that share cores with others are many times slower."""
-    return multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -674,20 +783,22 @@ def load(source, **options):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Make scenes of the built-in world, or read those that are there.",
+    parser = doors.Flags(
+        "Make scenes of the built-in world, or read those that are there.",
         argument_default=argparse.SUPPRESS,  # a flag not given keeps load_world's default
     )
     add = parser.add_argument
+    pixels = doors.whole(1, SIDE)
     add("--split", choices=SPLITS, help="whose seeds to use (train)")
-    add("--scenes", type=int, help="how many scenes to make (16000)")
-    add("--start", type=int, help="the first scene of the split (0)")
-    add("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels of an image (64 128)")
-    add("--camera-ids", type=int, nargs="+", help="cameras of the rig (0 1 2 6)")
-    add("--frames", type=int, help="frames a camera (4)")
-    add("--frame-dt", type=float, help="seconds between frames (0.5)")
+    add("--scenes", type=doors.whole(1, SEEDS["val"]), help="how many scenes to make (16000)")
+    add("--start", type=doors.whole(), help="the first scene of the split (0)")
+    add("--size", type=pixels, nargs=2, metavar=("H", "W"), help="pixels of an image (64 128)")
+    add("--camera-ids", type=doors.whole(), nargs="+", help="cameras of the rig (0 1 2 6)")
+    add("--frames", type=doors.whole(1), help="frames a camera (4)")
+    add("--frame-dt", type=doors.real(), help="seconds between frames (0.5)")
     add("--folder", help="where sets are kept (data)")
-    add("--workers", type=int, help="processes that make scenes, 0 for none but this one (2)")
+    add("--workers", type=doors.whole(0, 1024),
+        help="processes that make scenes, 0 for none but this one (one a core)")  # fmt: skip
     begin = time.perf_counter()
     made = load_world(**vars(parser.parse_args()))
     print(f"{made.folder}: {len(made)} scenes in {time.perf_counter() - begin:.1f} s")

@@ -1,15 +1,19 @@
 """
 The doors: what comes in from outside is read and checked here, and what goes out is written here.
 
-    flags       Flags, a parser; whole, real, device_of: the types of its flags
-    text        read_text, read_lines, read_csv
+    flags       Flags, a parser; whole, real, device_of, file_to_write, folder_to_write: types of
+                its flags
+    text        read_text, read_csv
     JSON        read_json -> Json
-    numbers     finite, require_finite, require_increasing
+    numbers     finite, whole_number, whole_numbers, require_increasing
     images      read_image
-    paths       inside
+    a clip      check_times, check_drive, calibration_of
+    paths       inside, files_in
     writing     write_atomically, write_json, save_tensors
     runs        read_json_lines, write_json_lines, locked
-    a program   run(main)
+    tensors     open_tensors, read_tensor, require_finite
+    a Scene     check_scene, check_sampling
+    a program   run(main), note
 
 What is wrong with an input is one line that names the file, the field and what was expected: a
 ValueError or an OSError, which `run` prints. A check says what must hold, so that NaN fails it.
@@ -18,17 +22,27 @@ This room knows no other.
 import argparse
 import contextlib
 import csv
+import functools
 import json
 import math
+import operator
 import os
 import re
+import reprlib
+import shutil
 import sys
+import tempfile
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+IMAGE_FORMATS = ("PNG", "JPEG")
+LARGEST_TEXT = 2**30  # bytes
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -95,6 +109,31 @@ def device_of(name):
     raise argparse.ArgumentTypeError(f"expected one that this machine has ({known}), not {name!r}")
 
 
+def file_to_write(*endings):
+    """The type of a flag that names a file to write, with one of these endings if there are any."""
+
+    def read(path):
+        if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
+            raise argparse.ArgumentTypeError(f"expected the name of a file, not {path!r}")
+        if endings and not path.lower().endswith(endings):
+            expected = ", ".join(endings)
+            raise argparse.ArgumentTypeError(f"expected a name ending in {expected}, not {path!r}")
+        folder_to_write(os.path.dirname(path))
+        return path
+
+    return read
+
+
+def folder_to_write(path):
+    """The type of a flag that names a folder to write into, which may be there or not."""
+    there = os.path.abspath(path)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"expected a folder to write in, but {there} is none")
+    return path
+
+
 # --------------------------------------------------------------------------------------------------
 # Text
 
@@ -104,10 +143,7 @@ def expecting(line):
     """An error in here becomes a ValueError of one line: this one, and the error in brackets."""
     try:
         yield
-    except (
-        ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
-        SyntaxError, TypeError, ValueError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # libraries have kinds of their own: BadZipFile, csv.Error, ...
         raise ValueError(f"{line} ({' '.join(str(error).split())})") from None
 
 
@@ -116,6 +152,8 @@ def read_text(path):
     try:
         if not os.path.isdir(path) and os.path.exists(path) and not os.path.isfile(path):
             raise ValueError(f"{path}: expected a file")  # a pipe would be waited for
+        if os.path.isfile(path) and os.path.getsize(path) > LARGEST_TEXT:
+            raise ValueError(f"{path}: expected at most {LARGEST_TEXT} bytes of text")
         with open(path, "rb") as file:
             data = file.read()
     except FileNotFoundError:
@@ -134,27 +172,48 @@ def read_text(path):
 def read_csv(file, required, optional):
     """A CSV file with a header -> {name: (N,) float}; a column `file` stays a list of str.
 
-    Blank lines are skipped."""
-    rows = [row for row in csv.reader(read_text(file).splitlines(), skipinitialspace=True) if row]
-    header, *rows = rows or [[]]
-    if not set(required) <= set(header) <= {*required, *optional}:
+    Numbers are finite. Lines without a value are skipped."""
+    reader = csv.reader(read_text(file).splitlines(), skipinitialspace=True)
+    with expecting(f"{file}: not a CSV file"):
+        rows = [[cell.strip() for cell in row] for row in reader]
+    numbered = [(number, row) for number, row in enumerate(rows, start=1) if any(row)]
+    (_, header), *lines = numbered or [(1, [])]
+    known = {*required, *optional}
+    if not set(required) <= set(header) <= known or len(set(header)) < len(header):
         raise ValueError(
-            f"{file}: header is {','.join(header)}; expected {','.join(required)}, "
+            f"{file}: header is {','.join(header)[:100]}; expected {','.join(required)}, "
             f"optional are {','.join(optional)}")
-    for number, row in enumerate(rows, start=2):
+    for number, row in lines:
         if len(row) != len(header):
             raise ValueError(
                 f"{file}: line {number} has {len(row)} fields, the header {len(header)}")
-    table = np.array(rows, str).reshape(-1, len(header))
-    columns = dict(zip(header, table.T))
-    for name in columns.keys() - {"file"}:
-        with expecting(f"{file}: column {name} must be numbers"):
-            columns[name] = columns[name].astype(float)
+    columns = {}
+    for i, name in enumerate(header):
+        cells = [(number, row[i]) for number, row in lines]
+        if name == "file":
+            columns[name] = [cell for _, cell in cells]
+        else:
+            values = [number_of(cell, f"{file}: {name} in line {number}") for number, cell in cells]
+            columns[name] = np.array(values, float)
     return columns
+
+
+def number_of(text, where):
+    """The finite number that a text is; where: what to name in errors."""
+    value = math.nan
+    with contextlib.suppress(ValueError):
+        value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{where} is {text[:40]!r}, expected a finite number")
+    return value
 
 
 # --------------------------------------------------------------------------------------------------
 # JSON
+
+
+SHOWN = reprlib.Repr()  # a value in a message: on one line, short, however deep or long it is
+SHOWN.maxstring = SHOWN.maxother = 60
 
 
 class Json(dict):
@@ -165,27 +224,34 @@ class Json(dict):
         self.path = path
         self.where = where  # the fields around it, each with a dot
 
+    def field(self, key):
+        """A key with the fields around it, as a message has it."""
+        field = f"{self.where}{key}"
+        return field if field.isprintable() else repr(field)
+
     def __missing__(self, key):
-        raise ValueError(f"{self.path}: field {self.where}{key} is missing")
+        raise ValueError(f"{self.path}: field {self.field(key)} is missing")
 
     def __getitem__(self, key):
         value = super().__getitem__(key)
         if value is None:
-            raise ValueError(f"{self.path}: field {self.where}{key} is null")
+            raise ValueError(f"{self.path}: field {self.field(key)} is null")
         return Json(self.path, value, f"{self.where}{key}.") if isinstance(value, dict) else value
 
     def wrong(self, key, expected):
         """The ValueError to raise of a field that is not what was expected."""
-        value = repr(self.get(key))
-        shown = value if len(value) <= 60 else f"{value[:60]}..."
-        return ValueError(f"{self.path}: field {self.where}{key} is {shown}, expected {expected}")
+        shown = SHOWN.repr(self.get(key))
+        return ValueError(f"{self.path}: field {self.field(key)} is {shown}, expected {expected}")
+
+    def object(self, key):
+        """The object at key."""
+        if not isinstance(self[key], Json):
+            raise self.wrong(key, "an object")
+        return self[key]
 
     def part(self, key):
         """The object at key; empty where there is none."""
-        value = self[key] if key in self else Json(self.path, {}, f"{self.where}{key}.")
-        if not isinstance(value, Json):
-            raise self.wrong(key, "an object")
-        return value
+        return self.object(key) if key in self else Json(self.path, {}, f"{self.where}{key}.")
 
     def expect(self, key, value):
         """Refuse another value, where there is one."""
@@ -201,9 +267,10 @@ class Json(dict):
 
     def text(self, key):
         """The text at key."""
-        if not isinstance(self[key], str):
+        value = self[key]
+        if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):  # half a character
             raise self.wrong(key, "text")
-        return self[key]
+        return value
 
     def objects(self, key):
         """The list of objects at key."""
@@ -222,7 +289,7 @@ def read_json(path, kind=dict):
     data = parse_json(read_text(path), path)
     if not isinstance(data, kind):
         wanted = "a list" if kind is list else "an object of named fields"
-        raise ValueError(f"{path}: expected {wanted}, not {str(data)[:20]!r}")
+        raise ValueError(f"{path}: expected {wanted}, not {SHOWN.repr(data)}")
     return Json(path, data) if kind is dict else data
 
 
@@ -256,6 +323,27 @@ def finite(value):
     return False
 
 
+def whole_number(name, value, least=0, most=10**9):
+    """A value as an int; ValueError unless it is a whole number within bounds."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= most:
+        shown = " ".join(repr(value).split())[:60]
+        raise ValueError(f"{name}: expected a whole number from {least} to {most}, not {shown}")
+    return number
+
+
+def whole_numbers(name, values, least=0, most=10**9):
+    """Values as a tuple of ints; ValueError unless they are whole numbers within bounds."""
+    try:
+        values = list(values)
+    except TypeError:
+        raise ValueError(f"{name}: expected whole numbers, not {values}") from None
+    return tuple(whole_number(name, value, least, most) for value in values)
+
+
 def require_increasing(where, times):
     """ValueError unless times (N,) are finite and increase."""
     late = np.flatnonzero(~(np.diff(times) > 0))
@@ -263,35 +351,142 @@ def require_increasing(where, times):
         i = late[0]
         raise ValueError(
             f"{where}: times must increase, but {times[i]} s is followed by {times[i + 1]} s")
-
-
-def require_finite(tensors, where):
-    """ValueError that names the first of {name: tensor} with a NaN or infinite value.
-
-    where: the file to name. One pass, no copies, one wait for each device; what is not of floating
-    point is passed over."""
-    named = {}  # device -> names, and whether each is finite
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
-            ends = torch.stack(tensor.detach().aminmax())  # tensor.isfinite() would copy it
-            named.setdefault(tensor.device, []).append((name, ends.isfinite().all()))
-    for pairs in named.values():
-        names, right = zip(*pairs)
-        for name, fine in zip(names, torch.stack(right).tolist()):
-            if not fine:
-                dtype = str(tensors[name].dtype).removeprefix("torch.")
-                raise ValueError(
-                    f"{where}: tensor {name} holds values that are NaN or infinite in {dtype}")
+    if not np.isfinite(times).all():
+        raise ValueError(f"{where}: times must be finite numbers")
 
 
 def read_image(file):
-    """An image file -> (H, W, 3) uint8."""
+    """An image file -> (H, W, 3) uint8, turned upright as its EXIF orientation says.
+
+    16-bit grey is scaled to 8. Pillow refuses what unpacks to more than 89 million pixels."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         raise ImportError("images are read by Pillow: pip install pillow") from None
-    with expecting(f"{file}: not a readable image"), Image.open(file) as image:
-        return np.array(image.convert("RGB"))
+    with expecting(f"{file}: not a readable image"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            image = ImageOps.exif_transpose(image)
+            if not image.mode.startswith("I"):
+                return np.array(image.convert("RGB"))
+            grey = np.round(np.array(image) / 257).astype(np.uint8)  # 65535 becomes 255
+            return np.repeat(grey[..., None], 3, -1)
+
+
+# --------------------------------------------------------------------------------------------------
+# A clip (clips.py). A car and its cameras keep these bounds with room to spare; beyond them numbers
+# have another unit, or are broken.
+
+STEPS = (0.004, 0.3)  # s, the median between poses, and between images: 250 to 3.3 Hz
+LONGEST = 100_000  # s, a clip: more than a day
+FARTHEST = 1e8  # m from the origin: even coordinates from the middle of the Earth are nearer
+FASTEST = 150  # m/s
+SPIN = 4  # rad/s
+TILT = 0.7  # rad from upright
+ASIDE = 0.25  # rad between heading and travel, for three of four half seconds; real drives: 0.07
+BACKWARDS = 8  # m/s in reverse
+MEASURED = {  # the most that a column of egomotion.csv may be, either way
+    "speed": (FASTEST, "m/s"), "acceleration": (100, "m/s^2"), "steering": (1.2, "rad"),
+    "turn_signal": (1, "(it is -1, 0 or 1)"),
+}  # fmt: skip
+WIDEST = 16384  # pixels, the side of a calibrated image
+LONGEST_LENS = 1e6  # pixels, a focal length
+
+
+def check_times(where, times):
+    """ValueError unless times (N,) are two or more, increase, and are in s."""
+    if len(times) < 2:
+        raise ValueError(f"{where}: {len(times)} times, expected 2 or more")
+    require_increasing(where, times)
+    step = np.median(np.diff(times))
+    seconds = times[-1] - times[0]
+    if not (STEPS[0] <= step <= STEPS[1] and seconds <= LONGEST):
+        raise ValueError(
+            f"{where}: times must be in s, about 0.1 s apart ({STEPS[0]} to {STEPS[1]}), for at "
+            f"most {LONGEST} s; they are {step:g} apart (the median), for {seconds:g}")
+
+
+def check_drive(where, times, xyz, rot, measured):
+    """ValueError unless a car can have driven so: its speed, turning, tilt and heading.
+
+    times (N,) s, xyz (N, 3) m, rot (N, 3, 3), and what was measured, {name: (N,)}."""
+
+    def require(field, values, most, unit):
+        beyond = np.flatnonzero(~(np.abs(values) <= most))
+        if len(beyond):
+            i = beyond[0]
+            raise ValueError(
+                f"{where}: {field} of pose {i}, at {times[i]:g} s, is {values[i]:.4g} {unit}; "
+                f"expected at most {most:g}")
+
+    require("position", np.abs(xyz).max(1), FARTHEST, "m")
+    for field, values in measured.items():
+        require(field, values, *MEASURED[field])
+    require("tilt", np.arccos(rot[:, 2, 2].clip(-1, 1)), TILT, "rad")
+    step = np.maximum(np.diff(times), np.median(np.diff(times)))  # a jitter in time is no leap
+    leap = np.linalg.norm(np.diff(xyz, axis=0), axis=1)
+    require("speed to the next", leap / step, FASTEST, "m/s")
+    turn = np.trace(rot[:-1].swapaxes(1, 2) @ rot[1:], axis1=1, axis2=2)  # 1 + 2 cos(angle)
+    angle = np.arccos(((turn - 1) / 2).clip(-1, 1))
+    require("turn rate to the next", angle / step, SPIN, "rad/s")
+    check_heading(where, times, xyz, rot[:, :, 0], measured.get("speed"))
+
+
+def check_heading(where, times, xyz, heading, measured):
+    """ValueError unless the car goes where its heading (N, 3) points, at the speed (N,) measured.
+
+    Looks at the half seconds in which it moves more than 1 m."""
+    stride = max(1, round(0.5 / np.median(np.diff(times))))
+    middle = slice(stride // 2, stride // 2 + len(times) - stride)  # the pose in the middle of each
+    seconds = times[stride:] - times[:-stride]
+    way = xyz[stride:] - xyz[:-stride]
+    length = np.linalg.norm(way, axis=1)
+    moved = (length > 1) & (seconds < 1)
+    if not moved.any():
+        return
+    ahead = (way * heading[middle]).sum(1)[moved]  # m, negative in reverse
+    speed = ahead / seconds[moved]
+    cosine = np.abs(ahead / length[moved]).clip(0, 1)
+    aside = np.quantile(np.arccos(cosine), 0.75)
+    if not aside <= ASIDE:
+        raise ValueError(
+            f"{where}: the heading is {aside:.2f} rad off the direction of travel, expected at "
+            f"most {ASIDE}; yaw is in rad, 0 along x, to the left")
+    if not np.median(speed) >= -BACKWARDS:
+        raise ValueError(
+            f"{where}: it drives backwards at {-np.median(speed):.1f} m/s, expected at most "
+            f"{BACKWARDS}; yaw is where the car's front points")
+    if measured is not None:
+        ratio = (measured[middle][moved] * speed).sum() / (speed**2).sum()
+        if not 0.5 <= ratio <= 2:
+            raise ValueError(
+                f"{where}: speed is {ratio:.2f} times that of the positions, expected m/s and m")
+
+
+def calibration_of(where, lens, pose):
+    """Numbers -> intrinsics (10,), see `project`, and camera_to_ego (4, 4) of a camera on a car."""
+    with expecting(f"{where}: expected 10 intrinsics and a pose of 4 x 4"):
+        lens = torch.tensor(lens, dtype=torch.float32).reshape(10)
+        pose = torch.as_tensor(pose).float().reshape(4, 4)
+    kind, width, height, cx, cy, *rest = lens.tolist()
+    focal = rest[:2] if kind == 1 else rest[1:2]  # pixels, or pixels per rad
+    turn = pose[:3, :3]
+    off = (turn.T @ turn - torch.eye(3)).abs().max()
+    held = {
+        "finite numbers": lens.isfinite().all() and pose.isfinite().all(),
+        f"width and height of 1 to {WIDEST} pixels": 1 <= min(width, height)
+        and max(width, height) <= WIDEST,
+        "cx and cy in or near the image": abs(cx) <= 3 * width and abs(cy) <= 3 * height,
+        f"a focal length of 1 to {LONGEST_LENS:g} pixels": 1 <= min(focal)
+        and max(map(abs, rest)) <= LONGEST_LENS,
+        "camera_to_ego with a rotation": off < 0.01 and torch.linalg.det(turn) > 0,
+        "camera_to_ego with 0 0 0 1 below": pose[3].tolist() == [0, 0, 0, 1],
+        "a camera within 20 m of the rear axle": pose[:3, 3].norm() <= 20,
+    }
+    for expected, holds in held.items():
+        if not holds:
+            raise ValueError(f"{where}: expected {expected}")
+    return lens, pose
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,17 +504,52 @@ def inside(folder, name, where):
     return os.path.join(folder, name)
 
 
+def files_in(folder, *endings):
+    """The files of a folder whose names have one of these endings, 2 before 10.
+
+    Hidden ones are left out: macOS puts a `._1.png` beside a `1.png`."""
+    found = []
+    for entry in Path(folder).iterdir():
+        if entry.name.lower().endswith(endings) and entry.name[0] != "." and entry.is_file():
+            parts = re.split("([0-9]+)", entry.name)  # text, digits, text, ...
+            order = [int(part) if i % 2 else part for i, part in enumerate(parts)]
+            found.append((order, entry.name, entry))
+    return [entry for *_, entry in sorted(found)]
+
+
 def write_atomically(path, write):
-    """write(temporary path), then rename: a killed process leaves the old file or the new one."""
+    """write(temporary path), then rename: a killed process leaves the old file or the new one.
+
+    OSError, one line, where the file cannot be written; then it is as it was."""
     path = os.fspath(path)
-    part = path + ".part"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    folder, name = os.path.split(path)
+    folder = folder or "."
+    own = None  # a folder for this writing alone: libraries have temporary files of their own
     try:
+        os.makedirs(folder, exist_ok=True)
+        sweep(folder, name)
+        own = tempfile.mkdtemp(prefix=f"{name}.", suffix=".part", dir=folder)
+        part = os.path.join(own, name)
+        with open(part, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode  # as the umask has it
         write(part)
+        os.chmod(part, mode)
         os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"{path}: not written, what was there is as it was ({why})") from None
     finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
+        if own:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+def sweep(folder, name):
+    """Remove what writings of this file that were killed more than an hour ago have left."""
+    for entry in os.scandir(folder):
+        if entry.name.startswith(f"{name}.") and entry.name.endswith(".part"):
+            with contextlib.suppress(FileNotFoundError):  # another writer was here first
+                if time.time() - entry.stat().st_mtime > 3600:
+                    shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def write_json(path, data):
@@ -331,14 +561,7 @@ def write_json(path, data):
 def save_tensors(path, tensors, metadata):
     """Write a safetensors file, whole and finite, or not at all."""
     require_finite(tensors, path)
-
-    def write(part):
-        try:
-            save_file(tensors, part, metadata)
-        except SafetensorError as error:  # a full disk
-            raise OSError(f"{path}: {error}") from None
-
-    write_atomically(path, write)
+    write_atomically(path, lambda part: save_file(tensors, part, metadata))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -378,6 +601,152 @@ def locked(path, message):
 
 
 # --------------------------------------------------------------------------------------------------
+# Tensors
+
+FLOATS = {  # as safetensors calls what may become a weight
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def open_tensors(path, device="cpu"):
+    """A safetensors file, open to read. FileNotFoundError or ValueError: one line."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: missing")
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError(f"{path}: expected a safetensors file")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def read_tensor(file, path, name, shape, dtype):
+    """A floating-point tensor of an open safetensors file in a floating-point dtype, checked."""
+    stored = file.get_slice(name)
+    have = tuple(stored.get_shape())
+    if stored.get_dtype() not in FLOATS:
+        raise ValueError(
+            f"{path}: tensor {name} is {stored.get_dtype()}, expected one of {', '.join(FLOATS)}")
+    if have != tuple(shape):
+        raise ValueError(f"{path}: tensor {name} has shape {have}, expected {tuple(shape)}")
+    tensor = file.get_tensor(name).to(dtype)
+    require_finite({name: tensor}, path)
+    return tensor
+
+
+def require_finite(tensors, where):
+    """ValueError that names the first of {name: tensor} with a NaN or infinite value.
+
+    where: the file to name. One pass, no copies, one wait for each device; what is not of floating
+    point is passed over."""
+    named = {}  # device -> names, and whether each is finite
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            ends = torch.stack(tensor.detach().aminmax())  # tensor.isfinite() would copy it
+            named.setdefault(tensor.device, []).append((name, ends.isfinite().all()))
+    for pairs in named.values():
+        names, right = zip(*pairs)
+        for name, fine in zip(names, torch.stack(right).tolist()):
+            if not fine:
+                dtype = str(tensors[name].dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{where}: tensor {name} holds values that are NaN or infinite in {dtype}")
+
+
+# --------------------------------------------------------------------------------------------------
+# A Scene (data.py)
+
+SCENE = {  # key -> sizes by name, type; None: any of floating point
+    "images": ("B cameras frames 3 H W", torch.uint8),
+    "camera_ids": ("B cameras", torch.long),
+    "ego_history_xyz": ("B 16 3", None),
+    "ego_history_rot": ("B 16 3 3", None),
+    "ego_kinematics": ("B 20 4", None),
+    "ego_future_xyz": ("B 64 3", None),
+    "ego_future_rot": ("B 64 3 3", None),
+    "actions": ("B 64 2", None),
+    "camera_to_ego": ("B cameras 4 4", None),
+    "intrinsics": ("B cameras 10", None),
+    "reasoning": ("B", str),
+    "route": ("B", str),
+    "name": ("B", str),
+}
+ALWAYS = "images", "camera_ids", "ego_history_xyz", "ego_history_rot"
+
+
+def check_scene(scene, *needed):
+    """ValueError, one line, unless a Scene has ALWAYS and the needed keys, every key the shape and
+    type of SCENE, and finite numbers where they are on the CPU: for a GPU one would have to wait.
+
+    All scenes of a batch have the same cameras in the same order."""
+    sizes = {}
+    for key, (shape, kind) in SCENE.items():
+        if key in scene:
+            check_entry(key, scene[key], shape.split(), kind, sizes)
+        elif key in ALWAYS or key in needed:
+            raise ValueError(f"scene: {key} is missing, expected ({', '.join(shape.split())})")
+    cameras = scene["camera_ids"].tolist()
+    if any(ids != cameras[0] for ids in cameras) or not all(0 <= i <= 6 for i in cameras[0]):
+        raise ValueError(
+            f"scene: camera_ids are {SHOWN.repr(cameras)}, expected numbers from 0 to 6, for all "
+            "scenes of a batch the same in the same order")
+
+
+def check_entry(key, value, shape, kind, sizes):
+    """ValueError unless the value of a Scene's key has this shape and type.
+
+    sizes: of the names in shapes, as far as they are known; what this one tells is put in."""
+    if kind is str:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
+            raise ValueError(f"scene: {key} must be a list of texts, not {SHOWN.repr(value)}")
+        if any("<|" in text for text in value):  # it would be read as what it is called
+            raise ValueError(f"scene: {key} has a special token in it: {SHOWN.repr(value)}")
+        have = (len(value),)
+    elif not isinstance(value, torch.Tensor):
+        raise ValueError(f"scene: {key} must be a tensor, not {type(value).__name__}")
+    elif (value.dtype != kind) if kind else not value.is_floating_point():
+        wanted = str(kind).removeprefix("torch.") if kind else "floating point"
+        raise ValueError(f"scene: {key} are of type {value.dtype}, expected {wanted}")
+    else:
+        have = tuple(value.shape)
+    want = tuple(int(name) if name.isdigit() else sizes.get(name, name) for name in shape)
+    fits = all(a == b or (isinstance(b, str) and a > 0) for a, b in zip(have, want))
+    if len(have) != len(want) or not fits:
+        named = f"({', '.join(shape)})"
+        known = "" if any(isinstance(size, str) for size in want) else f" = {want}"
+        raise ValueError(f"scene: {key} has shape {have}, expected {named}{known}")
+    sizes |= dict(zip(shape, have))
+    if kind is None and value.device.type == "cpu" and not value.isfinite().all():
+        raise ValueError(f"scene: {key} holds NaN or infinite values")
+
+
+def check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta, seed, noise):
+    """ValueError, one line, where `Alpamayo.sample` is asked for what cannot be.
+
+    A temperature too near 0 ends in infinite logits, a very high one would say masked tokens."""
+    counts = {"n": n, "steps": steps, "max_new_tokens": max_new_tokens}
+    for name, value in counts.items():
+        number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not (number and 1 <= value <= 10**6):
+            raise ValueError(f"sample: {name} must be a whole number from 1 to 1e6, not {value!r}")
+    if not (finite(temperature) and (temperature == 0 or 1e-4 <= temperature <= 1e4)):
+        raise ValueError(f"sample: temperature must be 0 or 1e-4 to 1e4, not {temperature!r}")
+    if not (finite(top_p) and 0 < top_p <= 1):
+        raise ValueError(f"sample: top_p must be in (0, 1], not {top_p!r}")
+    if not (finite(eta) and 0 <= eta <= 1):
+        raise ValueError(f"sample: eta must be in [0, 1], not {eta!r}")
+    if decode not in ("flow", "tokens"):
+        raise ValueError(f"sample: decode must be flow or tokens, not {decode!r}")
+    if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**64):
+        raise ValueError(f"sample: seed must be a whole number of 64 bits, not {seed!r}")
+    if noise is not None:
+        check_entry("noise", noise, ["N", "64", "2"], None, {})
+
+
+# --------------------------------------------------------------------------------------------------
 # A program
 
 
@@ -386,6 +755,13 @@ def name_of_program():
     page = sys.modules["__main__"]
     spec = getattr(page, "__spec__", None)
     return spec.name if spec else os.path.basename(getattr(page, "__file__", "python"))
+
+
+@functools.cache
+def note(line):
+    """Tell the user something that is no error: once, on stderr, by the first of the processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name_of_program()}: note: {line}", file=sys.stderr)
 
 
 def run(main):

@@ -1,22 +1,26 @@
 """
 Pictures: what all of them share, and one scene on a slide.
 
-    pyplot()                        matplotlib, drawing into files
+    pyplot, picture, save_figure    matplotlib, drawing into files
+    readable, verdict               what a model said, and whether that is right
     STYLE, TRUTH, GREY, MODEL       the look: few colours, and grey for what is around them
-    DrawnPath, Look, Photo              a path, how it is drawn, and what a camera sees
+    DrawnPath, Look, Photo          a path, how it is drawn, and what a camera sees
     ribbon, draw_photo              a path on the road, as a camera sees it
     draw_scene                      everything about one scene, 1600 x 900 pixels
 
 Not a script: sample.py and tools/ draw with it.
 """
-import os
+import math
 import textwrap
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import data
+import doors
 import world
 from alpamayo import (
     DT,
@@ -62,10 +66,16 @@ def pyplot():
     return matplotlib.pyplot
 
 
+def picture(path):
+    """The type of a flag that names a picture to write. ImportError where nothing could draw it."""
+    pyplot()
+    return doors.file_to_write(".png", ".jpg", ".pdf", ".svg")(path)
+
+
 def save_figure(figure, file):
-    """Write a figure into a file, whose folder is made, and forget it."""
-    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    figure.savefig(file)
+    """Write a figure into a file, whole or not at all, and forget it."""
+    kind = str(file).rpartition(".")[2].lower()
+    doors.write_atomically(file, lambda part: figure.savefig(part, format=kind))
     pyplot().close(figure)
 
 
@@ -76,6 +86,21 @@ def readable(text):
         known = character.isprintable() and character != "\N{REPLACEMENT CHARACTER}"
         shown += character if known else "·"
     return shown
+
+
+def verdict(said, true):
+    """How a trace compares with the true one: "right"; "other reason", for the same decisions;
+    "wrong". Nothing, "", where one of them is silent, or the truth decides nothing."""
+    if not said or not data.decisions(true):
+        return ""
+    if data.decisions(said) != data.decisions(true):
+        return "wrong"
+    return "right" if reasons_in(said) == reasons_in(true) else "other reason"
+
+
+def reasons_in(text):
+    """The reasons that a trace gives, in whatever order."""
+    return set(text.lower().partition(" since ")[2].strip(" .").split(" and "))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,6 +130,7 @@ class Photo(NamedTuple):
     image: np.ndarray  # (H, W, 3)
     intrinsics: torch.Tensor | None  # (10,), see alpamayo.project
     camera_to_ego: torch.Tensor | None  # (4, 4)
+    seen: bool = True  # whether the model looks through this camera
 
 
 BEHIND = dict(color=GREY, linewidth=2.5)  # the line of what was driven before t0
@@ -122,22 +148,25 @@ OTHER = Look(
 )
 
 
-def paths_of(scene, out):
-    """What to draw of a batch of one and its Rollout, in order: samples, the best one, the truth.
-
-    Without a truth, the first sample stands in the best one's place."""
-    xyz = out.xyz[0].cpu()
-    samples = zip(xyz, out.rot[0].cpu(), out.actions[0].cpu())
-    paths = [DrawnPath(*sample, OTHER, "other samples") for sample in samples]
+def sample_shown(scene, out):
+    """Which sample a slide is about: the one closest to the truth, or the first where there is
+    none. Its words are the title and its path is bold."""
     if "ego_future_xyz" not in scene:
-        first = paths.pop(0)
-        return [*paths, first._replace(look=BEST, label="first sample")]
-    past = scene["ego_history_xyz"][0], scene["ego_history_rot"][0]
-    future = scene["ego_future_xyz"][0], scene["ego_future_rot"][0]
-    best = int(ade(xyz, future[0]).argmin())
-    best = paths.pop(best)
-    paths.append(best._replace(look=BEST, label="best sample"))
-    paths.append(DrawnPath(*future, fit_actions(*past, *future), DRIVEN, "driven in truth"))
+        return 0
+    return int(ade(out.xyz[0].cpu(), scene["ego_future_xyz"][0]).argmin())
+
+
+def paths_of(scene, out, shown):
+    """What to draw of a batch of one and its Rollout, in order: samples, the one that is shown, the
+    truth where it is known."""
+    samples = zip(out.xyz[0].cpu(), out.rot[0].cpu(), out.actions[0].cpu())
+    paths = [DrawnPath(*sample, OTHER, "other samples") for sample in samples]
+    bold = paths.pop(shown)
+    paths.append(bold._replace(look=BEST, label=f"sample {shown + 1}"))
+    if "ego_future_xyz" in scene:
+        past = scene["ego_history_xyz"][0], scene["ego_history_rot"][0]
+        future = scene["ego_future_xyz"][0], scene["ego_future_rot"][0]
+        paths.append(DrawnPath(*future, fit_actions(*past, *future), DRIVEN, "driven in truth"))
     return paths
 
 
@@ -195,7 +224,8 @@ def draw_photo(ax, camera, photo, paths):
     ax.set_axis_off()
     corner = dict(xycoords="axes fraction", textcoords="offset points", va="top")
     box = dict(facecolor=TRUTH, alpha=0.5, linewidth=0, pad=2.5)
-    ax.annotate(CAPTIONS[camera], (0, 1), (5, -5), color="white", bbox=box, **corner)
+    caption = CAPTIONS[camera] + ", unseen by the model" * (not photo.seen)
+    ax.annotate(caption, (0, 1), (5, -5), color="white", bbox=box, **corner)
     if photo.intrinsics is None:
         return
     for drawn in paths:
@@ -216,55 +246,64 @@ def draw_scene(file, scene, out, photos):
 
     scene: a batch of one; out: its Rollout; photos: {camera id: Photo}."""
     plt = pyplot()
-    paths = paths_of(scene, out)
+    shown = sample_shown(scene, out)
+    paths = paths_of(scene, out, shown)
+    cameras = sorted(photos, key=(1, 0, 6, 2, 4, 3, 5).index)  # the first one is large
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(16, 9), dpi=100)
-        draw_title(figure, scene, out)
-        numbers = draw_cameras(figure, photos, paths)
-        draw_numbers(numbers, scene, out, paths)
-        margins = dict(left=0.045, right=0.975, top=0.355, bottom=0.055)
-        grid = figure.add_gridspec(1, 4, wspace=0.26, **margins)
-        draw_paths(figure.add_subplot(grid[:2]), scene, paths)
-        speed = figure.add_subplot(grid[2])
-        curvature = figure.add_subplot(grid[3])
+        draw_title(figure, scene, out, shown)
+        height, width = photos[cameras[0]].image.shape[:2]
+        places, *plots = lay_out(figure, len(cameras), width / height)
+        for camera, place in zip(cameras, places):
+            ax = figure.add_subplot(place, anchor="N" if camera == cameras[0] else "NW")
+            draw_photo(ax, camera, photos[camera], paths)
+        above, speed, curvature, numbers = map(figure.add_subplot, plots)
+        draw_paths(above, scene, paths)
         draw_profiles(speed, curvature, scene, paths)
+        draw_numbers(numbers, scene, out, paths)
         save_figure(figure, file)
 
 
-def draw_title(figure, scene, out):
-    """What the model says, and below it the truth, or the scene's name."""
-    said = readable(out.reasoning[0][0]) or "Drives without reasoning."
-    size = 23 if len(said) <= 80 else 16
-    said = textwrap.fill(said, 115)
-    figure.text(0.025, 0.965, said, size=size, color=TRUTH, va="top", weight="bold")
+def lay_out(figure, cameras, aspect):
+    """Where things go: the places of the cameras, the first one large; the view from above, speed,
+    curvature and numbers. aspect: width of an image / height."""
+    columns = max(4, 2 + math.ceil((cameras - 1) / 2))
+    bottom = 0.86 - min(3.4 / columns / aspect, 0.475)
+    margins = dict(left=0.025, right=0.975, top=0.86, bottom=bottom)
+    top = figure.add_gridspec(2, columns, wspace=0.032, hspace=0.065, **margins)
+    margins = dict(left=0.045, right=0.975, top=bottom - 0.08, bottom=0.055)
+    below = figure.add_gridspec(1, 4, wspace=0.26, **margins)
+    if cameras == 1:
+        margins = dict(left=0.55, right=0.975, top=0.84, bottom=bottom + 0.03)
+        beside = figure.add_gridspec(1, 1, **margins)[0]
+        return [top[:, :2]], beside, below[:2], below[2], below[3]
+    small = [top[row, column] for column in (0, *range(3, columns)) for row in (0, 1)]
+    places = [top[:, 1:3], *small] if cameras > 2 else [top[:, :2], top[:, 2:]]
+    spare = len(places) - cameras
+    if spare:
+        return places, below[:2], below[2], below[3], top[2 - spare :, -1]
+    return places, below[0], below[1], below[2], below[3]
+
+
+def draw_title(figure, scene, out, shown):
+    """What the sample that is shown says. Below it: which one it is, and the truth or the name."""
+    said = out.reasoning[0][shown]
     true = scene["reasoning"][0]
-    below = f"truth: {true}" if true else scene["name"][0]
-    below = textwrap.shorten(f"sample 1 of {len(out.xyz[0])} | {below}", 180)
+    title = textwrap.fill(readable(said) or "Drives without reasoning.", 115, max_lines=2)
+    size = 23 if len(title) <= 80 else 16
+    figure.text(0.025, 0.965, title, size=size, color=TRUTH, va="top", weight="bold")
+    below = f"sample {shown + 1} of {len(out.xyz[0])}"
+    if "ego_future_xyz" in scene:
+        below += ", the closest to the truth"
+    if verdict(said, true):
+        below += f"; its words: {verdict(said, true)}"
+    below += f" | truth: {true}" if true else f" | {scene['name'][0]}"
+    below = textwrap.shorten(readable(below), 165)
     figure.text(0.025, 0.9, below, size=13, color=GREY, va="top")
 
 
-def draw_cameras(figure, photos, paths):
-    """The images. Returns the axes that are left for the numbers.
-
-    The front camera is large, in the middle of the others; alone, it leaves them the right."""
-    margins = dict(left=0.025, right=0.975, top=0.86, bottom=0.435)
-    grid = figure.add_gridspec(2, 4, wspace=0.032, hspace=0.065, **margins)
-    places = {0: grid[0, 0], 6: grid[1, 0], 2: grid[0, 3]}
-    front = 1 if 1 in photos else next(iter(photos))
-    others = [camera for camera in places if camera in photos and camera != front]
-    for camera in others:
-        ax = figure.add_subplot(places[camera], anchor="NW")
-        draw_photo(ax, camera, photos[camera], paths)
-    if others:
-        ax = figure.add_subplot(grid[:, 1:3], anchor="N")
-    else:
-        ax = figure.add_subplot(grid[:, :3], anchor="NW")
-    draw_photo(ax, front, photos[front], paths)
-    return figure.add_subplot(grid[1, 3] if others else grid[0, 3])
-
-
 def draw_numbers(ax, scene, out, paths):
-    """The legend, how good the best sample is, and how long each stage took."""
+    """The legend, how good the samples are, and how long each stage took."""
     from matplotlib.lines import Line2D
 
     ax.axis("off")
@@ -277,11 +316,16 @@ def draw_numbers(ax, scene, out, paths):
         truth = scene["ego_future_xyz"]
         best = min_ade(out.xyz.cpu(), truth).item()
         ctrv = ade(baselines(scene)["CTRV"], truth).item()
-        ax.text(0.55, 0.96, f"{best:.2f} m", size=21, color=MODEL, weight="bold", va="top")
+        ax.text(0.55, 1, f"{best:.2f} m", size=21, color=MODEL, weight="bold", va="top")
         below = f"minADE of {out.xyz.shape[1]}\nCTRV {ctrv:.2f} m"
-        ax.text(0.55, 0.72, below, color=GREY, va="top")
-    times = "   ".join(f"{stage} {1000 * s:.0f} ms" for stage, s in out.seconds.items())
-    ax.text(0.02, 0.03, times, size=8.5, color=GREY)
+        verdicts = Counter(verdict(said, scene["reasoning"][0]) for said in out.reasoning[0])
+        verdicts.pop("", None)
+        counts = ", ".join(f"{count} {word}" for word, count in verdicts.items())
+        below += "\n" + textwrap.fill(f"words: {counts}" if counts else "", 22)
+        corner = dict(xycoords="axes fraction", textcoords="offset points", va="top")
+        ax.annotate(below, (0.55, 1), (0, -30), color=GREY, **corner)
+    times = ", ".join(f"{stage} {1000 * s:.0f} ms" for stage, s in out.seconds.items())
+    ax.text(0.02, 0, textwrap.fill(times, 36), size=8.5, color=GREY)
 
 
 def draw_paths(ax, scene, paths):

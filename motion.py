@@ -93,17 +93,24 @@ def smooth_motion(xyz, rot):
 
     Poses (..., T, 3), (..., T, 3, 3) at 10 Hz in any fixed frame -> (..., T) float64 each. Left is
     positive, the heading has no jumps."""
-    if xyz.shape[-1:] != (3,) or rot.shape != (*xyz.shape, 3) or xyz.shape[-2] < 3:
-        raise ValueError(
-            "poses: expected xyz (..., T, 3) and rot (..., T, 3, 3), T at least 3, "
-            f"not {tuple(xyz.shape)} and {tuple(rot.shape)}"
-        )
+    require_poses(xyz, rot, 3)
     rot = rot.double()
     _, velocity = line_fit(xyz.double().mT, SMOOTHING / 2)  # (..., 3, T), smoothed again below
     forward = (velocity.mT * rot[..., 0]).sum(-1)  # along the x axis of the car
     speed, acceleration = line_fit(forward)
     yaw, turn_rate = line_fit(unwrap(yaw_of(rot)))
     return speed, acceleration, yaw, turn_rate
+
+
+def require_poses(xyz, rot, least):
+    """ValueError unless poses (..., T, 3), (..., T, 3, 3) are finite, and T at least this."""
+    if xyz.shape[-1:] != (3,) or rot.shape != (*xyz.shape, 3) or not xyz.shape[-2] >= least:
+        raise ValueError(
+            f"poses: expected xyz (..., T, 3) and rot (..., T, 3, 3), T at least {least}, "
+            f"not {tuple(xyz.shape)} and {tuple(rot.shape)}"
+        )
+    if not (xyz.isfinite().all() and rot.isfinite().all()):
+        raise ValueError("poses: expected finite numbers, not NaN or infinity")
 
 
 def line_fit(y, sigma=SMOOTHING):
@@ -364,6 +371,7 @@ def comfort(xyz, rot):
     Its verdicts are in tests/golden. Every rate is a forward difference whose last value is
     repeated, also on rates. So a path that still brakes or speeds up when it ends jerks there: more
     than 0.41 m/s^2 in its last step fails "longitudinal jerk", more than 0.84 "jerk"."""
+    require_poses(xyz, rot, 2)
     yaw = yaw_of(rot)
     yaw_rate = _rate(unwrap(yaw))
     vx = _rate(xyz[..., 0])
@@ -401,23 +409,26 @@ def baselines(scene):
 
     Of the history's positions p0 .. p15 and headings yaw, p15 is at t0: v = |p15 - p14| / dt,
     w = (yaw15 - yaw14) / dt and a = (v - |p14 - p13| / dt) / dt are the last speed, turn rate and
-    acceleration. At t seconds from t0
+    acceleration. Where the car moved against its heading, speeds are negative. At t seconds from t0
         CV    constant velocity                     speed v, heading 0
         CTRV  constant turn rate and velocity       speed v, heading w t
-        CTRA  constant turn rate and acceleration   speed max(0, v + a (t + dt / 2)), heading w t
+        CTRA  constant turn rate and acceleration   speed v + a (t + dt / 2) until 0, heading w t
     """
+    require_poses(scene["ego_history_xyz"], scene["ego_history_rot"], 3)
     steps = scene["ego_history_xyz"][..., :2].diff(dim=1)
-    speeds = steps.norm(dim=-1) / DT  # (B, 15); the last is that of t0 - dt / 2
+    ahead = (steps * scene["ego_history_rot"][:, 1:, :2, 0]).sum(-1)  # along the x axis of the car
+    speeds = steps.norm(dim=-1).copysign(ahead) / DT  # (B, 15); the last is that of t0 - dt / 2
     speed = speeds[:, -1:]  # (B, 1)
     accel = speeds.diff(dim=1)[:, -1:] / DT
     yaw = yaw_of(scene["ego_history_rot"])
     turn_rate = yaw[:, -2:].diff(dim=1) / DT
     t = DT * torch.arange(HORIZON + 1)  # (65,)
     steady = speed.expand(-1, HORIZON + 1)
-    changing = (speed + accel * (t + DT / 2)).clamp(min=0)
-    ahead = torch.zeros_like(steady)
+    changing = speed + accel * (t + DT / 2)
+    changing = torch.where(speed < 0, changing.clamp(max=0), changing.clamp(min=0))
+    straight = torch.zeros_like(steady)
     return {
-        "CV": _path_of(steady, ahead),
+        "CV": _path_of(steady, straight),
         "CTRV": _path_of(steady, turn_rate * t),
         "CTRA": _path_of(changing, turn_rate * t),
     }

@@ -15,6 +15,8 @@ its table and another writes it, so each field is spelt once:
 What is wrong with a file is one line that names the file, the field and what was expected. Files
 are written whole or not at all.
 """
+import contextlib
+import itertools
 import math
 import os
 import re
@@ -23,9 +25,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 
-from doors import Json, finite, read_json, save_tensors, write_json
+import doors
+from doors import Json, finite, read_json
 
 # --------------------------------------------------------------------------------------------------
 # Words: one vocabulary of text, action bins, history bins and special tokens, in this order.
@@ -53,6 +55,7 @@ SPECIAL_TOKENS = [  # this order decides the ids of those that are not TEXT_TOKE
 ]
 NEW_TOKENS = [token for token in SPECIAL_TOKENS if token not in TEXT_TOKENS]
 EGO_TOKENS = {"deltas": 48, "kinematics": 4}  # tokens of the ego history
+PROBE = "Yield to the pedestrian, 10 m ahead."  # a tokenizer must give it back
 QWEN3_VL_8B = ("Qwen3-VL-8B", "Cosmos-Reason2-8B")  # backbones whose numbers we know
 
 
@@ -116,10 +119,17 @@ class FileTokenizer:
             raise ImportError(
                 f"{path}: reading it needs one more package: pip install tokenizers"
             ) from None
+        text = doors.read_text(path)
         try:
-            self.tokenizer = Tokenizer.from_file(path)
-        except Exception as e:  # the package raises bare Exceptions
-            raise ValueError(f"{path}: not a tokenizer.json: {e}") from None
+            self.tokenizer = Tokenizer.from_str(text)
+            again = self.decode(self.encode(PROBE))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # the package raises bare Exceptions, and Rust's panics are none
+            why = " ".join(str(e).split())
+            raise ValueError(f"{path}: not a tokenizer.json: {why}") from None
+        if again != PROBE:
+            raise ValueError(f"{path}: makes {again[:60]!r} of {PROBE!r}")
 
     def __len__(self):
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
@@ -144,6 +154,10 @@ class Vocabulary:
             if len(self.text) != cfg.text_vocab:
                 raise ValueError(f"{path}: {len(self.text)} tokens, "
                                  f"traj_token_start_idx in config.json is {cfg.text_vocab}")
+            for token in TEXT_TOKENS[3:]:
+                if self.ids[token] != text_token_id(token)(vars(cfg)):
+                    raise ValueError(f"{path}: {token} is {self.ids[token]}, expected "
+                                     f"{text_token_id(token)(vars(cfg))}")
         elif not cfg.chat:  # a model from scratch needs no words but its own
             self.text = WordTokenizer(cfg.words)
             self.path = None
@@ -285,7 +299,7 @@ BACKBONE = {
         "num_key_value_heads": Field("n_kv_head"),
         "rms_norm_eps": Only(1e-6),
         "rope_theta": Field("rope_theta"),
-        "vocab_size": lambda c: c["text_vocab"],
+        "vocab_size": vocab_size,  # of all tokens, as the weights; the official code sets it, too
         "rope_scaling": {
             "mrope_interleaved": Only(True),
             "mrope_section": Field("mrope_section"),
@@ -346,7 +360,7 @@ RELEASE = {
     "traj_tokenizer_cfg": {
         "_target_": "alpamayo_r1.action_space.discrete_action_space.DiscreteTrajectoryTokenizer",
         "_recursive_": False,
-        "action_space_cfg": lambda c: write_table(ACTION_SPACE, c),
+        "action_space_cfg": ACTION_SPACE,
         "num_bins": Field("bins"),
         "dims_min": Follows(lambda c: [-c["bin_range"]] * 2),
         "dims_max": Field("bin_range", lambda most: [most] * 2, lambda both: both[0]),
@@ -387,7 +401,6 @@ words cameras frames frame_dt ego chat pair_frames view_embed route reasoning
 vision keep keep_at retrieve
 planes planes_patch planes_reach planes_embd flex_tokens flex_layer
 """.split()
-MAY_BE_ZERO = ("min_pixels", "max_pixels", "history_bins")
 
 
 def write_table(table, c):
@@ -415,32 +428,27 @@ def read_table(table, data, c, defaults):
         if isinstance(leaf, dict):
             read_table(leaf, data.part(key), c, defaults)
         elif isinstance(leaf, Field):
-            if leaf.optional:
-                value = data.get(key) or defaults[leaf.name]
+            if leaf.optional and data.get(key) is None:
+                value = defaults[leaf.name]
             elif leaf.fallback and key not in data:
                 value = leaf.write(c[leaf.fallback])
             else:
                 value = data[key]
             value = as_field(data, key, leaf, value, defaults[leaf.name])
             if c.setdefault(leaf.name, value) != value:
-                raise ValueError(f"{data.path}: field {key} contradicts another of {leaf.name}")
+                raise data.wrong(key, f"{c[leaf.name]}, as another field has {leaf.name}")
 
 
 def as_field(data, key, field, value, default):
-    """The value at a key of a Json as Config has it: of its default's type, and 0 only where it may
-    be."""
-    kind = type(default)
-    try:
-        read = field.read(value)
-    except (TypeError, ValueError, LookupError):
-        read = None
-    if kind is tuple and isinstance(read, list):
-        read = tuple(read)
-    fits = finite(read) if kind is float else isinstance(read, kind)
-    if kind is int and fits:
-        fits = read > 0 or (read == 0 and field.name in MAY_BE_ZERO)
-    if not fits:
-        raise data.wrong(key, f"{field.name} ({kind.__name__})")
+    """The value at a key of a Json as Config has it, within bounds."""
+    read = None
+    if isinstance(default, bool) or not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError, LookupError):
+            read = field.read(value)
+    read = tuple(read) if isinstance(read, list) else read
+    words = lacks(field.name, read, default)
+    if words:
+        raise data.wrong(key, f"{field.name}, {words}")
     return read
 
 
@@ -469,8 +477,8 @@ def release_json(c, defaults):
 
 def write_config(folder, c, defaults):
     """Write both files of a checkpoint folder."""
-    write_json(os.path.join(folder, "vlm", "config.json"), backbone_json(c))
-    write_json(os.path.join(folder, "config.json"), release_json(c, defaults))
+    doors.write_json(os.path.join(folder, "vlm", "config.json"), backbone_json(c))
+    doors.write_json(os.path.join(folder, "config.json"), release_json(c, defaults))
 
 
 def read_config(folder, defaults):
@@ -478,28 +486,31 @@ def read_config(folder, defaults):
 
     The backbone's file is vlm/config.json. Where it is missing and the release names an 8B backbone
     that we know, its numbers are `defaults`. FileNotFoundError or ValueError: one line."""
+    folder = folder_of(folder)
     release = read_json(os.path.join(folder, "config.json"))
-    backbone = read_backbone(folder, str(release["vlm_name_or_path"]), defaults)
+    backbone = read_backbone(folder, release.text("vlm_name_or_path"), defaults)
     c = {}
     read_table(BACKBONE, backbone, c, defaults)
     read_table(RELEASE, release, c, defaults)
     read_extra(release, c, defaults)
     c = defaults | c
-    if sum(c["mrope_section"]) != c["head_dim"] // 2 or c["v_embd"] % c["v_head"]:
-        raise ValueError(
-            f"{backbone.path}: mrope_section must add up to head_dim / 2, "
-            "and num_heads divide the tower's hidden_size"
-        )
+    with doors.expecting(f"{folder}: config.json and vlm/config.json do not fit"):
+        require_config(c, defaults)
     release.part("expert_cfg").expect("num_hidden_layers", c["n_layer"])
     backbone.part("text_config").expect("tie_word_embeddings", False)
     check_table(BACKBONE, backbone, backbone_json(c))
     check_table(RELEASE, release, write_table(RELEASE, c))
-    if c["words"] and 256 + len(c["words"]) + len(TEXT_TOKENS) != c["text_vocab"]:
-        raise ValueError(
-            f"{release.path}: field traj_token_start_idx does not fit extra.words, "
-            f"{len(c['words'])} words"
-        )
     return c
+
+
+def folder_of(path):
+    """A checkpoint's folder as str. FileNotFoundError or ValueError, one line, where it is none."""
+    folder = os.fsdecode(path)
+    if not os.path.isdir(folder):
+        if os.path.lexists(folder):
+            raise ValueError(f"{folder}: expected a checkpoint's folder, not a file")
+        raise FileNotFoundError(f"{folder}: missing, expected a checkpoint's folder")
+    return folder
 
 
 def read_backbone(folder, name, defaults):
@@ -513,10 +524,10 @@ def read_backbone(folder, name, defaults):
             + " or ".join(QWEN3_VL_8B)
         )
     backbone = read_json(path)
-    text = backbone["text_config"]
-    if not text.get("rope_scaling"):  # newer files have all of RoPE in one object
-        layout = text["rope_parameters"]
-        theta = text.get("rope_theta") or layout["rope_theta"]
+    text = backbone.object("text_config")
+    if text.get("rope_scaling") is None:  # newer files have all of RoPE in one object
+        layout = text.object("rope_parameters")
+        theta = (layout if text.get("rope_theta") is None else text)["rope_theta"]
         backbone["text_config"] = text | {"rope_scaling": layout, "rope_theta": theta}
     return backbone
 
@@ -525,83 +536,193 @@ def read_extra(release, c, defaults):
     """Put what stands under "extra" into c."""
     extra = release.part("extra")
     for name, value in extra.items():
-        if name == "max_pixels" and value == 0:
+        if name == "max_pixels":
+            if type(value) is not int or value != 0:
+                raise extra.wrong(name, "0, for images that are taken as they are")
+            for size in ("min_pixels", "max_pixels"):
+                if release.get(size) is not None:
+                    raise release.wrong(size, "none, as extra.max_pixels is 0")
             c |= {"min_pixels": 0, "max_pixels": 0}
         elif name not in EXTRA:
+            known = ", ".join(EXTRA)
             raise ValueError(
-                f"{release.path}: field extra.{name} is unknown; known are {', '.join(EXTRA)}"
-            )
+                f"{release.path}: field {extra.field(name)} is unknown; known are {known}")
         else:
             c[name] = as_field(extra, name, Field(name), value, defaults[name])
-    ego = c.get("ego", defaults["ego"])
-    if ego not in EGO_TOKENS:
-        known = " or ".join(EGO_TOKENS)
-        raise ValueError(f"{release.path}: field extra.ego: expected {known}, not {ego!r}")
+
+
+# --------------------------------------------------------------------------------------------------
+# What a Config may hold
+
+DEFAULT_BOUNDS = {int: (1, 2**20), float: (-1e4, 1e4)}
+BOUNDS = {  # least and most of a number, or of each number of a list, where the default's are not
+    "n_layer": (1, 512), "v_layer": (1, 512), "a_layer": (1, 512), "flex_layer": (1, 512),
+    "n_head": (1, 4096), "n_kv_head": (1, 4096), "v_head": (1, 4096), "e_head": (1, 4096),
+    "head_dim": (2, 4096), "v_grid": (1, 1024), "patch": (1, 256), "merge": (1, 16),
+    "temporal_patch": (1, 16), "frames": (1, 1024), "bins": (2, 2**20), "history_bins": (0, 2**20),
+    "min_pixels": (0, 2**28), "max_pixels": (0, 2**28),
+    "rope_theta": (1, 1e12), "a_max_freq": (1, 1e6), "accel_std": (1e-4, 1e4),
+    "curvature_std": (1e-4, 1e4), "bin_range": (1e-3, 1e4), "frame_dt": (1e-3, 1e3),
+    "keep": (1e-6, 1), "keep_at": (0, 0.999), "retrieve": (1e-6, 1),
+    "mrope_section": (0, 2048), "deepstack": (0, 511), "cameras": (0, 6), "planes": (1, 4096),
+    "planes_patch": (1, 256),
+}  # fmt: skip
+LENGTHS = {"mrope_section": 3, "planes": 3, "planes_patch": 3, "planes_reach": 6}
+CHOICES = {
+    "ego": tuple(EGO_TOKENS),
+    "vision": ("image", "triplane", "flex"),
+    "reasoning": ("on", "off"),
+}
+
+
+def lacks(name, value, default):
+    """What a field of Config must be, in words, where this value is not that; else None."""
+    if name in CHOICES:
+        words = " or ".join(CHOICES[name])
+        right = value in CHOICES[name]
+    elif name == "words":
+        words = "distinct words"
+        right = isinstance(value, tuple) and all(isinstance(w, str) and w for w in value)
+        right = right and all(map(str.isprintable, value)) and len(set(value)) == len(value)
+    elif isinstance(default, bool):
+        words = "true or false"
+        right = isinstance(value, bool)
+    else:
+        many = isinstance(default, tuple)
+        kind = type(default[0] if many else default)
+        least, most = BOUNDS.get(name, DEFAULT_BOUNDS[kind])
+        length = LENGTHS.get(name, "")
+        count = f"{length} ".lstrip() if many else "a "
+        words = f"{count}{'whole ' * (kind is int)}number{'s' * many} from {least} to {most}"
+        numbers = value if many else (value,)
+        right = isinstance(numbers, tuple) and length in ("", len(numbers))
+        right = right and all(is_number(one, kind, least, most) for one in numbers)
+    return None if right else words
+
+
+def is_number(value, kind, least, most):
+    """Whether a value is a finite number of that type, int or float, within bounds."""
+    right = type(value) is int if kind is int else finite(value)
+    return right and least <= value <= most
+
+
+def statements(c):
+    """What must hold between the fields of Config, in words -> whether it does."""
+    rising = all(a < b for a, b in itertools.pairwise((*c["deepstack"], c["v_layer"])))
+    cut = any(cells % patch for cells, patch in zip(c["planes"], c["planes_patch"]))
+    reach = c["planes_reach"]
+    known_words = 256 + len(c["words"]) + len(TEXT_TOKENS)
+    heads = c["n_head"] % c["n_kv_head"] + c["e_head"] % c["n_kv_head"]
+    return {
+        "head_dim must be even": c["head_dim"] % 2 == 0,
+        "mrope_section must add up to head_dim / 2": sum(c["mrope_section"]) == c["head_dim"] // 2,
+        "n_head and e_head must be multiples of n_kv_head": heads == 0,
+        "v_embd must be a multiple of 4 v_head": c["v_embd"] % (4 * c["v_head"]) == 0,
+        "deepstack must increase, below v_layer": rising,
+        "deepstack must not be longer than n_layer": len(c["deepstack"]) <= c["n_layer"],
+        "a_fourier must be even": c["a_fourier"] % 2 == 0,
+        "ego deltas needs 2 history_bins or more": c["ego"] != "deltas" or c["history_bins"] >= 2,
+        "cameras must be one or more, each once": len(set(c["cameras"])) == len(c["cameras"]) > 0,
+        "frames must be a multiple of temporal_patch, as they are paired": (
+            not c["pair_frames"] or c["frames"] % c["temporal_patch"] == 0),
+        "min_pixels must not exceed max_pixels": c["min_pixels"] <= c["max_pixels"],
+        f"planes {c['planes']} must be whole patches of {c['planes_patch']}": (
+            c["vision"] != "triplane" or not cut),
+        "planes_reach must be from and to, three times": (
+            all(low < high for low, high in zip(reach[::2], reach[1::2]))),
+        f"text_vocab must be {known_words}, by the number of words": (
+            not c["words"] or c["text_vocab"] == known_words),
+    }  # fmt: skip
+
+
+def require_config(c, defaults):
+    """ValueError, one line, unless a model can be built of a dictionary of Config's fields."""
+    for name, value in c.items():
+        words = lacks(name, value, defaults[name])
+        if words:
+            raise ValueError(f"{name} is {doors.SHOWN.repr(value)}, expected {words}")
+    for statement, holds in statements(c).items():
+        if not holds:
+            raise ValueError(statement)
 
 
 # --------------------------------------------------------------------------------------------------
 # Weights
 
+SINGLE = "model.safetensors"
+SHARD = r"model(-\d+)?(-\d{5}-of-\d{5})?\.safetensors"  # of any save of ours
+INDEX = "model.safetensors.index.json"
 
-def shards_of(folder):
-    """Paths of the folder's safetensors files."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    if os.path.exists(index):
-        files = set(read_json(index)["weight_map"].values())
-        return [os.path.join(folder, file) for file in sorted(files)]
-    one = os.path.join(folder, "model.safetensors")
-    if not os.path.exists(one):
-        raise FileNotFoundError(f"{one}: missing (and no model.safetensors.index.json)")
-    return [one]
+
+def files_of(folder):
+    """Where a folder's tensors are: name -> path. The index decides where there is one; what a file
+    holds besides is not read."""
+    index = os.path.join(folder, INDEX)
+    single = os.path.join(folder, SINGLE)
+    if not os.path.exists(index):
+        if not os.path.exists(single):
+            raise FileNotFoundError(f"{single}: missing (and no {INDEX})")
+        with doors.open_tensors(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    weight_map = read_json(index).object("weight_map")
+    paths = {}
+    for name in weight_map:
+        file = weight_map.text(name)
+        paths[name] = doors.inside(folder, file, f"{index}: field {weight_map.field(name)}")
+        if not os.path.exists(paths[name]):
+            raise FileNotFoundError(f"{folder}: {file!r} is missing, though {INDEX} names it")
+    return paths
 
 
 def load_weights(model, folder, dtype, device):
-    """Fill a model that was built on the meta device, one tensor at a time, onto the device.
+    """Fill a model that was built on the meta device with a folder's tensors, on the device.
 
     The names are the release's, so nothing is renamed. The weights are in memory once. Any tensor
-    missing, unexpected, of another shape or not finite ends it with one line."""
+    missing, unexpected, of another shape or type, or not finite ends it with one line."""
+    if dtype not in doors.FLOATS.values() or dtype.itemsize == 1:
+        raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, not {dtype}")
     buffers = dict(model.named_buffers())
     wanted = dict(model.named_parameters()) | buffers
-    missing = set(wanted)
-    for path in shards_of(folder):
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as f:
-                for name in f.keys():
-                    tensor = read_tensor(f, path, name, wanted)
-                    # Frequencies and moments stay float32: in bfloat16 sin(2 pi 60 x) is up to
-                    # 1/8 turn off at x = 1.
-                    tensor = tensor.to(torch.float32 if name in buffers else dtype)
-                    model.load_state_dict({name: tensor}, strict=False, assign=True)
-                    missing.discard(name)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: missing, though the index names it") from None
-        except SafetensorError as e:
-            raise ValueError(f"{path}: not a whole safetensors file ({e})") from None
+    paths = files_of(folder)
+    for name in paths:
+        if name not in wanted:
+            raise ValueError(f"{paths[name]}: tensor {name[:200]!r} is unexpected; the config "
+                             "describes no such part")
+    missing = sorted(wanted.keys() - paths.keys())
     if missing:
-        few = ", ".join(sorted(missing)[:3])
-        raise ValueError(
-            f"{folder}: {len(missing)} tensors are missing from its safetensors: {few}"
-        )
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing from its safetensors: "
+                         + ", ".join(missing[:3]))
+    tensors = {}
+    for path in sorted(set(paths.values())):
+        with doors.open_tensors(path, device) as file:
+            for name in sorted(name for name in paths if paths[name] == path):
+                # Frequencies and moments stay float32: in bfloat16 sin(2 pi 60 x) is up to
+                # 1/8 turn off at x = 1.
+                kind = torch.float32 if name in buffers else dtype
+                tensors[name] = doors.read_tensor(file, path, name, wanted[name].shape, kind)
+                if name in buffers:
+                    require_agreement(path, name, tensors[name], vars(model.cfg))
+    model.load_state_dict(tensors, strict=False, assign=True)
 
 
-def read_tensor(f, path, name, wanted):
-    """One tensor of an open safetensors file, checked."""
-    if name not in wanted:
-        raise ValueError(f"{path}: tensor {name} is unexpected; the config describes no such part")
-    have = tuple(f.get_slice(name).get_shape())
-    want = tuple(wanted[name].shape)
-    if have != want:
-        raise ValueError(f"{path}: tensor {name} has shape {have}, the config asks for {want}")
-    tensor = f.get_tensor(name)
-    if not all(x.isfinite() for x in tensor.aminmax()):  # tensor.isfinite() would copy it
-        raise ValueError(f"{path}: tensor {name} holds NaN or infinite values")
-    return tensor
+def require_agreement(path, name, tensor, c):
+    """ValueError unless a moment, or a frequency at its largest, is the Config's as far as bfloat16
+    can tell: the release stores both."""
+    field = name.split(".")[-1]
+    field = "a_max_freq" if field == "freqs" else field
+    value = float(tensor.max())
+    if not math.isclose(value, c[field], rel_tol=0.01, abs_tol=1e-6):
+        raise ValueError(f"{path}: tensor {name} is {value:g}, expected {c[field]:g}, which "
+                         f"config.json has")
 
 
 def save_weights(model, folder, dtype=None, shard_bytes=5 * 2**30):
     """Write the model's tensors as one safetensors file, or as several and an index.
 
-    dtype: of the parameters on disk, as they are where not given; buffers stay as they are."""
+    dtype: of the parameters on disk, as they are where not given; buffers stay as they are.
+    ValueError, before a byte is written, where a number is not finite. Killed or without room on
+    the disk it leaves the earlier checkpoint or this one, never a mixture: shards take names that
+    no file has, then the index that names them replaces the earlier one, then earlier files go."""
     buffers = dict(model.named_buffers())
     shards = [{}]
     room = shard_bytes
@@ -613,15 +734,40 @@ def save_weights(model, folder, dtype=None, shard_bytes=5 * 2**30):
             room = shard_bytes
         shards[-1][name] = tensor.contiguous()
         room -= tensor.nbytes
+    for shard in shards:
+        doors.require_finite(shard, folder)
 
-    count = len(shards)
-    weight_map = {}
-    for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
-        save_tensors(os.path.join(folder, file), shard, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    index = os.path.join(folder, "model.safetensors.index.json")
-    if count > 1:
-        write_json(index, {"metadata": {}, "weight_map": weight_map})
-    elif os.path.exists(index):
-        os.remove(index)  # of an earlier save in many shards, which loading would prefer
+    index = os.path.join(folder, INDEX)
+    if len(shards) == 1:
+        files = [SINGLE]
+        doors.save_tensors(os.path.join(folder, SINGLE), shards[0], {"format": "pt"})
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(index)
+    else:
+        files = new_names(folder, len(shards))
+        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
+        try:
+            for file, shard in zip(files, shards):
+                doors.save_tensors(os.path.join(folder, file), shard, {"format": "pt"})
+            doors.write_json(index, {"metadata": {}, "weight_map": weight_map})
+        except OSError:  # no room on the disk
+            remove(folder, files)
+            raise
+    remove(folder, {file for file in os.listdir(folder) if re.fullmatch(SHARD, file)} - {*files})
+
+
+def new_names(folder, count):
+    """Names of that many shards, none of which the folder has: model-00001-of-00002.safetensors,
+    where an earlier save is in the way model-1-00001-of-00002.safetensors, and so on."""
+    for save in itertools.count():
+        stem = f"model-{save}" if save else "model"
+        files = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        if not any(os.path.exists(os.path.join(folder, file)) for file in files):
+            return files
+
+
+def remove(folder, files):
+    """Remove these files of a folder, as far as they are there."""
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, file))

@@ -18,22 +18,26 @@ What usual GRPO has and this leaves out, or leaves off by default:
     many updates a batch  --updates; at 1, as in the release, the ratio is 1 and nothing is clipped
     filtering of groups   a group of equal rewards has no advantage, so it teaches nothing anyway
 """
+import contextlib
 import hashlib
 import json
 import math
 import os
+import re
+import socket
+import threading
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from alpamayo import DT, HORIZON, OF_EXPERT, Rollout, ade
 from data import CAUSES, SPLITS, decisions, is_right, seed_of, to_device, words_of
-from doors import read_json_lines, real, whole
-from draw import GREY, MODEL, pyplot, save_figure
+from doors import expecting, parse_json, read_json_lines, read_text, real, whole, write_atomically
+from draw import GREY, MODEL, pyplot, readable, save_figure
 from memory import without_adapters
 from motion import LONGITUDINAL_META, comfort, lateral_events, meta_actions, smooth_motion
 from world import LEFT, RIGHT
@@ -205,25 +209,56 @@ TRUE: {true}
 MODEL: {said}"""
 
 
+ENDPOINT = r"(https?)://([\w.-]+|\[[\da-f:.]+\])(?::(\d{1,5}))?([\w./~%+-]*)"
+GRADE = r"(?:(?:grade|score|rating)\s*:?\s*)?([0-5])(?:\s*/\s*5)?\.?"
+LONGEST = 2**20  # bytes of an answer
+
+
+def endpoint(url):
+    """The type of the flag --judge: the URL, if a Judge can ask there."""
+    parts = re.fullmatch(ENDPOINT, url, re.A | re.I)
+    if not parts or int(parts[3] or 0) > 65535:
+        raise ValueError("--judge: expected http://HOST:PORT/PATH or https://HOST:PORT/PATH")
+    return url
+
+
 class Judge:
     """Grades pairs (said, true) from 0 to 5 by a model behind an OpenAI-compatible endpoint.
 
-    Every answer is kept in a file, so a question is asked once; several are asked at a time. The
-    API key is the environment variable JUDGE_API_KEY. ConnectionError, in one line, where no grade
-    comes after `tries`. The paper also shows its judge the cameras' last images; ours reads."""
+    A grade is an answer that is nothing but a digit from 0 to 5, as `4`, `4.`, `**4**`, `4/5` or
+    `Grade: 4`. Each is kept in a file, a line each, so a question is asked once; several are asked
+    at a time. The API key is the environment variable JUDGE_API_KEY. It goes to the URL's host and
+    nowhere else: no redirect is followed, no proxy used. ConnectionError, in one line, where no
+    grade comes after `tries`. The paper also shows its judge the cameras' last images; ours reads.
+    """
 
     def __init__(self, url, model="judge", file=None, timeout=30.0, tries=3, wait=1.0):
-        self.url = url.rstrip("/") + "/chat/completions"
+        self.url = endpoint(url).rstrip("/") + "/chat/completions"
+        self.secret = os.environ.get("JUDGE_API_KEY", "").strip()
+        if not re.fullmatch("[!-~]*", self.secret):
+            raise ValueError("JUDGE_API_KEY: expected one word of ASCII characters")
         self.model = model
         self.file = file
-        self.timeout = timeout  # seconds
+        self.timeout = timeout  # seconds to connect, and again for the whole answer
         self.tries = tries
         self.wait = wait  # seconds before the second try, twice as many before the next
-        self.known = {}
-        if file and os.path.exists(file):
-            with open(file) as lines:
-                whole = [line for line in lines if line.endswith("\n")]  # a kill may leave half one
-            self.known = dict(json.loads(line) for line in whole)
+        self.known = self.read_file() if file and os.path.exists(file) else {}
+
+    def read_file(self):
+        """{key: grade} of the file. A half-written last line, a kill's, is dropped for good."""
+        text = read_text(self.file)
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            write_atomically(self.file, lambda part: Path(part).write_text(whole))
+        known = {}
+        for number, line in enumerate(whole.splitlines(), 1):
+            where = f"{self.file}: line {number}"
+            entry = parse_json(line, where)
+            fits = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
+            if not fits or type(entry[1]) is not int or not 0 <= entry[1] <= 5:
+                raise ValueError(f"{where}: expected [key, grade], a grade from 0 to 5")
+            known |= [entry]
+        return known
 
     def __call__(self, pairs):
         keys = [self.key(pair) for pair in pairs]
@@ -239,7 +274,7 @@ class Judge:
 
     def key(self, pair):
         text = "\0".join((self.model, *pair))
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
     def ask(self, pair):
         """The grade of one pair."""
@@ -249,26 +284,65 @@ class Judge:
                 time.sleep(self.wait * 2 ** (attempt - 1))
             try:
                 text = self.answer(*pair)
-            except (OSError, ValueError, LookupError, TypeError) as error:  # OSError: urllib's
+            except (OSError, ValueError, HTTPException) as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
-            digits = [c for c in text if c.isdigit()]
-            if len(digits) == 1 and digits[0] <= "5":
-                return int(digits[0])
-            problem = f"expected a number from 0 to 5, not {text[:40]!r}"
+            grade = re.fullmatch(GRADE, text.replace("*", "").strip(), re.I)
+            if grade:
+                return int(grade[1])
+            problem = f"expected a number from 0 to 5, not {text!r}"
+        if self.secret:
+            problem = problem.replace(self.secret, "...")  # a server may say it back
+        problem = readable(problem[:100])
         raise ConnectionError(f"--judge {self.url}: no grade after {self.tries} tries ({problem})")
 
     def answer(self, said, true):
-        """What the endpoint says."""
+        """What the endpoint says. OSError, ValueError or HTTPException where that is no answer."""
         message = {"role": "user", "content": RUBRIC.format(said=said, true=true)}
         body = {"model": self.model, "temperature": 0, "max_tokens": 8, "messages": [message]}
         headers = {"Content-Type": "application/json"}
-        key = os.environ.get("JUDGE_API_KEY")
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-            return json.load(answer)["choices"][0]["message"]["content"]
+        if self.secret:
+            headers["Authorization"] = f"Bearer {self.secret}"
+        scheme, host, port, path = re.fullmatch(ENDPOINT, self.url, re.A | re.I).groups()
+        protocol = HTTPSConnection if scheme.lower() == "https" else HTTPConnection
+        port = int(port or protocol.default_port)
+        connection = protocol(host.strip("[]"), port, timeout=self.timeout)
+        with contextlib.closing(connection):
+            connection.connect()
+            with hanging_up_after(self.timeout, connection.sock):
+                connection.request("POST", path, json.dumps(body), headers)
+                answer = connection.getresponse()
+                data = answer.read(LONGEST + 1)
+        if answer.status != 200:
+            raise ValueError(f"HTTP status {answer.status}")
+        if len(data) > LONGEST:
+            raise ValueError(f"the answer has more than {LONGEST} bytes")
+        with expecting("expected choices[0].message.content, text"):
+            content = parse_json(data, "the answer")["choices"][0]["message"]["content"]
+            if not isinstance(content, str):
+                raise TypeError(f"it is {type(content).__name__}")
+        return content
+
+
+@contextlib.contextmanager
+def hanging_up_after(seconds, line):
+    """TimeoutError where the work in here, with a connected socket, takes longer.
+
+    A socket's own time-out begins anew at every byte."""
+
+    def hang_up():
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(line, socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, hang_up)
+    end = time.monotonic() + seconds
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if time.monotonic() >= end:
+            raise TimeoutError(f"no whole answer in {seconds:g} s")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -479,7 +553,7 @@ def add_flags(add):
         "(Eq. 10)", choices=("clip", "paper"))
     add("--rewards", list(WEIGHTS), "parts of the reward", nargs="+", choices=tuple(WEIGHTS))
     add("--judge", None, "grade reasoning by a language model behind this OpenAI-compatible "
-        "endpoint", metavar="URL")
+        "endpoint", endpoint, metavar="URL")
     add("--judge-model", "judge", "its name there", metavar="NAME")
     add("--split", ["tail", "train"], "the world's scenes to try out, --scenes of each; "
         "validation: others of the first", nargs="+", choices=SPLITS)

@@ -6,12 +6,14 @@ What costs most on a GPU, written by hand in Triton, each kernel beside the PyTo
     prefix_attention.py   attention of n samples over the prompt they share and a tail each
     flow_step.py          Euler step of the flow with the embedding of the new controls; roll-out
     sampler.py            all steps of the flow over the expert, recorded as one CUDA graph
+    stock.py              whether the model is still what sampler and flow_step write out again
     tiles.py              reading and multiplying tiles; vectors whose length is no power of two
     bench.py              each kernel timed, or without a GPU counted and compiled (compiled.py)
 
 A kernel changes how fast something is computed, never what. Each file has the PyTorch first
 (`plain_...`), then the kernels, and last the function that the model calls. That function asks
-`by_hand` here which of the two runs.
+`by_hand` here which of the two runs. Two write a piece of the model itself out again. Where that
+piece was edited PyTorch runs, whatever was chosen: see stock.py.
 
     ALPAMAYO_KERNELS=auto     Triton on an NVIDIA GPU for 16-bit tensors, and for the roll-out
                               32-bit ones too; else PyTorch (default)
@@ -79,6 +81,13 @@ def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def say(line):
+    """Tell a decision on stderr, once."""
+    if line not in _said:
+        _said.add(line)
+        print(f"kernels: {line}", file=sys.stderr)
+
+
 def _decide(device, dtype, even_32_bit):
     """Whether Triton runs, and why or why not."""
     on_gpu = device.type == "cuda"
@@ -120,5 +129,5 @@ def by_hand(device, dtype, even_32_bit=False):
     if decision not in _said and not nothing_to_decide:
         _said.add(decision)
         which = f"Triton {triton.__version__}" if answer else "PyTorch"
-        print(f"kernels: {which} for {str(dtype)[6:]} on {device.type} ({why})", file=sys.stderr)
+        say(f"{which} for {str(dtype)[6:]} on {device.type} ({why})")
     return answer

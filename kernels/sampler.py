@@ -58,7 +58,16 @@ import weakref
 
 import torch
 
-from kernels import capability, flow_step, multiprocessors, prefix_attention, tiles, tl, triton
+from kernels import (
+    capability,
+    flow_step,
+    multiprocessors,
+    prefix_attention,
+    stock,
+    tiles,
+    tl,
+    triton,
+)
 
 # With fewer tiles than multiprocessors, SPLITS programs share a tile. Each sums over a part of K
 # and leaves its sums, in float32, in PART. The program that finds all other parts there adds them
@@ -372,10 +381,11 @@ def sample_flow(expert, embed, project, steps, noise, cos, sin, prefix, tail, se
     if T < 16 or T & (T - 1):
         raise ValueError(f"noise: {T} action tokens; the kernels' tiles need 16, 32, 64, ...")
     B, _, P, _ = prefix[0][0].shape
+    tail = [(None, None) if kv is None else kv for kv in tail]
     k1 = tail[0][0]
     S = 0 if k1 is None else -(-k1.shape[2] // 64) * 64
-    modules = torch.nn.ModuleList([expert, embed, project])
-    places = [p.data_ptr() for p in (*modules.parameters(), *modules.buffers())]
+    modules = stock.all_in((expert, embed, project))
+    places = [x.data_ptr() for x in stock.tensors_in(modules)]
     if expert not in kept or kept[expert][0] != places:
         kept[expert] = places, {}
     mine = kept[expert][1]

@@ -19,6 +19,7 @@ from alpamayo import (
     Vocabulary,
     fit_actions,
     from_bins,
+    in_float64,
     initial_speed,
     pick,
     roll_out,
@@ -163,6 +164,21 @@ def test_curvature_is_clamped(unguarded):
     motion, _ = drive(0, 0.5, 3.0)  # a 2 m turning radius
     assert unguarded(*motion)[:, 1].min() > CURVATURE_BOUND
     torch.testing.assert_close(fit_actions(*motion)[:, 1], torch.full((64,), CURVATURE_BOUND))
+
+
+def test_float64_where_the_device_has_none():
+    """Apple's GPUs: the solves run on the CPU, and the answer goes back to where the path is."""
+
+    class OnMps(torch.Tensor):
+        device = torch.device("mps")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    motion, _ = drive(0.5, 0.01, 5.0)
+    on_mps = in_float64(motion[0].as_subclass(OnMps))
+    assert type(on_mps) is torch.Tensor and on_mps.device.type == "cpu" and on_mps.dtype == torch.float64
+    assert torch.equal(on_mps, in_float64(motion[0]))
 
 
 def test_unwrap():

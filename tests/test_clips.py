@@ -8,7 +8,13 @@ import csv
 import io
 import json
 import math
+import os
+import shutil
+import socket
+import sys
+import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -18,6 +24,7 @@ from PIL import Image
 from alpamayo import project
 from clips import Motion, rotation
 from data import load
+from doors import read_image
 from world import RIG
 
 SPEED, RADIUS = 8.0, 50.0
@@ -49,9 +56,14 @@ def write_images(folder, count, size=(32, 16)):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(folder_original, tmp_path):
+    return shutil.copytree(folder_original, tmp_path / "mine")
+
+
+@pytest.fixture(scope="module")
+def folder_original(tmp_path_factory):
     """A folder of one's own: a wide and a tele camera."""
-    clip = tmp_path / "mine"
+    clip = tmp_path_factory.mktemp("clips") / "mine"
     for camera in ("front_wide_120fov", "front_tele_30fov"):
         write_images(clip / camera, len(TIMES))
         write_csv(clip / camera / "times.csv", "time", TIMES)
@@ -289,16 +301,16 @@ WIDE = "front_wide_120fov"
     (spoil("egomotion.csv", "0.097,", "0.0,"), {},
      "egomotion.csv: times must increase, but 0.0 s is"),
     (spoil("egomotion.csv", "\n0.0,0.0,", "\n0.0,nan,"), {},
-     "egomotion.csv: position of pose 0 is not a finite"),
+     "egomotion.csv: x in line 2 is 'nan', expected a finite number"),
     (spoil("egomotion.csv", "\n0.0,0.0,", "\n0.0,zero,"), {},
-     "egomotion.csv: column x must be numbers"),
+     "egomotion.csv: x in line 2 is 'zero', expected a finite number"),
     (spoil("egomotion.csv", "\n0.0,0.0,", "\n0.0,"), {},
      "egomotion.csv: line 2 has 3 fields, the header 4"),
     (rewrite("egomotion.csv", "time,x,y,yaw\n0,0,0,0\n"), {},
      "egomotion.csv: 1 poses, expected 4 or more"),
-    (rewrite("egomotion.csv", "time,x,y,yaw\n0,0,0,0\n1,8,0,0\n2,16,0,0\n3,24,0,0\n"), {},
+    (rewrite("egomotion.csv", "time,x,y,yaw\n0,0,0,0\n.1,1,0,0\n.2,2,0,0\n.3,3,0,0\n"), {},
      r"too short for t0 = 2.00 s, which needs poses from before 0.40 s to 8.40 s .* there are 0.00 "
-     "to 3.00 s"),
+     "to 0.30 s"),
     (None, {"t0": 1.6}, r"egomotion.csv: too short for t0 = 1.60 s, .* before 0.00 s"),
     (None, {"t0": 9},
      r"too short for t0 = 9.00 s, which needs poses .* to 15.40 s \(9.00 s with future=False\)"),
@@ -320,14 +332,14 @@ WIDE = "front_wide_120fov"
     (rename("cameras.json", "other.json"), {"rig": RIG, "size": (64, 128)},
      "a rig needs calibrated cameras"),
     (rewrite("cameras.json", '{"front_wide_120fov": {"kind": "fisheye"}}'), {},
-     "front_tele_30fov needs kind, one of"),
+     "cameras.json: field front_tele_30fov.kind is missing"),
     (spoil("cameras.json", '"cx"', '"x"'), {},
-     r"cameras.json: front_wide_120fov needs cx, numbers of shape \(1,\)"),
+     "cameras.json: field front_wide_120fov.cx is missing"),
     (spoil("cameras.json", "[16.0, 16.0]", "[16.0]"), {},
      r"needs coefficients, numbers of shape \(2,\)"),
     (spoil("cameras.json", '"width": 32', '"width": 64'), {},
      "are 32 x 16 pixels, but its intrinsics are for 64"),
-    (rewrite("reasoning.json", '[{"t": 3}]'), {}, "reasoning.json: expected a list of"),
+    (rewrite("reasoning.json", '[{"t": 3}]'), {}, r"reasoning.json: field \[0\].time is missing"),
 ])
 def test_folder_says_in_a_line_what_is_wrong(folder, change, options, message):
     if change:
@@ -338,14 +350,278 @@ def test_folder_says_in_a_line_what_is_wrong(folder, change, options, message):
     assert "\n" not in str(error.value)
 
 
-def test_cameras_of_several_sizes_are_for_a_rig(folder):
+def test_cameras_of_several_sizes_are_scaled_into_that_of_the_wide_one(folder):
+    """A point is where `project` says in the scaled image too; black is around it."""
+    known = {"front_wide_120fov": pinhole(32, 16, 16.0), "front_tele_30fov": pinhole(96, 96, 90.0)}
+    (folder / "cameras.json").write_text(json.dumps(known))
+    picture = np.full((96, 96, 3), 80, np.uint8)
+    picture[24:30, 60:66] = 255
     for i in range(len(TIMES)):
-        Image.new("RGB", (64, 32)).save(folder / "front_tele_30fov" / f"{i:06d}.png")
-    (folder / "cameras.json").unlink()
-    sizes = r"\{1: \(16, 32\), 6: \(32, 64\)"
-    with pytest.raises(ValueError, match="images must be of one size, .* " + sizes):
-        load(folder).batch([0])
-    assert load(folder, camera_ids=[6]).batch([0])["images"].shape == (1, 1, 4, 3, 32, 64)
+        Image.fromarray(picture).save(folder / "front_tele_30fov" / f"{i:06d}.png")
+    scene = load(folder).batch([0])
+    assert scene["images"].shape == (1, 2, 4, 3, 16, 32)
+    image = scene["images"][0, 1, -1, 0].float()  # 16 x 16 in the middle
+    assert image[:, :8].eq(0).all() and image[:, 24:].eq(0).all() and image[:, 8:24].gt(50).all()
+    ray = torch.tensor([(63 - 48) / 90, (27 - 48) / 90, 1])
+    (u, v), _ = project(ray, scene["intrinsics"][0, 1])
+    bright = (image - 90).clamp(min=0)
+    rows, columns = torch.arange(16) + 0.5, torch.arange(32) + 0.5
+    assert abs((bright.sum(0) * columns).sum() / bright.sum() - u) < 0.1
+    assert abs((bright.sum(1) * rows).sum() / bright.sum() - v) < 0.1
+    alone = load(folder, camera_ids=[6]).batch([0])
+    assert alone["images"].shape == (1, 1, 4, 3, 96, 96)
+
+
+WAYS = {  # how a picture of one grey is stored, and the 8-bit colour that it is
+    "16-bit grey.png": (np.full((4, 6), 40_000, np.uint16), None, (156,) * 3),
+    "grey.jpg": (np.full((4, 6), 100, np.uint8), None, (100,) * 3),
+    "palette.png": (np.full((4, 6, 3), (10, 90, 200), np.uint8), "P", (10, 90, 200)),
+    "alpha.png": (np.full((4, 6, 4), (10, 90, 200, 255), np.uint8), None, (10, 90, 200)),
+    "cmyk.jpg": (np.full((4, 6, 3), (100, 100, 100), np.uint8), "CMYK", (100,) * 3),
+    "bits.png": (np.full((4, 6), 255, np.uint8), "1", (255,) * 3),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_an_image_is_its_8_bit_colours(tmp_path, name):
+    pixels, mode, colour = WAYS[name]
+    image = Image.fromarray(pixels)
+    (image.convert(mode, palette=Image.Palette.ADAPTIVE) if mode else image).save(tmp_path / name)
+    read = read_image(tmp_path / name)
+    assert read.dtype == np.uint8 and read.shape == (4, 6, 3)
+    assert np.abs(read.astype(int) - colour).max() <= 1
+
+
+def png(width, height, depth, kind, rows):
+    """The bytes of a PNG file: kind 2 is colour, 0 grey; rows of samples with their filter bytes."""
+    def chunk(name, data):
+        crc = zlib.crc32(name + data)
+        return len(data).to_bytes(4, "big") + name + data + crc.to_bytes(4, "big")
+    size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + bytes([depth, kind, 0, 0, 0]))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def test_images_of_16_bit_colour_and_of_too_many_pixels(tmp_path):
+    colour = b"".join(value.to_bytes(2, "big") for value in (40_000, 20_000, 65_535))
+    (tmp_path / "a.png").write_bytes(png(2, 1, 16, 2, b"\0" + 2 * colour))
+    assert np.abs(read_image(tmp_path / "a.png")[0, 0].astype(int) - (156, 78, 255)).max() <= 1
+    (tmp_path / "b.png").write_bytes(png(13_376, 13_376, 1, 0, b"\0" * 100))  # it would be 537 MB
+    (tmp_path / "c.png").write_bytes(png(60_000, 60_000, 1, 0, b"\0" * 100))
+    for name in "bc":
+        with pytest.raises(ValueError, match=f"{name}.png: not a readable image .*exceeds limit"):
+            read_image(tmp_path / f"{name}.png")
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the top of the scene is at the right of the file
+    picture = np.zeros((8, 16, 3), np.uint8)
+    picture[:, 8:] = 255
+    Image.fromarray(picture).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    read = read_image(tmp_path / "a.jpg")
+    assert read.shape == (16, 8, 3) and read[:6].mean() < 20 and read[-6:].mean() > 235
+
+
+def rewritten(name, change):
+    """A change to a column of numbers in a CSV file: {column: new values of its values}."""
+    def rewrite_it(clip):
+        with open(clip / name) as file:
+            header, *rows = list(csv.reader(file))
+        columns = dict(zip(header, np.array(rows, float).T))
+        columns |= {column: values(columns) for column, values in change.items()}
+        write_csv(clip / name, ",".join(columns), *columns.values())
+    return rewrite_it
+
+
+def all_times(change):
+    def at_all(clip):
+        for name in ("egomotion.csv", f"{WIDE}/times.csv", "front_tele_30fov/times.csv"):
+            rewritten(name, {"time": lambda c: change(c["time"])})(clip)
+    return at_all
+
+
+def motion(**change):
+    return rewritten("egomotion.csv", change)
+
+
+def lens(**change):
+    def spoil_it(clip):
+        known = json.loads((clip / "cameras.json").read_text())
+        known["front_wide_120fov"] |= change
+        (clip / "cameras.json").write_text(json.dumps(known))
+    return spoil_it
+
+
+def text(entry):
+    return rewrite("reasoning.json", f'[{{"time": 3, "text": "Stop."}}, {entry}]')
+
+
+def directory(name):
+    def make(clip):
+        (clip / name).unlink(missing_ok=True)
+        (clip / name).mkdir()
+    return make
+
+
+def named(name):
+    """times.csv of the wide camera names this file for its first image."""
+    def write(clip):
+        names = [name] + [f"{i:06d}.png" for i in range(1, len(TIMES))]
+        write_csv(clip / WIDE / "times.csv", "file,time", names, TIMES)
+    return write
+
+
+@pytest.mark.parametrize("change, message", [
+    # Units, and what no car does.
+    (all_times(lambda t: 1e3 * t), "egomotion.csv: times must be in s, about 0.1 s apart .* are 97 "),
+    (all_times(lambda t: 1e6 * t), "egomotion.csv: times must be in s"),
+    (all_times(lambda t: 1e9 * t), "egomotion.csv: times must be in s"),
+    (rewritten(f"{WIDE}/times.csv", {"time": lambda c: 1e3 * c["time"]}),
+     f"{WIDE}/times.csv: times must be in s"),
+    (all_times(lambda t: 10 * t), "egomotion.csv: times must be in s, .* they are 0.97 apart"),
+    (motion(time=lambda c: np.where(c["time"] > 5, c["time"] + 1e6, c["time"])),
+     "times must be in s, .* for at most 100000 s"),
+    (motion(yaw=lambda c: np.degrees(c["yaw"])), "egomotion.csv: yaw must be in rad"),
+    (motion(yaw=lambda c: np.degrees(c["yaw"] / 8)), "egomotion.csv: the heading is .* rad off"),
+    (motion(yaw=lambda c: math.pi / 2 - c["yaw"]), "the heading is .* rad off the direction"),
+    (motion(yaw=lambda c: c["yaw"] + 3 * np.sin(40 * c["time"])), "turn rate to the next of pose"),
+    (motion(roll=lambda c: 0 * c["x"] + 2), "egomotion.csv: tilt of pose 0, at 0 s, is 2 rad"),
+    (motion(pitch=lambda c: 0 * c["x"] + 0.5), "the heading is 0.50 rad off"),
+    (motion(yaw=lambda c: c["yaw"] + math.pi, x=lambda c: 1.5 * c["x"], y=lambda c: 1.5 * c["y"]),
+     r"it drives backwards at 1\d.\d m/s"),
+    (motion(x=lambda c: c["x"] + 30 * (c["time"] > 5)), "speed to the next of pose 51, at 4.947 s"),
+    (motion(x=lambda c: 1e9 * c["x"]), r"egomotion.csv: position of pose 1, at 0.097 s, is 7.7\S*e\+08 m"),
+    (motion(x=lambda c: 0 * c["x"] + 1e300), "egomotion.csv: position of pose 0"),
+    (motion(speed=lambda c: 0 * c["x"] + 1e9), r"speed of pose 0, at 0 s, is 1e\+09 m/s; .* 150"),
+    (motion(speed=lambda c: 0 * c["x"] + 3.6 * SPEED), "speed is 3.6. times that of the positions"),
+    (motion(steering=lambda c: 0 * c["x"] + 3), "steering of pose 0, at 0 s, is 3 rad"),
+    (motion(turn_signal=lambda c: 0 * c["x"] + 2), "turn_signal of pose 0"),
+    # Times.
+    (spoil("egomotion.csv", "\n0.097,", "\ninf,"), "time in line 3 is 'inf', expected a finite"),
+    (spoil(f"{WIDE}/times.csv", "0.097", "nan"), "times.csv: time in line 3 is 'nan'"),
+    (spoil(f"{WIDE}/times.csv", "0.194", "0.097"), "times must increase, but 0.097 s is followed"),
+    (spoil(f"{WIDE}/times.csv", "0.194", "0.05"), "times must increase, but 0.097 s is followed"),
+    (rewrite(f"{WIDE}/times.csv", "time\n"), f"{WIDE}/times.csv: 0 times for 104 images"),
+    # Files.
+    (spoil("egomotion.csv", "time,x,y,yaw", "time;x;y;yaw"), "egomotion.csv: header is time;x;y;yaw"),
+    (spoil("egomotion.csv", "time,x,y,yaw", "time,x,x,yaw"), "egomotion.csv: header is time,x,x,yaw"),
+    (rewrite("egomotion.csv", "time,x,y,yaw\n" + "1" * 200_000), "egomotion.csv: not a CSV file"),
+    (lambda clip: (clip / "egomotion.csv").write_text(
+        (clip / "egomotion.csv").read_text(), encoding="utf-16"), "egomotion.csv: expected text in UTF-8"),
+    (lambda clip: os.truncate(clip / "egomotion.csv", 2**31), "egomotion.csv: expected at most 1073741824"),
+    (directory("egomotion.csv"), "egomotion.csv: Is a directory"),
+    (directory(f"{WIDE}/times.csv"), "times.csv: Is a directory"),
+    (directory("cameras.json"), "cameras.json: unknown camera"),
+    (directory(f"{WIDE}/000003.png"), "times.csv: 104 times for 103 images"),
+    (rewrite(f"{WIDE}/000020.png", ""), "000020.png: not a readable image"),
+    (lambda clip: (clip / WIDE / "000020.png").write_bytes(
+        (clip / WIDE / "000020.png").read_bytes()[:50]), "000020.png: not a readable image"),
+    (named("../front_tele_30fov/000000.png"), r"times.csv: file is '../front_tele.*, expected a file in"),
+    (named("/etc/passwd"), "times.csv: file is '/etc/passwd', expected a file in"),
+    (named("absent.png"), "absent.png: missing, but .*times.csv names it"),
+    (named(""), "times.csv: file is '', expected a file in"),
+    # Calibration.
+    (rewrite("cameras.json", "[]"), "cameras.json: expected an object"),
+    (rewrite("cameras.json", '{"front_wide_120fov": 3}'), "cameras.json: field front_"),
+    (lens(kind=["pinhole"]), "cameras.json: field front_wide_120fov.kind is"),
+    (lens(cx="middle"), "cameras.json: field front_wide_120fov.cx is 'middle', expected a number"),
+    (lens(width=0), "cameras.json: front_wide_120fov: expected width and height of 1"),
+    (lens(cx=1e39), "front_wide_120fov: expected finite numbers"),
+    (lens(coefficients=[0, 16]), "front_wide_120fov: expected a focal length of 1 to"),
+    (lens(coefficients=[None, 16]), "front_wide_120fov: expected finite numbers"),
+    (lens(coefficients=[-16, 16]), "front_wide_120fov: expected a focal length"),
+    (lens(camera_to_ego=np.zeros((4, 4)).tolist()), "front_wide_120fov: expected camera_to_ego with a r"),
+    (lens(camera_to_ego=[[0, 0, 1, 1600], *LEVEL[1:]]), "expected a camera within 20 m"),
+    (lens(camera_to_ego=np.array(LEVEL).T.tolist()), "camera_to_ego with 0 0 0 1 below"),
+    (lens(camera_to_ego=LEVEL[:3]), r"needs camera_to_ego, numbers of shape \(4, 4\)"),
+    # Texts.
+    (text('{"time": "3", "text": "Go."}'), r"reasoning.json: field \[1\].time is '3', expected a number"),
+    (text('{"time": null, "text": "Go."}'), r"reasoning.json: field \[1\].time is null"),
+    (text('{"time": NaN, "text": "Go."}'), "reasoning.json: not JSON: NaN is no number"),
+    (text('{"time": 4, "text": null}'), r"reasoning.json: field \[1\].text is null"),
+    (text('{"time": 4, "text": 5}'), r"reasoning.json: field \[1\].text is 5, expected text"),
+    (text('{"time": 3, "text": "Go."}'), "reasoning.json: two texts at 3 s"),
+    (text("5"), "reasoning.json: it must be a list of objects"),
+    (rewrite("reasoning.json", "{}"), "reasoning.json: expected a list"),
+])
+def test_what_no_car_or_camera_makes_is_refused_in_a_line(folder, change, message):
+    """Nothing is printed but the error: no warning of numpy's or Pillow's."""
+    change(folder)
+    with warnings.catch_warnings(), pytest.raises((ValueError, OSError), match=message) as error:
+        warnings.simplefilter("error")
+        clips = load(folder, frames=1)
+        clips.batch(range(len(clips)))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("t0", [math.nan, math.inf, -math.inf, 1e300, -5, 1e6])
+def test_t0_must_be_in_the_clip(folder, t0):
+    for future in (True, False):
+        with pytest.raises(ValueError, match="expected a time in s|too short") as error:
+            load(folder, t0=t0, future=future)
+        assert len(str(error.value)) < 400
+
+
+def test_files_as_people_have_them(folder, capsys):
+    """Names without leading zeros, what macOS, Windows, Excel and Jupyter leave: the same Scenes."""
+    expected = load(folder).batch(range(4))
+    for camera in (WIDE, "front_tele_30fov"):
+        for i in range(len(TIMES)):
+            (folder / camera / f"{i:06d}.png").rename(folder / camera / f"frame_{i}.png")
+        for junk in ("._frame_0.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+            (folder / camera / junk).write_bytes(b"\0\5\x16\7")
+        (folder / camera / ".ipynb_checkpoints").mkdir()
+        (folder / camera / ".ipynb_checkpoints" / "frame_0.png").write_bytes(b"")
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        (folder / name).mkdir()
+    for file in [folder / "egomotion.csv", *folder.glob("*/times.csv")]:
+        header, *lines = file.read_text().splitlines()
+        quoted = ['"' + line.replace(",", '", "') + '"' for line in lines]
+        text = "\r\n".join([header, *quoted, "", "," * header.count(","), ""])
+        file.write_bytes(text.encode("utf-8-sig"))
+    got = load(folder).batch(range(4))
+    for key, value in expected.items():
+        assert torch.equal(value, got[key]) if torch.is_tensor(value) else value == got[key], key
+    assert capsys.readouterr().err == ""
+
+
+def test_scenes_over_a_gap_are_left_out_and_counted(folder, capsys):
+    """No poses for a second, then one camera without images for a second."""
+    keep = (TIMES < 3.6) | (TIMES > 4.6)
+    whole = load(folder, future=False).names
+    write_csv(folder / "egomotion.csv", "time,x,y,yaw", TIMES[keep], *arc(TIMES[keep]))
+    names = load(folder, future=False).names
+    gone = {f"mine at {t:.1f} s" for t in (4.0, 4.5, 5.0, 5.5, 6.0, 6.5)}
+    assert set(whole) - set(names) == gone  # a Scene looks back over 2.2 s
+    notes = capsys.readouterr().err
+    assert notes.count("\n") == 1 and "note: 6 of 16 scenes are left out; the first: " in notes
+    assert "no poses from 3.59 to 4.66 s" in notes
+    with pytest.raises(ValueError, match="no poses from 3.59 to 4.66 s, which the scene at 4.00 s"):
+        load(folder, t0=4, future=False)
+
+    write_csv(folder / "egomotion.csv", "time,x,y,yaw", TIMES, *arc(TIMES))
+    for i in np.flatnonzero(~keep):
+        (folder / WIDE / f"{i:06d}.png").unlink()
+    write_csv(folder / WIDE / "times.csv", "time", TIMES[keep])
+    names = load(folder, future=False).names
+    assert set(whole) - set(names) == {"mine at 4.0 s", "mine at 4.5 s"}
+    assert "at 3.90 s the last image of camera 1 is more than 3 frame" in capsys.readouterr().err
+    assert len(load(folder, future=False, camera_ids=[6])) == len(whole)
+
+
+def test_a_text_belongs_to_the_nearest_time(folder):
+    texts = [{"time": 3.0, "text": "Stop."}, {"time": 3.04, "text": "Go."}]
+    (folder / "reasoning.json").write_text(json.dumps(texts))
+    assert load(folder).reasoning == ["Stop.", "Go."]
+
+
+def test_an_image_that_vanishes_later_is_named(folder):
+    clips = load(folder)
+    for file in folder.glob("*/0000*.png"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"\.png: not a readable image .*No such file"):
+        clips.batch([0])
 
 
 @pytest.mark.parametrize("change, message", [
@@ -355,6 +631,19 @@ def test_cameras_of_several_sizes_are_for_a_rig(folder):
     (spoil("oxts/timestamps.txt", "2011-09-26 13", "then 13"),
      "timestamps.txt: expected lines like 2011-09-26"),
     (remove("image_02/data/0000000003.png"), "image_02/timestamps.txt: 104 times for 103 images"),
+    (rewrite("oxts/timestamps.txt", ""), "oxts/timestamps.txt: expected lines like 2011-09-26"),
+    (rewrite("oxts/timestamps.txt", "NaT\n"), "oxts/timestamps.txt: expected lines like 2011-09-26"),
+    (spoil("oxts/timestamps.txt", "13:02:25", "now 13:02:25"), "oxts/timestamps.txt: expected lines like"),
+    (rewrite("image_02/timestamps.txt", " \n"), "image_02/timestamps.txt: expected lines like"),
+    (rewrite("oxts/data/0000000003.txt", "nan " * 30),
+     "0000000003.txt: a field is 'nan', expected a finite number"),
+    (rewrite("oxts/data/0000000003.txt", "90 " * 30), "oxts: latitudes must be in degrees"),
+    (rewrite("calib_cam_to_cam.txt", "S_rect_02: 0 375\nP_rect_02: 70 0 60 0 0 71 18 0 0 0 1 0"),
+     "calib_cam_to_cam.txt: expected lines S_rect_02 and P_rect_02"),
+    (rewrite("calib_cam_to_cam.txt", "S_rect_02: 124 37\nP_rect_02: 0 0 60 0 0 71 18 0 0 0 1 0"),
+     "calib_cam_to_cam.txt: expected a focal length"),
+    (rewrite("calib_cam_to_cam.txt", "S_rect_02: 124 37\nP_rect_02: nan 0 60 0 0 71 18 0 0 0 1 0"),
+     "calib_cam_to_cam.txt: expected finite numbers"),
     (rewrite("calib_cam_to_cam.txt", "P_rect_00: 1"),
      "calib_cam_to_cam.txt: expected lines S_rect_02 and P_rect_02"),
 ])
@@ -368,12 +657,34 @@ def test_kitti_says_in_a_line_what_is_wrong(kitti, change, message):
     assert "\n" not in str(error.value)
 
 
-def test_nvidia_layout(tmp_path):
-    """One camera, one clip of 10 s, in the data set's own layout, read by NVIDIA's kit."""
+def test_kitti_over_the_180th_degree_of_longitude(kitti):
+    for file in (kitti / "oxts" / "data").iterdir():
+        row = np.array(file.read_text().split(), float)
+        row[1] = (row[1] - 1e-4 + 360) % 360 - 180  # 7 m before the line, at the start
+        file.write_text(" ".join(f"{value:.17g}" for value in row))
+    check_arc(load(kitti).batch([0, 2]), 5e-3)
+
+
+def test_kitti_with_what_macos_leaves(kitti):
+    for folder in ("oxts", "image_02"):
+        (kitti / folder / "data" / "._0.txt").write_bytes(b"\0\5\x16\7")
+        (kitti / folder / "data" / "._0.png").write_bytes(b"\0\5\x16\7")
+    check_arc(load(kitti).batch([0]), 5e-3)
+
+
+@pytest.fixture
+def nvidia(nvidia_original, tmp_path):
+    return shutil.copytree(nvidia_original, tmp_path / "nvidia")
+
+
+@pytest.fixture(scope="module")
+def nvidia_original(tmp_path_factory):
+    """One camera, one clip of 10 s, in the data set's own layout, for NVIDIA's kit."""
     pytest.importorskip("physical_ai_av", reason="no kit of NVIDIA's: pip install physical_ai_av")
     import av
     import pandas
-    clip, name = "00000000-0000-4000-8000-000000000001", "camera_front_wide_120fov"
+    tmp_path = tmp_path_factory.mktemp("nvidia")
+    clip, name = NVIDIA_CLIP, "camera_front_wide_120fov"
     videos = {"video": "{clip_id}.mp4", "frame_timestamps": "{clip_id}.timestamps.parquet"}
     poses = {"egomotion": "{clip_id}.parquet"}
     features = {
@@ -426,9 +737,13 @@ def test_nvidia_layout(tmp_path):
               for us in (1_000_000, 3_000_000, 9_000_000)]
     pandas.DataFrame({"events": [json.dumps(events)]}, index).to_parquet(
         tmp_path / "reasoning" / "ood_reasoning.parquet")
+    return tmp_path
 
-    clips = load(tmp_path)
-    assert clips.names == [f"{clip} at 3.0 s"]  # the other key frames are too near an end
+
+def test_nvidia_layout(nvidia, capsys):
+    clips = load(nvidia)
+    assert clips.names == [f"{NVIDIA_CLIP} at 3.0 s"]  # the other key frames are too near an end
+    assert "note: 2 of 3 scenes are left out; the first: " in capsys.readouterr().err
     scene = clips.batch([0])
     check_arc(scene, 1e-3)
     assert scene["reasoning"] == ["Because of 3000000."] and scene["camera_ids"].tolist() == [[1]]
@@ -438,7 +753,116 @@ def test_nvidia_layout(tmp_path):
     level = torch.tensor(LEVEL, dtype=torch.float32)
     assert torch.allclose(scene["camera_to_ego"][0, 0], level, atol=1e-6)
     with pytest.raises(ValueError, match="too short for t0 = 1.60 s"):
-        load(tmp_path, t0=1.6)
-    with pytest.raises(ValueError, match="Requested timestamps must be within the range") as error:
-        load(tmp_path, t0=1.8, frame_dt=1.0).batch([0])
-    assert "\n" not in str(error.value)
+        load(nvidia, t0=1.6)
+    with pytest.raises(ValueError, match="needs images of camera 1 from -1.20 s to 1.80 s"):
+        load(nvidia, t0=1.8, frame_dt=1.0)
+
+
+def table(name, **columns):
+    """A change to a parquet table of NVIDIA's: cells of its first row."""
+    def change(folder):
+        import pandas
+        frame = pandas.read_parquet(folder / name).astype(object)
+        for column, value in columns.items():
+            frame[column] = [value] * len(frame)
+        frame.to_parquet(folder / name)
+    return change
+
+
+def events(*entries):
+    return table("reasoning/ood_reasoning.parquet", events=json.dumps(entries))
+
+
+def zipped(name, member, change):
+    """A change to the bytes of a file in a zip file."""
+    def rewrite_it(folder):
+        with zipfile.ZipFile(folder / name) as old:
+            files = {entry: old.read(entry) for entry in old.namelist()}
+        files[member] = change(files[member])
+        with zipfile.ZipFile(folder / name, "w") as new:
+            for entry, data in files.items():
+                new.writestr(entry, data)
+    return rewrite_it
+
+
+def cells(**change):
+    """Parquet bytes -> the same with cells of the third row changed."""
+    def of(data):
+        import pandas
+        frame = pandas.read_parquet(io.BytesIO(data))
+        for column, value in change.items():
+            values = frame[column].to_numpy(float, copy=True)
+            values[2] = value
+            frame[column] = values
+        return frame.to_parquet()
+    return of
+
+
+NVIDIA_CLIP = "00000000-0000-4000-8000-000000000001"
+POSES, VIDEOS = "labels/egomotion.0000.zip", "camera/camera_front_wide_120fov.0000.zip"
+
+
+@pytest.mark.parametrize("change, message", [
+    (remove("metadata/feature_presence.parquet"), "NVIDIA's kit cannot read its tables .*feature_pres"),
+    (remove("clip_index.parquet"), "NVIDIA's kit cannot read its tables .*clip_index.parquet"),
+    (rewrite("features.csv", "feature\n"), "NVIDIA's kit cannot read its tables"),
+    (rewrite("clip_index.parquet", "no table"), "NVIDIA's kit cannot read its tables"),
+    (table("clip_index.parquet", chunk=None), "clip_index.parquet: expected clip_id, clip_is_valid"),
+    (table("clip_index.parquet", clip_is_valid=None), "clip_index.parquet: expected clip_id, clip_is_v"),
+    (rewrite(POSES, "no zip"), r"egomotion.0000.zip: not a zip file"),
+    (rewrite(VIDEOS, "no zip"), r"camera_front_wide_120fov.0000.zip: not a zip file"),
+    (zipped(POSES, f"{NVIDIA_CLIP}.parquet", lambda data: b"no table"), "egomotion of clip .* the kit cannot read it"),
+    (zipped(POSES, f"{NVIDIA_CLIP}.parquet", cells(vx=math.nan)), "egomotion of clip .*: the kit cannot read it"),
+    (zipped(POSES, f"{NVIDIA_CLIP}.parquet", cells(qw=math.nan)), "egomotion of clip 0"),
+    (zipped(POSES, f"{NVIDIA_CLIP}.parquet", cells(timestamp=100_000)), "egomotion of clip 0"),
+    (zipped(VIDEOS, f"{NVIDIA_CLIP}.timestamps.parquet", cells(timestamp=math.nan)), "times must increase"),
+    (zipped(VIDEOS, f"{NVIDIA_CLIP}.mp4", lambda data: data[:100]), "wide_120fov of clip .*: the kit cannot"),
+    (table("calibration/intrinsics.0000.parquet", fw_poly_1=0.0), "expected a focal length"),
+    (table("calibration/intrinsics.0000.parquet", fw_poly_1=math.nan), "expected finite numbers"),
+    (events({"event_start_timestamp": 3e6}), r"events of clip 0.*: field \[0\].cot is missing"),
+    (events({"event_start_timestamp": None, "cot": "Go."}), r"\[0\].event_start_timestamp is null"),
+    (events({"event_start_timestamp": math.nan, "cot": "Go."}), "events of clip 0.* NaN is no number"),
+    (events({"event_start_timestamp": 3e6, "cot": None}), r"\[0\].cot is null"),
+    (table("reasoning/ood_reasoning.parquet", events=None), "events of clip 0.*must be a list of objects"),
+    (rewrite("reasoning/ood_reasoning.parquet", "no table"), "ood_reasoning.parquet: expected clip_id"),
+    (spoil("features.csv", ".{chunk_id:04d}.zip", ".{}.zip"), "features.csv: chunk_path of camera_"),
+    (spoil("features.csv", "labels/egomotion", "../labels/egomotion"), "chunk_path is '../labels"),
+    (spoil("features.csv", "labels/egomotion", "/labels/egomotion"), "chunk_path is '/labels"),
+])
+def test_nvidia_says_in_a_line_what_is_wrong(nvidia, monkeypatch, change, message):
+    monkeypatch.setattr(socket, "socket", None)  # whoever asks a hub fails by another error
+    change(nvidia)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        load(nvidia).batch([0])
+    assert "\n" not in str(error.value) and str(nvidia) in str(error.value)
+
+
+def test_clips_that_the_zips_lack_are_left_out_and_counted(nvidia, capsys):
+    import pandas
+    index = pandas.read_parquet(nvidia / "clip_index.parquet")
+    for i in (2, 3):
+        index.loc[NVIDIA_CLIP[:-1] + str(i)] = index.loc[NVIDIA_CLIP]
+    index.to_parquet(nvidia / "clip_index.parquet")
+    assert load(nvidia).names == [f"{NVIDIA_CLIP} at 3.0 s"]
+    assert "note: " + str(nvidia) + ": 2 of 3 clips are left out" in capsys.readouterr().err
+    (nvidia / "metadata" / "feature_presence.parquet").rename(
+        nvidia / "metadata" / "sensor_presence.parquet")  # as it was called before 26.03
+    assert len(load(nvidia)) == 1
+    index.index = ["../" + clip for clip in index.index]
+    index.to_parquet(nvidia / "clip_index.parquet")
+    with zipfile.ZipFile(nvidia / POSES, "a") as file:
+        file.writestr(f"../{NVIDIA_CLIP}.parquet", file.read(f"{NVIDIA_CLIP}.parquet"))
+    with pytest.raises(ValueError, match="clip_index.parquet: clip_id is '../0000"):
+        load(nvidia)
+
+
+def test_without_the_kit_it_is_named(nvidia, monkeypatch):
+    monkeypatch.setitem(sys.modules, "physical_ai_av", None)
+    with pytest.raises(ImportError, match="pip install physical_ai_av"):
+        load(nvidia)
+
+
+def test_nvidia_events_may_be_a_list(nvidia):
+    table("reasoning/ood_reasoning.parquet", events=[
+        {"event_start_timestamp": 3_000_000, "cot": "Go."}])(nvidia)
+    assert load(nvidia).reasoning == ["Go."]

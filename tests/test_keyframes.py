@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -20,9 +21,9 @@ from conftest import ROOT
 from PIL import Image
 
 from alpamayo import fit_actions, initial_speed, roll_out, rot_of
-from data import COMPONENTS, load
+from data import CAUSES, COMPONENTS, load, words_of
 from motion import LATERAL_META, LONGITUDINAL_META, key_frames, meta_actions, segments
-from tools.label import read_labels, write_labels
+from tools.label import check_reasoning, read_labels, write_labels
 
 NOISE = (0.008, 0.001)  # m, rad
 
@@ -369,11 +370,168 @@ def test_a_wrong_label_is_told_in_a_line(prepared, tmp_path, first, second, mess
         (folder / "label.json").write_text(original.read_text())
         fill(folder / "label.json", **fields)
     frames["key_frames"] = frames["key_frames"][3:]
-    (tmp_path / "keyframes.json").write_text(json.dumps(frames | {"clip": str(tmp_path)}))
+    (tmp_path / "keyframes.json").write_text(json.dumps(frames | {"clip": str(prepared / "mine")}))
     with pytest.raises(ValueError) as error:
         read_labels(tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "reasoning.json").exists()
+
+
+LAMP = ("traffic light", "the tram signal on the left is lit")
+
+
+@pytest.mark.parametrize("component, reason", [
+    (LAMP, "a car ahead has stopped"),
+    (LAMP, "a tram comes from the left"),
+    (LAMP, "the traffic ahead is dense"),
+    (("critical object", "the brake lights of the van ahead are on"), "the light ahead turns red"),
+    (("critical object", "a school bus stands on the right"), "a child crosses from the right"),
+    (("critical object", "a parked car on the right"), "a truck blocks the lane"),
+    (("yield or stop control", "a speed limit sign of 30"), "a stop sign stands ahead"),
+    (("lane or lane lines", "the lane ahead is free"), "the route turns left ahead"),
+    (("road event", "light rain, the road is wet"), "the light is red"),
+    (("critical object", "a cyclist beside the crosswalk"), "a pedestrian crosses from the left"),
+    (("road event", "the road bends left ahead"), "a speed bump lies ahead"),
+    (("critical object", "a woman on the left side of the road waits"), "a deer stands ahead"),
+    (("ODD constraint", "thick fog, nothing to be seen ahead"), "one must slow down ahead"),
+    (("routing intent", "straight on at the next junction"), "an ostrich must cross from the left"),
+])  # fmt: skip
+def test_an_invention_is_refused(component, reason):
+    with pytest.raises(ValueError, match="expected (only what|reasons in words of) [^\n]*$"):
+        check(component, reason)
+
+
+@pytest.mark.parametrize("component, reason", [
+    (LAMP, "the light on the left is lit"),
+    (("critical object", "a grey car 30 m ahead has stopped"), "the car ahead has stopped"),
+    (("critical object", "two trucks ahead, brake lights on"), "the vehicles ahead are slow"),
+    (("critical object", "a boy runs onto the street"), "a child crosses from the right"),
+    (("critical object", "construction worker with a flag"), "people stand in the lane"),
+    (("yield or stop control", "octagonal, red"), "a sign asks for it"),
+    (("yield or stop control", "a stop sign and a stop line"), "a stop sign stands ahead"),
+    (("routing intent", "left at the next junction"), "the route turns left at the junction"),
+    (("road event", "heavy snow"), "the snow hides the lane"),
+    (("lane or lane lines", "our lane, free for 100 m"), "the road ahead is free"),
+    (("critical object", "cones on the right side of the lane"), "cones block the right side of the lane"),
+    (("critical object", "a deer beside the road"), "a deer crosses from the left"),
+    (("road event", "the road bends to the right"), "the road bends right ahead"),
+    (("critical object", "an oncoming car with its turn signal on"), "a car signals to the left"),
+    (("critical object", "a pedestrian is crossing from the left"), "a pedestrian crosses"),
+])  # fmt: skip
+def test_an_honest_trace_passes(component, reason):
+    check(component, reason)
+
+
+def check(component, reason):
+    name, description = component
+    components = [{"component": name, "description": description, "uncertainty": "low"}]
+    text = f"Stop and keep lane since {reason}."
+    check_reasoning("label.json: reasoning", text, ("stop", "keep lane"), "label.json", components)
+
+
+def test_each_cause_of_the_world_names_its_thing():
+    for cause in CAUSES:
+        words = words_of(cause, 1)
+        check((words.component, words.reason), words.reason)
+
+
+@pytest.fixture
+def filled(prepared, tmp_path):
+    """Labels of which the first is filled in, and a clip of its own for them."""
+    pictures = shutil.ignore_patterns("*.jpg", "*.png")
+    shutil.copytree(prepared / "labels", tmp_path / "labels", ignore=pictures)
+    (tmp_path / "clip").mkdir()
+    shutil.copy(prepared / "mine" / "egomotion.csv", tmp_path / "clip")
+    listed = json.loads((tmp_path / "labels" / "keyframes.json").read_text())
+    fill(tmp_path / "labels" / "keyframes.json", clip=str(tmp_path / "clip"))
+    label = tmp_path / "labels" / listed["key_frames"][0]["label"]
+    fill(label / "stage_1" / "label.json", critical_components=LIGHT)
+    fill(label / "stage_2" / "label.json", exclude="no", longitudinal="stop", lateral="none",
+         reasoning="Stop and keep lane since the light ahead turns red.")  # fmt: skip
+    return tmp_path
+
+
+def test_what_is_filled_in_is_read(filled):
+    (line,) = read_labels(filled / "labels")
+    assert ": 1 labels, " in line and "; 1 in " in line
+    assert "turns red" in (filled / "clip" / "reasoning.json").read_text()
+
+
+@pytest.mark.parametrize("damage, message", [
+    (dict(clip="clip"), "keyframes.json: field clip is 'clip', expected the absolute path of a clip"),
+    (dict(clip=["/"]), "keyframes.json: field clip is .*, expected text"),
+    (dict(clip=None), "keyframes.json: field clip is null"),
+    (dict(clip="/"), "keyframes.json: clip is /, where no clip is any more"),
+    (dict(clip="/\ud800"), "keyframes.json: field clip is .*, expected text"),
+    (dict(clip="/\0"), "keyframes.json: clip is .*, where no clip is any more"),
+    (dict(key_frames=None), "keyframes.json: field key_frames is null"),
+    (dict(key_frames={}), "keyframes.json: key_frames must be a list of objects"),
+    (dict(key_frames=["0006.0"]), "keyframes.json: key_frames must be a list of objects"),
+    (dict(time="6"), r"keyframes.json: field key_frames\[3\].time is '6', expected a number"),
+    (dict(time=None), r"keyframes.json: field key_frames\[3\].time is null"),
+    (dict(time=True), r"keyframes.json: field key_frames\[3\].time is True, expected a number"),
+    (dict(time=[6]), r"keyframes.json: field key_frames\[3\].time is \[6\], expected a number"),
+    (dict(label="../labels/0006.0"), r"keyframes.json: field key_frames\[3\].label is '../labels/0006.0', expected a file in"),
+    (dict(label="/tmp"), r"key_frames\[3\].label is '/tmp', expected a file in"),
+    (dict(label=6), r"key_frames\[3\].label is 6, expected text"),
+    (dict(label=["a"]), r"key_frames\[3\].label is \['a'\], expected text"),
+    (dict(label="elsewhere"), "elsewhere/stage_1/label.json: missing"),
+    (dict(label="x" * 300), "File name too long"),
+])  # fmt: skip
+def test_damaged_keyframes_are_one_line_and_nothing_is_written(filled, damage, message):
+    file = filled / "labels" / "keyframes.json"
+    listed = json.loads(file.read_text())
+    of_file = {"clip", "key_frames"} & set(damage)
+    (listed if of_file else listed["key_frames"][3]).update(damage)
+    file.write_text(json.dumps(listed))
+    refused(filled, message)
+
+
+@pytest.mark.parametrize("stage, text, message", [
+    (1, "[" * 100_000, "stage_1/label.json: not JSON: nested too deep"),
+    (1, '{"critical_components": NaN}', "stage_1/label.json: not JSON: NaN is no number"),
+    (1, '{"critical_components": [{"component": ["a"]}]}', "component is ..a.., expected one of"),
+    (1, json.dumps({"critical_components": "x" * 10**6}), "critical_components is .{200}[.]{3}, expected a list"),
+    (2, '{"exclude": "no", "longitudinal": {}, "lateral": "none", "reasoning": ""}', "longitudinal is {}, expected"),
+    (2, '{"exclude": ["no"], "longitudinal": 1, "lateral": 1, "reasoning": 1}', "exclude is ..no.., expected one of"),
+    (2, b"\xff\xfe{", "stage_2/label.json: expected text in UTF-8"),
+    (2, "", "stage_2/label.json: not JSON"),
+])  # fmt: skip
+def test_damaged_labels_are_one_line_and_nothing_is_written(filled, stage, text, message):
+    listed = json.loads((filled / "labels" / "keyframes.json").read_text())["key_frames"]
+    file = filled / "labels" / listed[1]["label"] / f"stage_{stage}" / "label.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(filled, message)
+
+
+def refused(filled, message):
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        read_labels(filled / "labels")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 800
+    assert not (filled / "clip" / "reasoning.json").exists()
+
+
+def test_nothing_is_written_where_one_of_two_clips_is_wrong(filled):
+    """Nor is a text lost where two folders of labels are of the same clip."""
+    shutil.copytree(filled / "labels", filled / "labels" / "more")
+    shutil.copytree(filled / "clip", filled / "other")
+    fill(filled / "labels" / "more" / "keyframes.json", clip=str(filled / "other"))
+    (filled / "other" / "reasoning.json").write_text("{")
+    refused(filled, "other/reasoning.json: not JSON")
+    fill(filled / "labels" / "more" / "keyframes.json", clip=str(filled / "clip"))
+    more = filled / "labels" / "more" / "keyframes.json"
+    listed = json.loads(more.read_text())
+    listed["key_frames"][0]["time"] += 1
+    more.write_text(json.dumps(listed))
+    read_labels(filled / "labels")
+    assert len(json.loads((filled / "clip" / "reasoning.json").read_text())) == 2
+
+
+def test_labels_need_one_more_package(prepared, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        write_labels(prepared / "mine", tmp_path / "labels")
+    assert not (tmp_path / "labels").exists()
 
 
 def test_broken_label_files_are_all_told(prepared, tmp_path):
@@ -383,7 +541,7 @@ def test_broken_label_files_are_all_told(prepared, tmp_path):
             (tmp_path / frame["label"] / stage).mkdir(parents=True)
             (tmp_path / frame["label"] / stage / "label.json").write_text(
                 (prepared / "labels" / frame["label"] / stage / "label.json").read_text())
-    (tmp_path / "keyframes.json").write_text(json.dumps(frames | {"clip": str(tmp_path)}))
+    (tmp_path / "keyframes.json").write_text(json.dumps(frames | {"clip": str(prepared / "mine")}))
     labels = [tmp_path / frame["label"] for frame in frames["key_frames"]]
     (labels[1] / "stage_1" / "label.json").write_text("{")
     (labels[2] / "stage_2" / "label.json").write_text("[]")
@@ -404,7 +562,7 @@ def test_broken_label_files_are_all_told(prepared, tmp_path):
     with pytest.raises(ValueError, match="labels do not go into the clip's own folder"):
         write_labels(prepared / "mine", prepared / "mine" / "labels")
     (tmp_path / "keyframes.json").write_text(json.dumps(frames | {"clip": str(tmp_path / "gone")}))
-    gone = "keyframes.json: clip is .*gone, where nothing is any more"
+    gone = "keyframes.json: clip is .*gone, where no clip is any more"
     with pytest.raises(FileNotFoundError, match=gone):
         read_labels(tmp_path)
     (tmp_path / "keyframes.json").write_text("[]")

@@ -14,7 +14,16 @@ import data
 import doors
 import world
 from alpamayo import Config, ade, rot_of
-from motion import COMFORT_BOUNDS, baselines, comfort, comfort_of, min_ade
+from motion import (
+    COMFORT_BOUNDS,
+    baselines,
+    comfort,
+    comfort_of,
+    key_frames,
+    meta_actions,
+    min_ade,
+    smooth_motion,
+)
 from tools import markdown
 
 
@@ -50,6 +59,34 @@ def test_baselines():
     assert faster["CTRA"] < 2e-3 and faster["CV"] == pytest.approx(mean_square / 2, rel=0.05)
     stopping = baselines(drive(6, -1.5, 0))["CTRA"][0, :, 0]  # stops after 4 s and 12 m, and stays
     assert stopping.diff().min() >= 0 and stopping[-1].item() == pytest.approx(12, abs=0.02)
+
+
+def test_baselines_in_reverse():
+    """At 2 m/s backwards, straight and turning; braking, they stop where the car does."""
+    for turn in (0, 0.2):
+        back = errors(drive(-2, 0, turn))
+        assert back["CTRV"] < 0.01 and back["CTRA"] < 0.01
+    assert errors(drive(-2, 0, 0))["CV"] < 1e-3
+    stopping = baselines(drive(-2, 0.5, 0))["CTRA"][0, :, 0]  # after 4 s and 4 m
+    assert stopping.diff().max() <= 0 and stopping[-1].item() == pytest.approx(-4, abs=0.02)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda xyz, rot: (xyz * torch.nan, rot), lambda xyz, rot: (xyz, rot + torch.inf),
+    lambda xyz, rot: (xyz[:, :1], rot[:, :1]), lambda xyz, rot: (xyz[:, :0], rot[:, :0]),
+    lambda xyz, rot: (xyz[..., :2], rot), lambda xyz, rot: (xyz, rot[:, :5]),
+])  # fmt: skip
+def test_poses_too_few_or_not_finite_are_refused_in_a_line(spoil):
+    scene = drive(10, 0, 0)
+    xyz, rot = spoil(scene["ego_history_xyz"], scene["ego_history_rot"])
+    history = {"ego_history_xyz": xyz, "ego_history_rot": rot}
+    for use in (
+        lambda: baselines(history), lambda: comfort(xyz, rot), lambda: smooth_motion(xyz, rot),
+        lambda: meta_actions(xyz, rot), lambda: key_frames(xyz[0], rot[0]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="^poses: expected ") as error:
+            use()
+        assert "\n" not in str(error.value)
 
 
 def test_min_ade():

@@ -42,9 +42,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def oracle(model):
-    config = backbone_json(vars(model.cfg))
-    config["text_config"]["vocab_size"] = model.cfg.vocab
-    oracle = qwen.Qwen3VLForConditionalGeneration(qwen.Qwen3VLConfig(**config))
+    config = qwen.Qwen3VLConfig(**backbone_json(vars(model.cfg)))
+    oracle = qwen.Qwen3VLForConditionalGeneration(config)
     oracle.load_state_dict(model.vlm.state_dict())
     return oracle.requires_grad_(False)
 

@@ -10,14 +10,15 @@ import math
 import os
 import sys
 import threading
+import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_clips import folder  # noqa: F401, a clip of one's own
+from test_clips import folder, folder_original  # noqa: F401, a clip of one's own
 from test_train import cache, complaint, log, run  # noqa: F401
 from test_vision import TINY, H, W
 
@@ -350,28 +351,35 @@ def test_curation_prefers_scenes_on_which_model_and_rewards_disagree():
 
 
 class Stub(BaseHTTPRequestHandler):
-    """A language model of few words: what the server was told to answer, in turn; then always 4."""
+    """A language model of few words: what the server was told to answer, in turn; then always 4.
+
+    Bytes are what it sends, status line and headers included; a list of bytes is sent with pauses."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, body, self.headers.get("Authorization")))
         says = self.server.answers.pop(0) if self.server.answers else "4"
-        if says == "slow":
-            threading.Event().wait(0.6)
-        self.send_response(500 if says == "broken" else 200)
-        self.end_headers()
+        if isinstance(says, str):
+            says = answer({"choices": [{"message": {"content": says}}]})
         with contextlib.suppress(OSError):
-            self.wfile.write(b"{}" if says == "empty" else json.dumps({"choices": [{"message": {"content": says}}]}).encode())
+            for part in says if isinstance(says, list) else [says]:
+                self.wfile.write(part)
+                time.sleep(0.1 * isinstance(says, list))
+        self.close_connection = True
 
     def log_message(self, *_):
         pass
 
 
+def answer(body, status=b"200 OK"):
+    return b"HTTP/1.1 " + status + b"\r\n\r\n" + (body if isinstance(body, bytes) else json.dumps(body).encode())
+
+
 @pytest.fixture
 def server():
-    server = HTTPServer(("127.0.0.1", 0), Stub)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     server.asked, server.answers, server.url = [], [], f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -379,29 +387,122 @@ def server():
 
 
 def test_a_judge_is_asked_once_and_again_when_it_stumbles(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("JUDGE_API_KEY", "secret")
+    monkeypatch.setenv("JUDGE_API_KEY", " secret\n")  # as `cat key` gives it
     file = str(tmp_path / "judge.jsonl")
     judge = rl.Judge(server.url, "critic", file, timeout=0.3, wait=0.01)
-    server.answers[:] = ["broken", "empty", "Grade: 3"]
+    server.answers[:] = [answer(b"", b"500 broken"), answer({}), "Grade: 3"]
     assert judge([("a", "b")]) == [3]
     path, body, key = server.asked[0]
     assert path == "/v1/chat/completions" and body["model"] == "critic" and key == "Bearer secret"
     assert "TRUE: b" in body["messages"][0]["content"] and "MODEL: a" in body["messages"][0]["content"]
-    server.answers[:] = ["slow", "2"]
+    server.answers[:] = [[b""] * 6, "2"]
     assert judge([("c", "d"), ("a", "b"), ("c", "d")]) == [2, 3, 2]
-    asked = len(server.asked)
-    with open(file, "a") as f:
-        f.write('["half a li')  # of a run that was killed
-    assert rl.Judge(server.url, "critic", file)([("a", "b"), ("c", "d")]) == [3, 2] and len(server.asked) == asked
-    assert rl.Judge(server.url, "another", file)([("a", "b")]) == [4]  # another judge is asked again
+    assert rl.Judge(server.url, "another", file)([("a", "\ud800")]) == [4]  # another judge is asked again
+
+
+def test_a_half_written_line_of_the_judges_file_is_dropped_for_good(server, tmp_path):
+    file = tmp_path / "judge.jsonl"
+    assert rl.Judge(server.url, file=str(file))([("a", "b")]) == [4]
+    whole = file.read_text()
+    for cut in range(1, len(whole)):
+        file.write_text(whole + whole[:cut])  # of a run that was killed
+        judge = rl.Judge(server.url, file=str(file))
+        assert file.read_text() == whole and judge([("a", "b")]) == [4]
+    server.answers[:] = ["2"]
+    assert judge([("c", "d")]) == [2]
+    assert sorted(rl.Judge(server.url, file=str(file)).known.values()) == [2, 4]
+    assert len(server.asked) == 2 and os.listdir(tmp_path) == ["judge.jsonl"]
+
+
+@pytest.mark.parametrize("line", [
+    '["a", 7]', '["a", NaN]', '["a", -1]', '["a", "4"]', '["a", 4.0]', '["a", true]', '["a", null]', '["a"]', '{"a": 4}', "4", "",
+    '["a", 4] 5', "[" * 100_000, '[["a"], 4]'])  # fmt: skip
+def test_a_wrong_line_of_the_judges_file_is_told(line, tmp_path):
+    file = tmp_path / "judge.jsonl"
+    file.write_text(f'["b", 3]\n{line}\n["c", 3]\n')
+    with pytest.raises(ValueError, match=r"^[^\n]*judge.jsonl: line 2: [^\n]*$"):
+        rl.Judge("http://127.0.0.1:9/v1", file=str(file))
+
+
+@pytest.mark.parametrize("says, score", [
+    ("4", 4), (" 0\n", 0), ("5.", 5), ("**4**", 4), ("Grade: 3", 3), ("grade 3", 3), ("**Score:** 2", 2), ("4/5", 4), ("Rating: 4 / 5.", 4),
+    ("-3", None), ("there are 2 decisions", None), ("99", None), ("6", None), ("4.5", None), ("3 of 5", None), ("7 of 10", None),
+    ("2/3", None), ("4 4", None), ("\u0664", None), ("\u00b2", None), ("", None), ("four", None), ("+4", None), ("4, as all agrees", None),
+])  # fmt: skip
+def test_what_a_grade_is(says, score, server):
+    judge = rl.Judge(server.url, tries=1)
+    server.answers[:] = [says]
+    if score is None:
+        with pytest.raises(ConnectionError, match=r"no grade after 1 tries \(expected a number from 0 to 5, not "):
+            judge([("a", "b")])
+    else:
+        assert judge([("a", "b")]) == [score]
+
+
+FOUR = json.dumps({"choices": [{"message": {"content": "4"}}]}).encode()
+
+
+@pytest.mark.parametrize("says", [
+    b"", b"\0\0\0\n", b"HTTP/1.1 none\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n" + FOUR[:-1],
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200 + b"\r\n" + FOUR,
+    b"HTTP/1.1 200 OK\r\na: " + b"x" * 70_000 + b"\r\n\r\n" + FOUR, answer(FOUR, b"404 Not Found"), answer(b"<html>"), answer(b"\xff\xfe{"),
+    answer(b"[" * 100_000), answer([]), answer({"choices": []}), answer({"choices": {"a": 1}}), answer({"choices": [{"message": None}]}),
+    *(answer({"choices": [{"message": {"content": content}}]}) for content in (4, 4.0, None, ["4"], {"text": "4"}, True)),
+    answer(FOUR + b" " * rl.LONGEST), answer(b"9" * 5000), answer(b"NaN"),
+])  # fmt: skip
+def test_a_malformed_answer_is_one_line(says, server):
+    server.answers[:] = [says] * 2
+    with pytest.raises(ConnectionError) as error:
+        rl.Judge(server.url, tries=2, wait=0.01)([("a", "b")])
+    line = str(error.value)
+    assert line.startswith(f"--judge {server.url}/chat/completions: no grade after 2 tries (") and "\n" not in line and len(line) < 250
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("dripping", [[b"H"] * 30, [b"HTTP/1.1 200 OK\r\n"] + [b"a: b\r\n"] * 30, [answer(b"[")] + [b" "] * 30,
+                                      [b"HTTP/1.1 100 Continue\r\n\r\n"] * 30])  # fmt: skip
+def test_a_dripping_answer_ends_at_the_time_out(dripping, server):
+    server.answers[:] = [dripping]
+    begin = time.monotonic()
+    with pytest.raises(ConnectionError, match="TimeoutError: no whole answer in 0.3 s"):
+        rl.Judge(server.url, timeout=0.3, tries=1)([("a", "b")])
+    assert time.monotonic() - begin < 1
+
+
+def test_the_key_goes_nowhere_else(server, monkeypatch, capfd):
+    monkeypatch.setenv("JUDGE_API_KEY", "sec-ret")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody answers
+    elsewhere = server.url.replace("127.0.0.1", "localhost").encode()
+    for status in (b"301", b"302", b"303", b"307", b"308"):
+        moved = b"HTTP/1.1 " + status + b" Moved\r\nLocation: " + elsewhere + b"\r\n\r\n"
+        server.answers[:] = [moved]
+        with pytest.raises(ConnectionError, match=f"HTTP status {status.decode()}"):
+            rl.Judge(server.url, tries=1)([("a", "b")])
+    assert len(server.asked) == 5  # once each
+    server.answers[:] = ["you sent Bearer sec-ret"]
+    with pytest.raises(ConnectionError, match=r"not 'you sent Bearer \.\.\.'"):
+        rl.Judge(server.url, tries=1)([("a", "b")])
+    for key in ("sec\nret", "sec ret", "s\u00e9cret"):
+        monkeypatch.setenv("JUDGE_API_KEY", key)
+        with pytest.raises(ValueError, match="^JUDGE_API_KEY: expected one word of ASCII characters$"):
+            rl.Judge(server.url)
+    assert "ret" not in "".join(capfd.readouterr())
 
 
 def test_a_judge_that_is_away_is_one_line(server):
-    server.answers[:] = ["7 of 10", "3 of 5"]  # which of the two is meant?
-    with pytest.raises(ConnectionError, match=r"^--judge http://.*: no grade after 2 tries \(expected a number from 0 to 5, not '3 of 5'\)$"):
-        rl.Judge(server.url, tries=2, wait=0.01)([("a", "b")])
     with pytest.raises(ConnectionError, match="no grade after 1 tries"):
         rl.Judge("http://127.0.0.1:9/v1", tries=1)([("a", "b")])
+    with pytest.raises(ConnectionError, match="no grade after 1 tries"):
+        rl.Judge("http://no..name/v1", tries=1)([("a", "b")])
+
+
+def test_where_a_judge_may_be():
+    for url in ("http://localhost:8000/v1", "https://api.example.com/v1/", "http://[::1]:80", "http://a"):
+        assert rl.endpoint(url) == url
+    for url in ("", "localhost:8000", "ftp://a/v1", "http://", "http:///v1", "http://user:word@a/v1", "http://a/v1?key=b", "http://a:99999/v1",
+                "http://a:b/v1", "http://a/v 1", "http://a/v1\r\nX: y", "http://\u00e9/v1", "file:///etc/passwd", "http://a/v1#b"):  # fmt: skip
+        with pytest.raises(ValueError, match="^--judge: expected http://HOST:PORT/PATH"):
+            rl.endpoint(url)
 
 
 # ------------------------------------------------------------------------------------------------------------- a step

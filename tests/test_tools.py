@@ -16,15 +16,16 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_sample import checkpoint, run  # noqa: F401
+from test_sample import checkpoint, run, write_clip  # noqa: F401
 from test_vision import H, W, build, in_double, scene  # noqa: F401
 
 import alpamayo
+import doors
 import sample
 import train
 import world
 from alpamayo import Alpamayo
-from tools import evaluate, experiments, gallery, judge
+from tools import evaluate, experiments, gallery, judge, label
 
 NANO = os.path.join(ROOT, "checkpoints", "nano")
 
@@ -124,22 +125,69 @@ def test_the_score_is_kilometres_between_events():
     assert line.startswith("| model | 25.0 ± 10.0 |") and line.endswith("| 1.50 | > 3.0 |")
 
 
-def test_what_cannot_be_driven_is_one_line(checkpoint, tmp_path, command):  # noqa: F811
+WRONG = {
+    evaluate: [
+        "--drive 1 --replan 0", "--drive 1 --replan nan", "--drive 1 --replan 9", "--drive 1 --seconds 0", "--drive 0", "--seed -1",
+        "--n 0", "--n 1e20", "--scenes 0", "--steps 0", "--batch 0", "--size 0 0", "--size -1 2", "--keep nan", "--keep 0", "--retrieve 1.5",
+        "--split snow", "--device tpu", "--cameras 1", "--clip c --drive", "--clip c --cameras 9", "--seconds inf",
+    ],
+    gallery: ["", "a_file", "a_file/b", "g --replan 0.01", "g --seconds nan", "g --size 0 128", "g --seed -1", "g --steps 1e9"],
+    judge: ["", "localhost:8000", "ftp://a/v1", "http://", "http://a --scenes 0", "http://a --size 0 0", "http://a --device x"],
+    label: ["", "clip --out a_file", "clip --nowhere"],
+    experiments: [
+        "", "snow", "encoders --jobs 0", "encoders --eval 0", "encoders --train-steps -1", "encoders --scenes 1e20", "encoders --seeds -1",
+        "encoders --out a_file", "encoders --picture a.xyz", "encoders --picture a_file/a.png", "encoders --size 0 0", "rewards",
+        "rewards nano", "rewards SFT=nowhere", "rewards SFT=", "encoders --seconds 0", "encoders --device tpu",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool, flags", [(tool, flags) for tool in WRONG for flags in WRONG[tool]])
+def test_a_wrong_flag_is_one_line_before_the_work(tool, flags, tmp_path, command, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doors, "name_of_program", lambda: tool.__name__)
+    (tmp_path / "a_file").touch()
+    command("tool", *flags.split())
+    with pytest.raises(SystemExit) as exit:
+        tool.main()
+    said = capsys.readouterr()
+    assert exit.value.code == 2 and said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith(f"{tool.__name__}: ")
+    assert os.listdir(tmp_path) == ["a_file"]
+
+
+def test_what_cannot_be_driven_is_one_line(checkpoint, tmp_path, command, cache):  # noqa: F811
+    code, said, trouble = run(tmp_path, "-m", "tools.evaluate", "--checkpoint", "nowhere")
+    assert code == 1 and said == [] and len(trouble) == 1, trouble
+    assert trouble[0].startswith("tools.evaluate: nowhere/config.json: ")
     flags = ("--checkpoint", checkpoint)
-    code, said, trouble = run(tmp_path, "-m", "tools.evaluate", *flags, "--drive", 1, "--replan", 0)
-    assert code == 1 and said == [] and "Traceback" not in "".join(trouble)
-    assert trouble[-1].startswith("tools.evaluate: ") and "replan" in trouble[-1]
     for tool, more, word in (
-        (evaluate, ("--drive", 1, "--seconds", 0), "seconds"),
-        (evaluate, ("--drive", 0), "--drive 0"),
-        (evaluate, ("--seed", -1), "--seed -1"),
         (gallery, (tmp_path / "g", "--situation", "snow"), "--situation 'snow'"),
-        (gallery, (tmp_path / "g", "--replan", 0), "--replan 0"),
         (gallery, (tmp_path / "g", "--replan", 0.25), "replan"),
+        (evaluate, ("--size", 50, 100, "--cache", cache), "--size: height and width must be mult"),
+        (evaluate, ("--clip", tmp_path), "no ego motion in it"),
     ):
         command("tool", *flags, *more)
-        with pytest.raises(ValueError, match=word):
+        with pytest.raises((ValueError, OSError), match=word):
             tool.main()
+
+
+def test_open_loop_in_clips(tmp_path, again):
+    """All scenes of a folder; shares of those that state decisions; rows that a clip can fill."""
+    clip = write_clip(tmp_path / "clip", (1, 6))
+    flags = ("--checkpoint", NANO, "--clip", clip, "--n", 1, "--steps", 1, "--cameras", 6)
+    said = again(evaluate, flags)
+    record = json.loads(said[-1])
+    rows = record.pop("rows")
+    assert list(rows) == ["all", "no images (grey)"] and rows["all"]["scenes"] == 4
+    assert record["clip"] == str(clip) and "split" not in record
+    assert "both" not in rows["all"] and said[2].endswith("| - | - | - | - |")
+    # The car drives straight on: nothing to divide by.
+    assert rows["all"]["CTRV"] == 0 and "minade_over_ctrv" not in rows["all"]
+    texts = [{"time": 2.5, "text": "Stop and keep lane since the light is red."}, {"time": 3, "text": "Watch out!"}]
+    (clip / "reasoning.json").write_text(json.dumps(texts))
+    row = json.loads(again(evaluate, flags)[-1])["rows"]["all"]
+    assert row["scenes"] == 2 and row["both"] in (0, 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,9 +263,6 @@ def test_rewards(cache, command, capsys):
     assert once[1] == "SFT" and twice[1] == "twice"
     assert "± 0.00" in twice[2] and twice[2].startswith(once[2])
     assert json.loads(lines[-1])["SFT"][0]["tail reason"] <= 5
-    command("experiments", "rewards", NANO)
-    with pytest.raises(ValueError, match="expected NAME=FOLDER,FOLDER"):
-        experiments.main()
 
 
 @pytest.fixture
@@ -318,6 +363,10 @@ def test_the_picture_is_drawn(tmp_path, command, capsys):
     command("experiments", "encoders", "--out", tmp_path, "--size", H, W, "--picture", file)
     experiments.main()
     assert str(file) in capsys.readouterr().out
+    folder = experiments.folders_of(experiments.WAYS[3], experiments.parse_flags())[0]
+    os.rename(folder, folder + ".away")
+    with pytest.raises(FileNotFoundError, match="missing; run `encoders` with these flags, without --picture, first$"):
+        experiments.main()
     with Image.open(file) as picture:
         assert picture.size == (1600, 1040) and len(picture.convert("L").getcolors()) > 100
 
@@ -362,9 +411,29 @@ def test_trained_saved_loaded_and_driven(flags, cache, tmp_path, command, monkey
     assert "sample 1" in capsys.readouterr().out
 
 
-def test_pages_of_pictures_need_one_more_package(monkeypatch):
+@pytest.mark.parametrize("tool, flags", [(gallery, "g"), (experiments, "encoders --picture a.png"), (label, "clip")])
+def test_pictures_need_one_more_package_before_the_work(tool, flags, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    command("tool", *flags.split())
     with pytest.raises(ImportError, match="pip install matplotlib"):
-        experiments.draw.pyplot()
+        tool.main()
+    assert os.listdir(tmp_path) == []
 
 
+def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
+    """The picture that was there stays."""
+    file = tmp_path / "a.png"
+    figure = experiments.draw.pyplot().figure()
+    experiments.draw.save_figure(figure, file)
+    before = file.read_bytes()
+
+    def fill_the_disk(part, format):
+        with open(part, "wb") as half:
+            half.write(before[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        experiments.draw.save_figure(figure, file)
+    assert file.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]

@@ -2,16 +2,33 @@
 
     python -m pytest tests/test_world.py"""
 
+import errno
+import functools
+import json
 import math
 import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from glob import glob
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import alpamayo
 import data
+import doors
 import motion
+import store
+import tools.world
 import world
 from alpamayo import fit_actions, initial_speed, roll_out
 from world import causes, images_of, render, roads
@@ -653,30 +670,289 @@ def test_the_cache_is_the_world_and_appears_whole(tmp_path, monkeypatch):
             torch.equal(value, direct[key]) if torch.is_tensor(value) else value == direct[key]
         ), key
 
-    def interrupted(job):
+    def interrupted(*job):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "_make_part", interrupted)
+    monkeypatch.setattr(data, "make_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.load("world", split="train", **options)
-    assert (
-        len(os.listdir(tmp_path)) == 1
-    )  # the whole one; nothing that looks like a set is left of the other
+    # The whole one; nothing that looks like a set is left of the other.
+    assert [name for name in os.listdir(tmp_path) if name != ".lock"] == [os.path.basename(made.folder)]
+
+
+TINY = dict(split="val", scenes=2, size=(32, 32), camera_ids=(1,), frames=1, workers=0)
+
+
+def test_a_script_without_a_guard_makes_scenes_with_workers(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import data\nprint(len(data.load('world', folder='sets', **{TINY | dict(workers=1)})))\n")
+    environment = os.environ | {"PYTHONPATH": ROOT}
+    run = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert (run.stdout, run.returncode) == ("2\n", 0), run.stderr
+    [folder] = (tmp_path / "sets").glob("world*")
+    here = data.make_scenes([world.SEEDS["val"] + 1], size=(32, 32), camera_ids=(1,), frames=1)
+    assert (np.load(folder / "images.npy")[1] == here["images"][0].numpy()).all()
+
+
+def test_a_worker_that_dies_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    class Doomed(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.kill()
+
+    monkeypatch.setattr(subprocess, "Popen", Doomed)
+    with pytest.raises(OSError, match="killed by signal 9.*--workers") as error:
+        data.load("world", folder=str(tmp_path), **TINY | dict(workers=3, scenes=64))
+    assert "\n" not in str(error.value) and os.listdir(tmp_path) == [".lock"]
+
+
+def test_a_worker_answers_in_order_and_says_what_is_wrong():
+    with store.crew("builtins.eval", 1) as answers:
+        assert list(answers([["print(1) or 2"], ["3"]])) == [2, 3]  # what is printed is no answer
+        with pytest.raises(ValueError, match="invalid literal for int"):
+            list(answers([["int('x')"]]))
+        with pytest.raises(OSError, match="killed by signal 6"):
+            list(answers([["__import__('os').abort()"], ["4"]]))
+    assert "exit status 3" in store.obituary(3)
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    options = TINY | dict(folder=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full, raising=False)
+        with pytest.raises(OSError, match=r"needs 0\.0 MB of disk .* MB are free"):
+            data.load("world", **options)
+        patch.delattr(os, "posix_fallocate")  # as on macOS
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=14000))
+        with pytest.raises(OSError, match=r"needs 0\.0 MB of disk"):
+            data.load("world", **options)
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=15000))
+        data.load("world", **options)
+    monkeypatch.setattr(store, "open", lambda file, mode: open("/dev/full", mode), raising=False)
+    with pytest.raises(OSError, match=r"images.npy: No space left on device"):
+        store.write_rows(*glob(f"{tmp_path}/world*/images.npy"), 0, np.zeros((1, 9), np.uint8))
+
+
+def test_what_the_dead_began_is_swept_and_the_living_are_waited_for(tmp_path, capsys):
+    old = tmp_path / "world2-train-0+9-64x128-c1-f4x0.5.making-1"  # of process number 1, as ours may be
+    old.mkdir()
+    done = str(tmp_path / "done")
+    with store.lock_of(tmp_path) as locked:
+        assert locked
+        other = threading.Thread(target=lambda: store.making(done).__enter__())
+        other.start()
+        other.join(0.5)
+        assert other.is_alive() and old.exists()
+    other.join(20)
+    assert not other.is_alive() and not old.exists() and "waiting" in capsys.readouterr().err
+
+
+def test_two_makers_at_once_make_one_set(tmp_path):
+    done = str(tmp_path / "done")
+    made = []
+
+    def make():
+        with store.making(done) as folder:
+            time.sleep(0.2)
+            made.append(folder)
+
+    makers = [threading.Thread(target=make) for _ in range(3)]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join()
+    assert made.count(None) == 2 and sorted(os.listdir(tmp_path)) == [".lock", "done"]
+
+
+def test_without_locks_two_makers_do_not_break_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "fcntl", None)
+    done = str(tmp_path / "done")
+    with store.making(done) as first:
+        with store.making(done) as second:
+            (tmp_path / second / "of the second").touch()
+        assert os.path.exists(first)
+    assert os.listdir(done) == ["of the second"] and sorted(os.listdir(tmp_path)) == [".lock", "done"]
+
+
+def hash_of(monkeypatch, *edits):
+    """data.sources() with texts (old, new) on its pages replaced."""
+    pages = data.PAGES
+    for old, new in edits:
+        edited = [page.replace(old, new) for page in pages]
+        assert edited != pages, old
+        pages = edited
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "PAGES", pages)
+        return data.sources.__wrapped__()
+
+
+def test_a_set_is_named_by_what_its_scenes_depend_on(monkeypatch):
+    assert re.fullmatch("[0-9a-f]{8}", data.sources())
+    for edit in [
+        ("the car ahead is slower", "the car in front is slower"),  # a word
+        ("BUMP_SPEED = 4.5", "BUMP_SPEED = 4.6"),  # the world
+        ("DT = 0.1 ", "DT = 0.2 "),  # what it takes from the model
+        ("    recorder.note(look=True)  # t0", "    recorder.note(look=False)  # t0"),
+        ("ROUTES = {", "CAUSES |= {}\nROUTES = {"),  # a table is changed later
+    ]:
+        assert hash_of(monkeypatch, edit) != data.sources(), edit
+    assert data.sources() == hash_of(
+        monkeypatch,
+        ("LEFT, RIGHT = 1, -1  # sides are", "LEFT, RIGHT = 1, -1  # the sides are"),
+        ('"""The scene of a seed, a Draw.', '"""The scene of one seed, a Draw.'),
+        ("GRACE = 1.0", "GRACE = 2.0"),  # judges drives, makes no scene
+        ("LOW_SPEED = 0.6", "LOW_SPEED = 0.7"),  # the world does not take it from the model
+        ("import doors\n", "import doors\nimport string\n"),
+    )
+
+
+def test_sets_of_other_sources_stay_and_are_told_of_once(tmp_path, monkeypatch, capsys):
+    options = TINY | dict(folder=str(tmp_path))
+    old = data.load("world", **options)
+    assert "other sources" not in capsys.readouterr().err
+    monkeypatch.setattr(data, "sources", lambda: "12345678")
+    new = data.load("world", **options)
+    data.load("world", **options | dict(split="train"))
+    assert old.folder != new.folder and os.path.exists(old.folder)
+    assert capsys.readouterr().err.count("1 sets of scenes, 0.00 GB") == 1
+    with pytest.raises(ValueError, match="changed since"):
+        data.make_part(new.folder, 0, 0, 1, {}, "another")
+
+
+@pytest.fixture(scope="module")
+def whole_set(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return data.load("world", folder=str(folder), **TINY).folder
+
+
+def edit(change):
+    """A change of a set's set.json."""
+
+    def write(folder):
+        file = f"{folder}/set.json"
+        about = json.load(open(file))
+        change(about)
+        json.dump(about, open(file, "w"))
+
+    return write
+
+
+def save(name, change):
+    """A change of a set's array."""
+    return lambda folder: np.save(f"{folder}/{name}.npy", change(np.load(f"{folder}/{name}.npy")))
+
+
+def cut(name, size):
+    return lambda folder: os.truncate(f"{folder}/{name}", os.path.getsize(f"{folder}/{name}") + size)
+
+
+def put_nan(array):
+    array[1, 3] = np.nan
+    return array
+
+
+@pytest.mark.parametrize("damage, file", [
+    (lambda folder: os.remove(f"{folder}/intrinsics.npy"), "intrinsics.npy: missing"),
+    (lambda folder: os.remove(f"{folder}/set.json"), "set.json: missing"),
+    (cut("images.npy", -1), "images.npy: "),
+    (cut("images.npy", 1), "images.npy: expected 6272 bytes"),
+    (cut("ego_future_xyz.npy", -900), "ego_future_xyz.npy: "),
+    (cut("set.json", -20), "set.json: not JSON"),
+    (save("ego_kinematics", put_nan), "ego_kinematics.npy: row 1 is not finite"),
+    (save("ego_kinematics", lambda a: a.astype(np.float64)), "ego_kinematics.npy: expected float32"),
+    (save("images", lambda a: a[:1]), r"images.npy: expected uint8 \(2, "),
+    (save("images", lambda a: np.array([{}, 1], object)), "images.npy: not an array"),
+    (lambda folder: Path(folder, "images.npy").write_bytes(Path(folder, "images.npy").read_bytes().replace(b"}", b"(")), "images.npy: not an array"),
+    (save("camera_ids", lambda a: a + 5), "camera_ids.npy: expected"),
+    (lambda folder: Path(folder, "images.npy").write_bytes(b""), "images.npy: not an array"),
+    (lambda folder: Path(folder, "images.npy").write_bytes(pickle.dumps([1])), "images.npy: not an array"),
+    (edit(lambda about: about.pop("texts")), "field texts.reasoning is missing"),
+    (edit(lambda about: about.update(texts=[])), "field texts is "),
+    (edit(lambda about: about["texts"].update(name=["a"])), "field texts.name is .* 2 texts"),
+    (edit(lambda about: about["texts"].update(route=[1, 2])), "field texts.route is .* 2 texts"),
+    (edit(lambda about: about["texts"].update(reasoning=None)), "field texts.reasoning is null"),
+    (edit(lambda about: about.update(first_seed=3)), "field first_seed is 3, expected 10000000"),
+    (edit(lambda about: about["options"].update(frames=2)), "field options is "),
+])  # fmt: skip
+def test_a_damaged_set_is_refused_in_one_line(damage, file, whole_set, tmp_path):
+    home = tmp_path / "sets"
+    folder = shutil.copytree(whole_set, home / os.path.basename(whole_set))
+    data.load("world", folder=str(home), **TINY)
+    damage(folder)
+    with pytest.raises(ValueError, match=file) as error:
+        data.load("world", folder=str(home), **TINY)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_what_else_lies_in_a_set_is_not_read(whole_set, tmp_path):
+    folder = shutil.copytree(whole_set, tmp_path / os.path.basename(whole_set))
+    np.save(f"{folder}/more.npy", np.zeros(3))
+    Path(folder, "._images.npy").write_bytes(b"of macOS")
+    assert "more" not in data.load("world", folder=str(tmp_path), **TINY).batch([0])
 
 
 def test_bad_options_are_one_line():
+    nan = math.nan
+    load = functools.partial(data.load, "world", folder="/nowhere")
+    make = functools.partial(data.make_scenes, [0])
+    plan = torch.zeros(1, 64, 2)
+    steer = functools.partial(data.drive, seeds=[0], seconds=1, size=(2, 4), frames=1)
     calls = (
-        lambda: data.load("world", split="test"),
-        lambda: data.load("world", scenes=0),
-        lambda: data.make_scenes([0], frame_dt=0.25),
-        lambda: data.make_scenes([0], camera_ids=(1, 9)),
-        lambda: data.make_scenes([0], frames=9),
+        lambda: load(split="test"),
+        *(lambda n=n: load(scenes=n) for n in (0, -1, 1.5, nan, "4", 1e20, 10**8, None)),
+        *(lambda n=n: load(start=n) for n in (-1, nan, 10**7)),
+        *(lambda n=n: load(workers=n) for n in (-1, nan, "2", 10**6)),
+        *(lambda dt=dt: make(frame_dt=dt) for dt in (0.25, 0, -0.5, nan, math.inf, "0.5", None, 1e30)),
+        *(lambda ids=ids: make(camera_ids=ids) for ids in ((1, 9), (3,), (), (1, 1), "16", (1.0,), (nan,), None, 1)),
+        *(lambda n=n: make(frames=n) for n in (9, 0, -1, nan, "4", 2.0)),
+        *(lambda s=s: make(size=s) for s in ((0, 0), (3, 4), (64,), (64, 128, 3), (-2, 4), (nan, 4), (2, 10**9), "ab", 64, (32.0, 64))),
+        *(lambda s=s: data.make_scenes(s) for s in ([], [-1], [1.5], [nan], ["1"], [4 * 10**7], 5, None)),
+        *(lambda s=s: world.find("turn", "val", s) for s in (-1, nan, 10**7, "1", 1.5)),
+        lambda: world.find("turn", "nowhere"),
+        *(lambda s=s: data.drive(None, [0], s) for s in (nan, math.inf, 0, -1, 1e20, "1", 0.05)),
+        *(lambda r=r: data.drive(None, [0], replan=r) for r in (nan, 0, -1, 6.5, "1")),
+        *(lambda p=p: steer(lambda scene: p) for p in (
+            None, 0.0, plan[0], plan[..., :1], plan[:, :4], plan[:0], plan.long(), plan + nan, plan - math.inf, plan + 1e38, plan.numpy())),
+        *(lambda p=p: data.drive_plans([0], p) for p in (
+            None, plan, plan[None].long(), plan[None] + nan, plan[None, :, :0], plan[None, :0], plan[None, ..., :1], plan[None] + 1e38)),
     )
     for call in calls:
-        with pytest.raises(ValueError) as error:
+        with pytest.raises((ValueError, FloatingPointError)) as error:
             call()
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
     assert math.isclose(world.RIG[1][2], math.radians(120))
+    bad = torch.zeros(3, 2, 5, 2)
+    bad[2, 1, 4, 0] = nan
+    with pytest.raises(FloatingPointError, match="plans: not finite in scene 2, seed 9"):
+        data.drive_plans([7, 8, 9], bad)
+
+
+@pytest.mark.parametrize("words", [
+    "data.py --scenes 0", "data.py --scenes 1e20", "data.py --frame-dt nan", "data.py --size 0 0",
+    "data.py --size 64 99999999", "data.py --camera-ids 1 1", "data.py --camera-ids 3", "data.py --workers -1",
+    "data.py --frames 22", "data.py --start 10000000", "data.py --split tail2",
+    "world --splits 0", "world --splits 1e20", "world --look x.png --seeds -1 3", "world --look x.png --seeds 3 3",
+    "world --look x.png --seeds 0 301", "world --look x.png --size 0 0", "world --look x.png --size 3 4", "world --cost --workers 0",
+    "world", "world --look x.png --seeds 0 nan",
+])  # fmt: skip
+def test_bad_flags_are_one_line(words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    program, *flags = words.split()
+    monkeypatch.setattr(sys, "argv", [program, *flags])
+    with pytest.raises(SystemExit) as end:
+        doors.run(data.main if program == "data.py" else tools.world.main)
+    said = capsys.readouterr().err + (str(end.value.code) if end.value.code != 2 else "")
+    assert end.value.code not in (0, None) and len(said.strip().splitlines()) == 1, said
+    assert not os.listdir(tmp_path)
+
+
+def test_the_bar_counts_scenes(tmp_path, capsys):
+    data.load("world", folder=str(tmp_path), **TINY | dict(scenes=3))
+    assert "3/3" in capsys.readouterr().err
 
 
 # The renderer

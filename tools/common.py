@@ -7,38 +7,37 @@ import torch
 from tqdm import tqdm
 
 import data
+import world
 from alpamayo import HORIZON, NANO, ade, load_model
+from doors import device_of, real, whole
 from motion import baselines, min_ade
+
+COUNT = whole(1, world.SEEDS["val"])  # of scenes of a split
+SIDE = whole(1, 4096)  # pixels of an image
 
 
 def add_checkpoint_flags(parser):
     """The flags of a tool that lets a checkpoint drive in the world."""
     add = parser.add_argument
+    share = real(most=1, above=0)
     add("--checkpoint", metavar="FOLDER", default=NANO, help="the model, ours or the release's")
-    add("--seed", type=int, default=0, help="of the sampling, and of what is driven")
-    add("--size", type=int, nargs=2, default=(64, 128), help="H W, pixels of the world's images")
-    add("--steps", type=int, default=10, help="Euler steps of the flow from noise to controls")
+    add("--device", type=device_of, help="cpu, cuda or mps (default: a GPU if there is one)")
+    add("--seed", type=whole(), default=0, help="of the sampling, and of what is driven")
+    add("--size", type=SIDE, nargs=2, default=(64, 128), help="H W, pixels of the world's images")
+    add("--steps", type=whole(1, 1000), default=10, help="Euler steps from noise to controls")
     add("--no-reasoning", dest="reason", action="store_false", help="drive without thinking")
     add("--no-route", dest="route", action="store_false", help="hide where the route goes")
-    add("--keep", type=float, help="share of the image tokens to keep (the checkpoint's)")
-    add("--retrieve", type=float, help="share of them for the reasoning to read back (likewise)")
-    add("--seconds", type=float, default=20.0, help="of a drive in closed loop")
-    add("--replan", type=float, default=0.5, help="seconds of a drive between plans")
-
-
-def check_at_least(args, least, *flags):
-    """ValueError, in one line, where a flag is less than `least`. None is not given."""
-    for flag in flags:
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise ValueError(f"--{flag.replace('_', '-')} {value}: expected {least} or more")
+    add("--keep", type=share, help="share of the image tokens to keep (the checkpoint's)")
+    add("--retrieve", type=share, help="share of them for the reasoning to read back (likewise)")
+    add("--seconds", type=real(0.1, 3600), default=20.0, help="of a drive in closed loop")
+    add("--replan", type=real(0.1, 6.4), default=0.5, help="seconds of a drive between plans")
 
 
 def load_checkpoint(args):
     """The model of the flags; `args.reason` becomes False where it has not learned to think."""
     flags = vars(args)
     given = {name: flags[name] for name in ("keep", "retrieve") if flags[name] is not None}
-    model = load_model(args.checkpoint, **given)
+    model = load_model(args.checkpoint, args.device, **given)
     if model.cfg.reasoning != "on":
         args.reason = False
     return model
@@ -46,6 +45,9 @@ def load_checkpoint(args):
 
 def world_scenes(cfg, split, count, args):
     """The first scenes of a split of the world, as a model of this Config is shown them."""
+    unit = cfg.patch * cfg.merge
+    if not cfg.max_pixels and any(side % unit for side in args.size):  # before all are rendered
+        raise ValueError(f"--size: height and width must be multiples of {unit}")
     view = data.view_of(cfg, args.size)
     return data.load_world(split, count, folder=args.cache, workers=os.cpu_count(), **view)
 
@@ -66,7 +68,9 @@ SHARES = ("longitudinal", "lateral", "both", "exact")  # of the first samples th
 
 
 def measure_plans(model, scenes, args, show=dict):
-    """All numbers of samples of scenes: {name: (N,) float}. show: how a Scene is shown."""
+    """All numbers of samples of scenes: {name: (N,) float}. show: how a Scene is shown.
+
+    SHARES are NaN where the truth states no decisions."""
     parts = []
     for first, scene in batches(scenes, args.batch):
         if not args.route:
@@ -80,8 +84,10 @@ def measure_plans(model, scenes, args, show=dict):
         numbers["best"] = torch.stack(list(eyeless.values())).amin(0)
         if args.reason:
             firsts = [texts[0] for texts in out.reasoning]
-            right = torch.tensor(list(map(data.is_right, firsts, scene["reasoning"])))  # (B, 4)
-            numbers |= zip(SHARES, right.float().T)
+            right = torch.tensor(list(map(data.is_right, firsts, scene["reasoning"]))).float()
+            labelled = [data.decisions(text) is not None for text in scene["reasoning"]]
+            right[~torch.tensor(labelled)] = torch.nan  # (B, 4)
+            numbers |= zip(SHARES, right.T)
         parts.append(numbers)
     return concatenated(parts)
 

@@ -5,8 +5,8 @@ How well a checkpoint plans, and drives, in scenes of the built-in world that it
     python -m tools.evaluate --blind out/blind        beside a model that was trained on grey images
     python -m tools.evaluate --drive                  64 scenarios of 20 s in closed loop
     python -m tools.evaluate --drive --split tail     in combinations that training never showed
+    python -m tools.evaluate --clip FOLDER            scenes of real clips with 6.4 s after them
 """
-import argparse
 import json
 
 import torch
@@ -15,12 +15,13 @@ import data
 import doors
 import world
 from alpamayo import HORIZON, load_model
+from doors import whole
 from tools import markdown
 from tools.common import (
+    COUNT,
     SHARES,
     Policy,
     add_checkpoint_flags,
-    check_at_least,
     drive_scenes,
     load_checkpoint,
     measure_plans,
@@ -71,41 +72,60 @@ def in_grey(scene):
 
 def open_loop(model, args):
     """Rows of numbers, {row: see `plan_row`}: by situation, over all scenes, by condition."""
-    scenes = world_scenes(model.cfg, args.split, args.scenes, args)
+    if args.clip:
+        scenes = clip_scenes(model.cfg, args)
+    else:
+        scenes = world_scenes(model.cfg, args.split, args.scenes, args)
     numbers = measure_plans(model, scenes, args)
     rows = {}
-    for kind in world.KINDS[args.split]:
+    for kind in () if args.clip else world.KINDS[args.split]:
         of_kind = torch.tensor([name == kind for name in scenes.names])
         if of_kind.any():
             rows[kind] = plan_row({name: values[of_kind] for name, values in numbers.items()})
     rows["all"] = plan_row(numbers)
     conditions = {}
-    if model.cfg.route and args.route:
+    if model.cfg.route and args.route and not args.clip:  # a clip tells no route
         conditions["without the route"] = model, data.without_route
-    conditions["another scene's images"] = model, with_other_images
+    if not args.clip:  # where the neighbour is half a second away
+        conditions["another scene's images"] = model, with_other_images
     conditions["no images (grey)"] = model, in_grey
     if args.blind:
-        conditions["trained blind"] = load_model(args.blind), in_grey
+        conditions["trained blind"] = load_model(args.blind, args.device), in_grey
     for condition, (driver, show) in conditions.items():
         rows[condition] = plan_row(measure_plans(driver, scenes, args, show))
     return rows
 
 
+def clip_scenes(cfg, args):
+    """All Scenes of the clips in a folder, as a model of this Config is shown them."""
+    options = dict(frames=cfg.frames, frame_dt=cfg.frame_dt, camera_ids=args.cameras)
+    if cfg.max_pixels == 0:  # it knows only the world's cameras
+        options |= dict(size=tuple(args.size), rig=world.RIG)
+    return data.load(args.clip, **options)
+
+
 def plan_row(numbers):
-    """A row: mean and standard error of each of {name: (N,)}, and minADE relative to CTRV's."""
+    """A row: mean and standard error of each of {name: (N,)}, and minADE relative to CTRV's.
+
+    SHARES are of the scenes whose truth states decisions, and missing where none does."""
     row = {"scenes": len(numbers["ade"])}
     for name, values in numbers.items():
+        if name in SHARES:
+            values = values[~values.isnan()]
+            if not len(values):
+                continue
         mean, error = mean_and_error(values)
         row[name] = round(mean, 4)
         row[name + "_se"] = round(error, 4)
-    row["minade_over_ctrv"] = round(row["minade"] / row["CTRV"], 4)
+    if row["CTRV"]:  # a car that stands leaves no error
+        row["minade_over_ctrv"] = round(row["minade"] / row["CTRV"], 4)
     return row
 
 
 def cell(row, name):
     """A number of a row as the table shows it."""
     if name not in row:
-        return "-"  # no reasoning, no decisions
+        return "-"  # no reasoning, no decisions; no error to compare with
     if name == "scenes":
         return row[name]
     if name in SHARES:
@@ -191,21 +211,24 @@ def drive_table(rows):
 
 
 def parse_flags():
-    p = argparse.ArgumentParser(
-        description="Evaluate a model on held-out scenes of the world, or let it drive there.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = doors.Flags("Evaluate a model on held-out scenes of the world, or let it drive there.")
     add_checkpoint_flags(p)
     add = p.add_argument
     add("--split", choices=tuple(world.KINDS), default="val", help="whose scenes")
-    add("--scenes", type=int, default=512, help="to plan in")
-    add("--n", type=int, default=6, help="samples of a scene, each with its own reasoning")
+    add("--scenes", type=COUNT, default=512, help="to plan in")
+    add("--clip", metavar="FOLDER", help="plan in all scenes of real clips instead")
+    add("--cameras", type=whole(most=6), nargs="+", metavar="ID",
+        help="of the clips to look through (default: those of 0, 1, 2 and 6 that there are)")
+    add("--n", type=whole(1, 10_000), default=6, help="samples, each with its own reasoning")
     add("--blind", metavar="FOLDER", help="a checkpoint that was trained with train.py --blind")
-    add("--drive", type=int, nargs="?", const=64, help="drive in closed loop: scenarios (64)")
-    add("--batch", type=int, default=32, help="scenes at a time")
+    add("--drive", type=COUNT, nargs="?", const=64, help="drive in closed loop: scenarios (64)")
+    add("--batch", type=COUNT, default=32, help="scenes at a time")
     add("--cache", metavar="FOLDER", default="data", help="where rendered scenes are kept")
     args = p.parse_args()
-    check_at_least(args, 0, "seed")
-    check_at_least(args, 1, "scenes", "n", "steps", "batch", "drive")
+    if args.clip and args.drive:
+        p.error("--drive: a clip cannot tell what happens when the car drives otherwise")
+    if args.cameras and not args.clip:
+        p.error("--cameras: expected with --clip")
     return args
 
 
@@ -222,9 +245,9 @@ def main():
         "checkpoint": args.checkpoint,
         "keep": model.cfg.keep,
         "retrieve": model.cfg.retrieve,
-        "split": args.split,
         "seed": args.seed,
     }
+    record |= {"clip": args.clip} if args.clip else {"split": args.split}
     if not args.drive:
         record["samples"] = args.n
     print(json.dumps({**record, "rows": rows}))

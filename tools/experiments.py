@@ -36,8 +36,9 @@ import draw
 import rl
 import world
 from alpamayo import PRESETS, Config, VisionTower, load_model
+from doors import real, whole
 from tools import markdown
-from tools.common import check_at_least, drive_scenes, measure_plans, world_scenes
+from tools.common import COUNT, SIDE, drive_scenes, measure_plans, world_scenes
 
 TRAINED = PRESETS["nano"]
 PICTURES = TRAINED.frames // TRAINED.temporal_patch * len(TRAINED.cameras)  # of a scene
@@ -165,7 +166,8 @@ def compare_ways(args):
     rows = {}
     models = {}  # of the first seed
     for way in tqdm(WAYS, desc="evaluating", unit="row"):
-        seeds = [load_model(folder, **way.switches) for folder in folders_of(way, args).values()]
+        folders = folders_of(way, args).values()
+        seeds = [load_model(folder, args.device, **way.switches) for folder in folders]
         found = [measure_plans(model, scenes, args) for model in seeds]
         minade = [numbers["minade"].mean().item() for numbers in found]
         single = rows[WAYS[0].name]["minade"] if rows else minade
@@ -298,7 +300,12 @@ LIGHT = {1.0: 0.06, 0.75: 0.25, 0.5: 0.45, 0.25: 0.7, 0.1: 1.0}  # of the share 
 def draw_seeing(file, args):
     """Draw what single image with pruning, Flex and triplanes look at: the first seed's models."""
     plt = draw.pyplot()
-    models = [load_model(folders_of(WAYS[i], args)[args.seeds[0]]) for i in (0, 1, 3)]
+    folders = [folders_of(WAYS[i], args)[args.seeds[0]] for i in (0, 1, 3)]
+    for folder in folders:
+        if not os.path.exists(folder):
+            raise FileNotFoundError(
+                f"{folder}: missing; run `encoders` with these flags, without --picture, first")
+    models = [load_model(folder, args.device) for folder in folders]
     single, triplane, flex = models
     first = world.SEEDS["val"]
     seed = world.find(args.situation, "val") if args.situation else first
@@ -365,7 +372,6 @@ def draw_planes(figure, model, scene):
 
 def encoders(args):
     """Do what the flags of `encoders` ask for."""
-    check_at_least(args, 1, "train_steps", "scenes", "eval", "jobs")
     if args.parameters:
         print(full_size())
         return
@@ -379,7 +385,7 @@ def encoders(args):
     run |= vars(args)
     print(encoder_table(rows))
     print(f"\n{ENCODER_NOTE.format(**run)}\n\nParameters at full size:\n{full_size()}")
-    print(json.dumps({**run, "rows": rows}))
+    print(json.dumps({**run, "rows": rows}, default=str))  # a device is told by its name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -396,7 +402,7 @@ PAPER = """\
 
 def think_and_drive(folder, args):
     """Means of a checkpoint's likeliest rollouts of held-out scenes, open and closed loop."""
-    model = load_model(folder)
+    model = load_model(folder, args.device)
     found = {}
     for split in (args.split, "val"):
         scenes = world_scenes(model.cfg, split, args.eval, args)
@@ -438,11 +444,8 @@ def rewards_table(rows, split):
 def rewards(args):
     """Print the table of the rows NAME=FOLDER,FOLDER."""
     rows = {}
-    for row in args.rows:
-        name, equals, folders = row.partition("=")
-        if not equals:
-            raise ValueError(f"{row}: expected NAME=FOLDER,FOLDER")
-        rows[name] = [think_and_drive(folder, args) for folder in folders.split(",")]
+    for name, folders in args.rows:
+        rows[name] = [think_and_drive(folder, args) for folder in folders]
     print(rewards_table(rows, args.split))
     print(f"\nThe likeliest rollout of {args.eval} held-out scenes; {args.drive} scenarios of "
           f"{args.seconds:g} s.\n\n{PAPER}")
@@ -465,31 +468,45 @@ SAMPLING = {  # what measure_plans and rl.likeliest want beside the flags
 }
 
 
+def row_of(text):
+    """The type of a row NAME=FOLDER,FOLDER: its name and the checkpoints, which must be there."""
+    name, equals, folders = text.partition("=")
+    folders = folders.split(",")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER,FOLDER, not {text!r}")
+    for folder in folders:
+        if not os.path.exists(os.path.join(folder, "config.json")):
+            raise argparse.ArgumentTypeError(f"{folder!r} is no checkpoint")
+    return name, folders
+
+
 def parse_flags():
-    p = argparse.ArgumentParser(
-        description="Experiments of the paper in small.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = doors.Flags("Experiments of the paper in small.")
     add = p.add_argument
     add("experiment", choices=("encoders", "rewards"))
-    add("rows", nargs="*", metavar="NAME=FOLDER,FOLDER", help="rewards: a row, a checkpoint a seed")
-    add("--eval", type=int, default=256, help="held-out scenes to evaluate on")
-    add("--size", type=int, nargs=2, default=(64, 128), help="H W, pixels of the images")
+    add("rows", nargs="*", type=row_of, metavar="NAME=FOLDER,FOLDER",
+        help="rewards: a row, a checkpoint a seed")
+    add("--device", type=doors.device_of, help="cpu, cuda or mps (default: a GPU if there is one)")
+    add("--eval", type=COUNT, default=256, help="held-out scenes to evaluate on")
+    add("--size", type=SIDE, nargs=2, default=(64, 128), help="H W, pixels of the images")
     add("--cache", default="data", help="the folder where rendered scenes are kept")
 
     add = p.add_argument_group("encoders").add_argument
-    add("--out", default="out/encoders", help="the models: what is missing is trained")
-    add("--train-steps", type=int, default=400, help="optimiser steps of each training")
-    add("--scenes", type=int, default=8000, help="scenes to train with")
-    add("--seeds", type=int, nargs="+", default=[0], help="trainings of each row")
-    add("--jobs", type=int, default=1, help="trainings at a time, a thread each")
+    add("--out", default="out/encoders", type=doors.folder_to_write,
+        help="the models: what is missing is trained")
+    add("--train-steps", type=whole(1), default=400, help="optimiser steps of each training")
+    add("--scenes", type=COUNT, default=8000, help="scenes to train with")
+    add("--seeds", type=whole(), nargs="+", default=[0], help="trainings of each row")
+    add("--jobs", type=whole(1, 1000), default=1, help="trainings at a time, a thread each")
     add("--parameters", action="store_true", help="count the encoders at full size, and stop")
-    add("--picture", metavar="PNG", help="draw what the trained encoders look at, and stop")
+    add("--picture", metavar="PNG", type=draw.picture,
+        help="draw what the trained encoders look at, and stop")
     add("--situation", help="with --picture: the first held-out scene of that kind")
 
     add = p.add_argument_group("rewards").add_argument
     add("--split", choices=data.SPLITS, default="tail", help="held-out scenes")
-    add("--drive", type=int, default=128, help="scenarios to drive in closed loop")
-    add("--seconds", type=float, default=8.0, help="of each")
+    add("--drive", type=COUNT, default=128, help="scenarios to drive in closed loop")
+    add("--seconds", type=real(0.1, 3600), default=8.0, help="of each")
     p.set_defaults(**SAMPLING)
     args = p.parse_intermixed_args()
     if args.experiment == "rewards" and not args.rows:

@@ -4,11 +4,11 @@ Pictures of the built-in world: a scene of every kind on a sheet, and a film of 
     python -m tools.gallery out/gallery                      gallery.png and drive.gif
     python -m tools.gallery out/gallery --situation deer     another drive
 """
-import argparse
 import math
 import os
 import textwrap
 
+import numpy as np
 import torch
 
 import data
@@ -17,7 +17,7 @@ import draw
 import world
 from alpamayo import roll_out
 from draw import GREY, MODEL, TRUTH, DrawnPath, Look, Photo
-from tools.common import Policy, add_checkpoint_flags, check_at_least, load_checkpoint
+from tools.common import Policy, add_checkpoint_flags, load_checkpoint
 
 SHOWN = (*world.SITUATIONS, *world.COMBINATIONS, *world.RARE)
 ACROSS = 3  # of the sheet
@@ -80,10 +80,10 @@ def draw_film(file, seed, model, args, size=(192, 384)):
     """Let the model drive a scenario, and film it, a picture at every plan: the road ahead with the
     plan on it, what the model says, and the scene from above. Returns what data.drive does."""
     plt = draw.pyplot()
-    from matplotlib.animation import PillowWriter
+    from PIL import Image  # matplotlib brings it
 
     policy = Policy(model, args)
-    writer = PillowWriter(fps=1 / args.replan)
+    pictures = []
 
     def film(traffic, scene, plan):
         figure.clear()
@@ -100,15 +100,20 @@ def draw_film(file, seed, model, args, size=(192, 384)):
         speed = traffic.speed[0].item()
         below = f"{args.situation}   {time:4.1f} s   {speed:4.1f} m/s"
         figure.text(0.99, 0.885, below, size=9, color=GREY, ha="right")
-        writer.grab_frame()
+        figure.canvas.draw()
+        pixels = np.array(figure.canvas.buffer_rgba())
+        pictures.append(Image.fromarray(pixels).convert("RGB"))
 
     with plt.rc_context(draw.STYLE):
         figure = plt.figure(figsize=(9.6, 3.9), dpi=75)
-        writer.setup(figure, file, dpi=75)
         view = data.view_of(model.cfg, args.size)
         met = data.drive(policy, [seed], args.seconds, args.replan, film=film, **view)
-        writer.finish()
         plt.close(figure)
+    first, *others = pictures
+    pace = dict(duration=round(1000 * args.replan), loop=0)  # ms
+    doors.write_atomically(
+        file,
+        lambda part: first.save(part, "GIF", save_all=True, append_images=others, **pace))
     return met
 
 
@@ -161,18 +166,16 @@ def first_seed(situation, start):
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description="Draw a sheet of the world's situations and a film of a drive.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("folder", metavar="FOLDER", help="where gallery.png and drive.gif go")
+    p = doors.Flags("Draw a sheet of the world's situations and a film of a drive.")
+    p.add_argument(
+        "folder", type=doors.folder_to_write, metavar="FOLDER",
+        help="where gallery.png and drive.gif go")
     p.add_argument("--situation", default="double-parked car", metavar="NAME", help="of the drive")
     add_checkpoint_flags(p)
     args = p.parse_args()
-    check_at_least(args, 0, "seed")
-    check_at_least(args, 0.1, "replan")
+    draw.pyplot()  # or say at once that there is none
     seed = first_seed(args.situation, args.seed)
     model = load_checkpoint(args)
-    os.makedirs(args.folder, exist_ok=True)
     file = os.path.join(args.folder, "drive.gif")
     met = draw_film(file, seed, model, args)
     numbers = [f"{name} {value.item():.2g}" for name, value in met.items()]

@@ -7,7 +7,6 @@ A checkpoint reasons about held-out scenes of split tail, once each, as in stage
 rl.grade and a model behind the OpenAI-compatible endpoint, rl.Judge, grade each from 0 to 5. Among
 few scenes, and where almost all is right, agreement says little: look at both means.
 """
-import argparse
 import json
 
 import numpy as np
@@ -16,7 +15,7 @@ import doors
 import rl
 from alpamayo import NANO, load_model
 from tools import markdown
-from tools.common import batches, world_scenes
+from tools.common import COUNT, SIDE, batches, world_scenes
 
 
 def reasoning_of(model, scenes):
@@ -43,20 +42,21 @@ def agreement(ours, theirs):
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description="Compare the rule that grades reasoning with a language model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = doors.Flags("Compare the rule that grades reasoning with a language model.")
     add = p.add_argument
-    add("url", metavar="URL", help="an OpenAI-compatible endpoint; its key is in JUDGE_API_KEY")
+    add("url", metavar="URL", type=rl.endpoint,
+        help="an OpenAI-compatible endpoint; its key is in JUDGE_API_KEY")
     add("--model", default="judge", help="its name there")
     add("--checkpoint", metavar="FOLDER", default=NANO, help="whose reasoning is graded")
-    add("--scenes", type=int, default=64, help="held-out scenes that training never shows the like")
-    add("--size", type=int, nargs=2, default=(64, 128), help="H W, pixels of the images")
+    add("--device", type=doors.device_of, help="cpu, cuda or mps (default: a GPU if there is one)")
+    add("--scenes", type=COUNT, default=64,
+        help="held-out scenes that training never shows the like")
+    add("--size", type=SIDE, nargs=2, default=(64, 128), help="H W, pixels of the images")
     add("--cache", metavar="FOLDER", default="data", help="where rendered scenes are kept")
     args = p.parse_args()
-    model = load_model(args.checkpoint)
-    pairs = reasoning_of(model, world_scenes(model.cfg, "tail", args.scenes, args))
     judge = rl.Judge(args.url, args.model)
+    model = load_model(args.checkpoint, args.device)
+    pairs = reasoning_of(model, world_scenes(model.cfg, "tail", args.scenes, args))
     found = agreement([rl.grade(*pair) for pair in pairs], judge(pairs))
     print(markdown([[f"{value:.4g}" for value in found.values()]], list(found), left=0))
     print(json.dumps({"checkpoint": args.checkpoint, **found}))

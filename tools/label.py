@@ -9,7 +9,6 @@ the key frame and asks what matters there. The second shows six seconds after it
 decided and why. A reason may name only what the first stage did, so that no reason rests on what
 could not be seen in time.
 """
-import argparse
 import json
 import math
 import re
@@ -22,8 +21,8 @@ import doors
 from alpamayo import DT
 from clips import CAMERAS, ClipScenes, read_clips, read_reasoning
 from data import COMPONENTS, LATERAL, LONGITUDINAL, decisions
-from doors import read_json, write_json
-from draw import pyplot
+from doors import inside, read_json, write_json
+from draw import pyplot, save_figure
 from motion import (
     LATERAL_META,
     LEAD,
@@ -47,26 +46,69 @@ DECIDED = {  # what may have been decided
     "exclude": ("no", "unsafe", "no decision"),  # ours, after the paper's safety exclusion
 }
 # A reason may name only what stage 1 did. A rule looks for these words (ours; a row is one thing).
-THINGS = """
-lights?
-signs?
-pedestrians?|persons?|people|child|children
-cyclists?|bicycles?|bikes?
-cars?|vehicles?|vans?|trucks?|lorry|lorries|bus|buses|taxis?|queue|traffic
-trams?|trains?|rails?
-motorcycles?|motorbikes?
-ambulances?|police|firefighters?
-animals?|dogs?
-cones?|barriers?|construction|roadworks?
-crosswalks?
-bumps?
-curves?|bends?
-junctions?|intersections?|roundabouts?
-ramps?
-rain|snow|fog|ice
-obstacles?|debris
-schools?
-""".split()
+# Of two rows that begin at one word the first wins: a "traffic light" is no traffic.
+THINGS = {
+    "rain": r"(?:light |heavy )?(?:rain|snow|fog|ice|hail)",
+    "a car's lamps": r"(?:brake|tail|head|hazard|indicator|flashing|blue|street)[- ]?lights?|"
+                     r"headlamps?|turn signals?|indicators?|blinkers?",
+    "light": r"(?:traffic|tram) (?:light|signal)s?|lights?(?! traffic)",
+    "stop sign": r"stop signs?",
+    "yield sign": r"(?:yield|give[- ]way) signs?",
+    "speed sign": r"speed(?: limit)? signs?|speed limits?",
+    "sign": r"(?:traffic |road )?signs?",
+    "stop line": r"stop lines?",
+    "bus stop": r"bus (?:stop|lane)s?",
+    "school": r"schools?(?! bus)",
+    "crosswalk": r"crosswalks?|zebras?|pedestrian crossings?(?! from| the| our| over)",
+    "worker": r"(?:construction |road )?workers?|flaggers?|firefighters?",
+    "roadworks": r"construction(?: site| zone)?s?|road ?works?",
+    "child": r"child|children|kids?|boys?|girls?",
+    "cyclist": r"cyclists?|bicycles?|bikes?",
+    "pedestrian": r"pedestrians?|persons?|people|m[ae]n|wom[ae]n",
+    "ambulance": r"ambulances?|police(?: car)?s?|fire (?:engine|truck)s?|emergency vehicles?",
+    "motorcycle": r"motorcycles?|motorbikes?|scooters?",
+    "tram": r"trams?|trains?|streetcars?",
+    "rails": r"rails?|level crossings?",
+    "bus": r"(?:school )?bus(?:es)?",
+    "truck": r"trucks?|lorry|lorries|trailers?|tractors?|excavators?",
+    "van": r"vans?",
+    "taxi": r"taxis?|cabs?",
+    "car": r"cars?|suvs?",
+    "traffic": r"(?:light |heavy )?traffic|vehicles?|queues?|jams?",
+    "animal": r"animals?|dogs?|cats?|deer|cows?|horses?|birds?",
+    "cone": r"cones?",
+    "barrier": r"barriers?|fences?|gates?",
+    "bump": r"(?:speed )?(?:bump|hump)s?|potholes?",
+    "debris": r"debris|tyres?|boxes|branch(?:es)?|trees?",
+    "obstacle": r"obstacles?|objects?|things?",
+    "curve": r"curves?|bends?",
+    "roundabout": r"roundabouts?",
+    "junction": r"junctions?|intersections?|crossroads?",
+    "ramp": r"ramps?|exits?",
+    "tunnel": r"tunnels?|bridges?",
+    "route": r"routes?|destinations?|navigation",
+}
+A_THING = re.compile(r"\b(?:" + "|".join(f"({words})" for words in THINGS.values()) + r")\b")
+VEHICLES = {"bus", "truck", "van", "taxi", "car", "motorcycle", "ambulance", "tram"}
+GENERAL = {  # a word that any of these things may go by
+    "traffic": VEHICLES,
+    "sign": {"stop sign", "yield sign", "speed sign"},
+    "pedestrian": {"child", "worker"},
+    "obstacle": {"cone", "barrier", "debris", "animal", *VEHICLES},
+}
+NAMED = {  # by a component itself, without a word of description
+    "traffic light": "light",
+    "yield or stop control": "sign",
+    "routing intent": "route",
+}
+# Words that say where something is or what it does, but not what it is.
+PLACES = set("""
+ahead left right side front behind beside before after near next from into onto over with that this
+there then here lane lanes road street path line lines middle centre center edge
+must need needs have been being turn turns turned turning stop stops stopped stopping stand stands
+keep keeps move moves moving drive drives slow slows slower speed wait waits waiting come comes
+coming block blocks blocked blocking cross crosses crossing crossed
+""".split())
 STAGE_1 = (
     "You see the two seconds up to a moment at which the driver decides something, and not what "
     "follows: `history` and the images in this folder, named by camera, number and seconds.",
@@ -87,6 +129,7 @@ STAGE_2 = (
     'above; in place of a none it says "keep speed" or "keep lane". The reasons are components of '
     "stage 1, in the words used there, and nothing that was only seen later.",
 )
+LAYOUTS = ("egomotion.csv", "oxts", "features.csv")  # what a clip's folder has one of
 META = {"longitudinal": LONGITUDINAL_META, "lateral": LATERAL_META}
 COLOURS = {
     "longitudinal": "#c3e6c0 #5fb35a #f8cdb0 #e0703f none #9a9a9a #cda6e0".split(),
@@ -129,6 +172,7 @@ def write_labels(path, folder):
 
     A label.json that is there already is kept.
     """
+    pyplot()  # or say at once that there is none
     clips = read_clips(path)
     folder = Path(folder)
     source = Path(path).resolve()
@@ -137,7 +181,9 @@ def write_labels(path, folder):
             f"{folder}: labels do not go into the clip's own folder {path}, choose another --out")
     written = []
     for clip in clips:
-        home = folder / clip.name if len(clips) > 1 else folder
+        home = folder
+        if len(clips) > 1:
+            home = Path(inside(folder, clip.name, f"{path}: the name of a clip"))
         home.mkdir(parents=True, exist_ok=True)
         drive = Drive(clip.motion)
         frames = [write_frame(home, clip, drive, *frame) for frame in drive.key_frames]
@@ -201,8 +247,6 @@ def stage_2(clip, t0, drive, step):
 
 def write_stage(folder, clip, times, label):
     """A stage's folder: label.json, unless there is one, and all cameras' images at times in s."""
-    from PIL import Image  # matplotlib, which draws too, brings it
-
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "label.json").exists():
         write_json(f"{folder}/label.json", label)
@@ -213,21 +257,28 @@ def write_stage(folder, clip, times, label):
         there = np.flatnonzero((begin <= times) & (times <= end))
         for i, image in zip(there, camera.read(times[there]) if len(there) else ()):
             name = f"{CAMERAS[camera_id]}_{i:02d}_{times[i] - label['time']:+.1f}s.jpg"
-            Image.fromarray(image).save(folder / name, quality=92)
+            write_image(folder / name, image)
+
+
+def write_image(file, image):
+    """Write an image (H, W, 3) uint8 as a JPEG."""
+    from PIL import Image  # matplotlib, which draws too, brings it
+
+    picture = Image.fromarray(image)
+    doors.write_atomically(file, lambda part: picture.save(part, "JPEG", quality=92))
 
 
 def draw_motion(file, title, drive):
     """Speed and turn rate of a Drive over time, a minute in each row."""
     plt = pyplot()
     rows = math.ceil(len(drive.times) * DT / 60)
-    figure = plt.figure(figsize=(14, 5 * rows), layout="constrained")
+    figure = plt.figure(figsize=(14, 5 * rows), dpi=100, layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(2 * rows).reshape(rows, 2)
     for row, (top, bottom) in enumerate(axes):
         draw_channel(top, drive, row, "longitudinal", drive.speed, "speed, m/s")
         draw_channel(bottom, drive, row, "lateral", drive.turn_rate, "turn rate, rad/s (left +)")
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    save_figure(figure, file)
 
 
 def draw_channel(ax, drive, row, kind, values, label):
@@ -273,25 +324,37 @@ def read_labels(folder):
     clips = []
     for file in files:
         listed = read_json(file)
-        clip = Path(listed["clip"])
-        if not clip.is_dir():
-            raise FileNotFoundError(f"{file}: clip is {clip}, where nothing is any more")
+        clip = Path(listed.text("clip"))
+        if not clip.is_absolute():
+            raise listed.wrong("clip", "the absolute path of a clip")
+        if not any((clip / known).exists() for known in LAYOUTS):
+            raise FileNotFoundError(f"{file}: clip is {clip}, where no clip is any more")
         texts = {}
-        for frame in listed["key_frames"]:
+        for frame in listed.objects("key_frames"):
+            time = frame.number("time")
+            if frame.get("label") is None:  # no Scene can be cut there
+                continue
+            label = inside(file.parent, frame.text("label"), f"{file}: field {frame.where}label")
             try:
-                if frame["label"]:
-                    texts[frame["time"]] = read_label(file.parent / frame["label"])
+                texts[time] = read_label(Path(label))
             except (ValueError, OSError) as error:
                 wrong.append(str(error))
         clips.append((file.parent, clip, texts))
     if wrong:
         raise ValueError("\n".join(wrong))
+    for home, clip, _ in clips:
+        read_reasoning(reasoning_file(home, clip))  # or say, before any is written, what is wrong
     return [write_reasoning(*clip) for clip in clips]
+
+
+def reasoning_file(home, clip):
+    """Where a clip's texts go. NVIDIA's layout has no place for them."""
+    return (home if (clip / "features.csv").exists() else clip) / "reasoning.json"
 
 
 def write_reasoning(home, clip, texts):
     """Put texts {time in s: read_label} into the clip's reasoning.json. Returns a line about it."""
-    file = (home if (clip / "features.csv").exists() else clip) / "reasoning.json"
+    file = reasoning_file(home, clip)
     done = {time: text for time, text in texts.items() if text is not None}
     entries = {time: text for time, text in done.items() if text}
     line = (f"{home}: {len(entries)} labels, {len(done) - len(entries)} excluded, "
@@ -301,7 +364,7 @@ def write_reasoning(home, clip, texts):
     for old, text in read_reasoning(file).items():
         if all(abs(old - time) > DT / 2 for time in done):
             entries[old] = text
-    write_json(f"{file}", [{"time": time, "text": text} for time, text in sorted(entries.items())])
+    write_json(file, [{"time": time, "text": text} for time, text in sorted(entries.items())])
     return f"{line}; {len(entries)} in {file}"
 
 
@@ -357,20 +420,29 @@ def check_reasoning(where, reasoning, pair, first, components):
     begin = f"{pair[0]} and {pair[1]} since ".capitalize()
     told = isinstance(reasoning, str) and decisions(reasoning) == pair and "\n" not in reasoning
     require(told and reasons.strip(" ."), where, reasoning, f'a line "{begin}<reasons>."')
-    named = " ".join(f"{entry['component']} {entry['description']}" for entry in components).lower()
-    for thing in THINGS:
-        thing = re.compile(rf"\b({thing})\b")
-        found = thing.search(reasons)
-        require(not found or thing.search(named), where, reasoning,
-                f"only what {first} names, which {found and found[0]!r} is not")  # fmt: skip
-    words = set(re.findall(r"\w{4,}", reasons)) & set(re.findall(r"\w{4,}", named))
-    require(words, where, reasoning, f"reasons in words of the critical_components of {first}")
+    described = " ".join(entry["description"] for entry in components).lower()
+    named = things_in(described) | {NAMED.get(entry["component"]) for entry in components}
+    told = things_in(reasons)
+    for thing in sorted(told):
+        known = {thing, *GENERAL.get(thing, ())} & named
+        require(known, where, reasoning, f"only what {first} names, which {thing!r} is not")
+    shared = set(re.findall(r"\w{4,}", reasons)) & set(re.findall(r"\w{4,}", described)) - PLACES
+    require(told or shared, where, reasoning,
+            f"reasons in words of the critical_components of {first}")  # fmt: skip
+
+
+def things_in(text):
+    """Which of THINGS a text names."""
+    names = list(THINGS)
+    return {names[found.lastindex - 1] for found in A_THING.finditer(text)}
 
 
 def require(valid, where, value, expected):
     """ValueError in one line unless valid; where: the file and the field."""
     if not valid:
-        raise ValueError(f"{where} is {json.dumps(value)}, expected {expected}")
+        value = json.dumps(value)
+        shown = value if len(value) <= 200 else f"{value[:200]}..."
+        raise ValueError(f"{where} is {shown}, expected {expected}")
 
 
 def require_one_of(where, fields, allowed):
@@ -381,10 +453,12 @@ def require_one_of(where, fields, allowed):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Find the key frames of clips and prepare their labelling, or read it back.")
+    parser = doors.Flags(
+        "Find the key frames of clips and prepare their labelling, or read it back.")
     parser.add_argument("folder", help="clips in any layout of clips.py; with --read, their labels")
-    parser.add_argument("--out", default="labels", metavar="LABELS", help="where the labels go")
+    parser.add_argument(
+        "--out", type=doors.folder_to_write, default="labels", metavar="LABELS",
+        help="where the labels go")
     parser.add_argument(
         "--read", action="store_true", help="check labels, write their clips' reasoning.json")
     args = parser.parse_args()

@@ -6,19 +6,20 @@ What is in the built-in world, what a scene costs, and how scenes look.
     python -m tools.world --look sheet.png --seeds 0 12     # twelve scenes on a sheet
 """
 
-import argparse
 import time
 from collections import Counter
 
 import torch
 
-import doors
-from data import BATCH, SPLITS, make_scenes, pool_of
+import store
+from data import BATCH, SIDE, SPLITS, make_scenes
+from doors import Flags, run, whole, write_atomically
 from draw import pyplot
 from tools import markdown
 from world import COMBINATIONS, FUTURE, PAST, RARE, SEEDS, SITUATIONS, World, draw, images_of
 
 AIR = ("*day*", "*dusk*", "*rain*", "*haze*", "*dusk and rain*", "*shown after t0*")
+MOST = 300  # scenes on a sheet: Matplotlib draws no more than 65,536 pixels
 
 
 def splits(scenes):
@@ -52,15 +53,15 @@ def cost(workers):
     """A table of `cost_of` in Markdown."""
     torch.set_num_threads(1)
     rows = []
-    with pool_of(workers) as pool:
-        pool.map(_make_and_forget, [{"seeds": range(2)}] * workers, 1)  # to warm up
+    with store.crew("tools.world.make_and_forget", workers) as make:
+        list(make([[[0, 1], {}]] * workers))  # to warm up
         for camera_ids in ((1, 6), (0, 1, 2, 6)):
             for size in ((32, 64), (64, 128), (128, 256)):
-                rows.append(cost_of(camera_ids, size, pool, workers))
+                rows.append(cost_of(camera_ids, size, make, workers))
     return markdown([row.values() for row in rows], list(rows[0]))
 
 
-def cost_of(camera_ids, size, pool, workers, n=32):
+def cost_of(camera_ids, size, make, workers, n=32):
     """What a scene of four frames costs: ms of one core, by part, and scenes/s of all workers."""
     world = World(range(n))
     look = (world, camera_ids, size)
@@ -71,9 +72,9 @@ def cost_of(camera_ids, size, pool, workers, n=32):
     jobs = []
     for i in range(2 * workers):
         seeds = range(i * BATCH, (i + 1) * BATCH)
-        jobs.append({"seeds": seeds, "camera_ids": camera_ids, "size": size})
+        jobs.append([list(seeds), {"camera_ids": camera_ids, "size": size}])
     begin = time.perf_counter()
-    pool.map(_make_and_forget, jobs, 2)
+    list(make(jobs))
     rate = len(jobs) * BATCH / (time.perf_counter() - begin)
     return {
         "cameras": len(camera_ids),
@@ -101,8 +102,9 @@ def _drive(n):
         world.step(*world.expert())
 
 
-def _make_and_forget(options):
-    make_scenes(**options)
+def make_and_forget(seeds, view):
+    """What a worker does that shows how fast it is."""
+    make_scenes(seeds, **view)
 
 
 def look(path, seeds, size):
@@ -122,29 +124,34 @@ def look(path, seeds, size):
         x, y, _ = scene["ego_future_xyz"][i].T
         above.plot(x, y, "C0.", markersize=3)
         above.set(xlim=(-25, 95), ylim=(-30, 30), aspect="equal")
-    figure.savefig(path, dpi=100)
+    write_atomically(path, lambda part: figure.savefig(part, dpi=100, format="png"))
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Look into the built-in world.")
+    parser = Flags("Look into the built-in world.")
     add = parser.add_argument
-    add("--splits", type=int, nargs="?", const=2000, metavar="N",
+    seed = whole(0, SEEDS["end"])
+    pixels = whole(1, SIDE)
+    add("--splits", type=whole(1, SEEDS["val"]), nargs="?", const=2000, metavar="N",
         help="print of what the first N scenes of each split are made")  # fmt: skip
     add("--cost", action="store_true", help="print what a scene costs on this machine")
-    add("--workers", type=int, default=2, help="with --cost: processes that make scenes")
+    add("--workers", type=whole(1, 1024), default=2, help="with --cost: processes that make scenes")
     add("--look", metavar="PNG", help="draw a contact sheet of the seeds")
-    add("--seeds", type=int, nargs=2, default=(0, 12), metavar=("FROM", "TO"), help="with --look")
-    add("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="with --look")
+    add("--seeds", type=seed, nargs=2, default=(0, 12), metavar=("FROM", "TO"), help="with --look")
+    add("--size", type=pixels, nargs=2, default=(64, 128), metavar=("H", "W"), help="with --look")
     args = parser.parse_args()
+    seeds = range(*args.seeds)
     if args.splits is None and not args.cost and not args.look:
         parser.error("expected one of --splits, --cost, --look")
+    if not 1 <= len(seeds) <= MOST:
+        parser.error(f"--seeds: expected FROM < TO, at most {MOST} of them, not {args.seeds}")
     if args.splits is not None:
         print(splits(args.splits))
     if args.cost:
-        print(cost(max(1, args.workers)))
+        print(cost(args.workers))
     if args.look:
-        look(args.look, range(*args.seeds), args.size)
+        look(args.look, seeds, args.size)
 
 
 if __name__ == "__main__":
-    doors.run(main)
+    run(main)

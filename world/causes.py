@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from alpamayo import DT, HORIZON
+from doors import whole_number
 from world.roads import FAR, FILLET, LANE, NEVER, SIDE_ROAD, STRAIGHT, lane_edges
 
-WORLD_VERSION = 2  # raise it when a seed draws another scene: caches carry it in their name
+WORLD_VERSION = 2  # raise it when a seed draws another scene: checkpoints carry it
 HISTORY = 16  # steps of a Scene up to t0
 FUTURE = HORIZON  # steps after t0
 PAST = 20  # steps that are driven before t0
@@ -191,8 +192,7 @@ class Draw:
 
 def draw(seed):
     """The scene of a seed, a Draw. It depends on nothing else. ValueError beyond the last split."""
-    if not 0 <= seed < SEEDS["end"]:
-        raise ValueError(f"seed: expected 0 .. {SEEDS['end'] - 1}, not {seed}")
+    seed = whole_number("seed", seed, 0, SEEDS["end"] - 1)
     split = [name for name, first in SEEDS.items() if first <= seed][-1]
     rng = np.random.default_rng(seed)
     uniform = rng.uniform
@@ -231,15 +231,19 @@ def draw(seed):
 
 def find(situation, split, start=0):
     """The seed of the first scene of a situation in a split, number `start` of the split or later.
-    ValueError if the split has no such situation."""
+    ValueError if the split has no such situation, or none from there on."""
+    if split not in KINDS:
+        raise ValueError(f"split: expected one of {', '.join(KINDS)}, not {split!r}")
     known = KINDS[split]
     if situation not in known:
         raise ValueError(
             f"situation {situation!r}: not in split {split}; expected one of {', '.join(known)}")
-    seed = SEEDS[split] + start
-    while draw(seed).situation != situation:
-        seed += 1
-    return seed
+    first = SEEDS[split]
+    start = whole_number("start", start, 0, SEEDS["val"] - 1)  # splits are of one size
+    for seed in range(first + start, first + SEEDS["val"]):
+        if draw(seed).situation == situation:
+            return seed
+    raise ValueError(f"situation {situation!r}: none in split {split} from {start} on")
 
 
 # --------------------------------------------------------------------------------------------------

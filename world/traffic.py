@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import torch
 
 from alpamayo import DT
+from doors import whole_numbers
 from world.causes import (
     BUMP_SPEED,
     CAR,
@@ -74,7 +75,7 @@ class World:
     `images_of` (render.py) looks."""
 
     def __init__(self, seeds, device="cpu"):
-        self.draws = [draw(int(seed)) for seed in seeds]
+        self.draws = [draw(seed) for seed in whole_numbers("seeds", seeds)]
         if not self.draws:
             raise ValueError("seeds: expected one or more")
         self.device = device
