@@ -659,7 +659,7 @@ def require_finite(tensors, where):
 # --------------------------------------------------------------------------------------------------
 # A Scene (data.py)
 
-SCENE = {  # key -> sizes by name, type; None: any of floating point
+SCENE = {  # key -> sizes by name, type; None: float32 or float64
     "images": ("B cameras frames 3 H W", torch.uint8),
     "camera_ids": ("B cameras", torch.long),
     "ego_history_xyz": ("B 16 3", None),
@@ -707,8 +707,8 @@ def check_entry(key, value, shape, kind, sizes):
         have = (len(value),)
     elif not isinstance(value, torch.Tensor):
         raise ValueError(f"scene: {key} must be a tensor, not {type(value).__name__}")
-    elif (value.dtype != kind) if kind else not value.is_floating_point():
-        wanted = str(kind).removeprefix("torch.") if kind else "floating point"
+    elif value.dtype not in ((kind,) if kind else (torch.float32, torch.float64)):
+        wanted = str(kind or torch.float32).removeprefix("torch.")
         raise ValueError(f"scene: {key} are of type {value.dtype}, expected {wanted}")
     else:
         have = tuple(value.shape)
