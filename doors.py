@@ -183,19 +183,15 @@ def read_csv(file, required, optional):
         raise ValueError(
             f"{file}: header is {','.join(header)[:100]}; expected {','.join(required)}, "
             f"optional are {','.join(optional)}")
+    columns = {name: [] for name in header}
     for number, row in lines:
         if len(row) != len(header):
             raise ValueError(
                 f"{file}: line {number} has {len(row)} fields, the header {len(header)}")
-    columns = {}
-    for i, name in enumerate(header):
-        cells = [(number, row[i]) for number, row in lines]
-        if name == "file":
-            columns[name] = [cell for _, cell in cells]
-        else:
-            values = [number_of(cell, f"{file}: {name} in line {number}") for number, cell in cells]
-            columns[name] = np.array(values, float)
-    return columns
+        for name, cell in zip(header, row):
+            where = f"{file}: {name} in line {number}"
+            columns[name].append(cell if name == "file" else number_of(cell, where))
+    return {name: cells if name == "file" else np.array(cells) for name, cells in columns.items()}
 
 
 def number_of(text, where):
