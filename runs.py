@@ -45,15 +45,17 @@ def own_folder(flags):
             losses += ("log.jsonl", "curves.png")
         there = [file.name for name in losses for file in Path(flags.out).glob(name)]
         if there:
-            raise ValueError(f"--out {flags.out}: has {there[0]}; --resume goes on with the run "
-                             "that wrote it, --overwrite writes over it")
+            resume = "--resume goes on with that run, " * (STATE in there)
+            raise ValueError(f"--out {flags.out}: has {there[0]}; {resume}--overwrite writes over "
+                             "what is there")
     with doors.locked(lock, f"{flags.out}: another run writes it"):
         yield
 
 
-def begin_log(folder, steps):
-    """The open log, in which the lines of the first steps are left. From here on --resume finds no
-    older run."""
+def begin_log(folder, steps, say):
+    """The open log, in which the lines of the first steps are left.
+
+    From here on --resume finds no older run. What is missing is said: say(line)."""
     path = os.path.join(folder, "log.jsonl")
     lines = []
     if not steps:
@@ -61,6 +63,8 @@ def begin_log(folder, steps):
             os.remove(os.path.join(folder, STATE))
     elif os.path.exists(path):
         lines = [line for line in doors.read_json_lines(path) if line.number("step") <= steps]
+    if len(lines) < steps:
+        say(f"{path}: has {len(lines)} of {steps} steps; the run goes on without the others")
     doors.write_json_lines(path, lines)
     return open(path, "a")
 
@@ -73,7 +77,8 @@ def new_checkpoint(folder):
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     try:
         yield str(new)
-        files = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
+        files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+        files.sort(key=lambda file: file.name == STATE)  # it comes last: it needs the others
         for name in SHARDS:  # of an older checkpoint, in more or fewer files
             for old in Path(folder).glob(name):
                 if old.relative_to(folder) not in files:
@@ -187,8 +192,9 @@ def flags_of_stopped_run(folder, parser):
     for name, value in stopped.items():
         if typed.get(name) != value:
             refuse(f"{name} is {value!r}")
-    if settings["step"] not in map(str, range(1, flags.steps + 1)):
-        raise ValueError(f"{path}: step is {settings['step']!r}, expected 1 to {flags.steps}")
+    step = settings["step"][:20]
+    if not (step.isdecimal() and 1 <= int(step) <= flags.steps):
+        raise ValueError(f"{path}: step is {step!r}, expected 1 to {flags.steps}")
     flags.resume = flags.out = folder
     return flags
 

@@ -47,7 +47,7 @@ import memory
 import rl
 import runs
 import world
-from alpamayo import NANO, OF_EXPERT, PRESETS, Alpamayo, ade, read_config, with_words
+from alpamayo import DT, NANO, OF_EXPERT, PRESETS, Alpamayo, ade, read_config, with_words
 from doors import device_of, real, save_tensors, whole
 from release import Vocabulary
 
@@ -323,7 +323,7 @@ def loop(run, first):
             f"scenes; {run.world_size} x {run.device.type}, {run.arithmetic}; steps {first} to "
             f"{flags.steps}; writes {flags.out}")
     with together(run):
-        log = runs.begin_log(flags.out, first) if run.rank == 0 else None
+        log = runs.begin_log(flags.out, first, run.say) if run.rank == 0 else None
     begin = time.time()
     tokens = 0
     bar = tqdm(total=flags.steps, initial=first, disable=run.rank > 0)
@@ -519,7 +519,7 @@ def clip_scenes(flags, cfg):
     return some_of(clips, learned), some_of(clips, held)
 
 
-APART = 8.3  # s between two scenes of a clip that have nothing in common: 1.9 behind, 6.4 ahead
+APART = (world.PAST + world.FUTURE) * DT  # s between scenes of a clip that share nothing
 
 
 def split_clips(cuts, share):

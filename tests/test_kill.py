@@ -139,7 +139,8 @@ def run_with_kills(words, out, said, processes, dice, seconds):
             assert running.wait() == [0] * processes, said.read_text()
             return landed
         enough = min(len(lines_of(out)) + dice.randint(0, 2), STEPS)
-        while not running.is_over() and len(lines_of(out)) < enough:
+        end = time.time() + 60
+        while not running.is_over() and len(lines_of(out)) < enough and time.time() < end:
             time.sleep(0.005)
         time.sleep(dice.uniform(0, 1.5 * seconds))
         landed += not running.is_over()

@@ -91,9 +91,9 @@ def test_merging_changes_nothing_but_rounding(scene, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-def test_only_adapters_learn_and_the_base_may_be_half(scene, dtype, monkeypatch):
+def test_only_adapters_learn_and_the_base_may_be_half(scene, dtype, monkeypatch, tmp_path):
     model = make()
-    words = f"train.py --init a --lora 4 --train vlm --lr 5e-3 --warmup 0 --dtype {dtype}"
+    words = f"train.py --init {tmp_path} --lora 4 --train vlm --lr 5e-3 --warmup 0 --dtype {dtype}"
     monkeypatch.setattr(sys, "argv", words.split())
     flags = train.parse_flags()
     run = train.Run(flags, arithmetic=dtype, model=model)
