@@ -328,29 +328,32 @@ def prefix_attention_cases(shape):
 # The flow
 
 
-def expert_of(cfg, dtype):
+def expert_of(cfg, dtype, layers=True):
     """Expert, action embedding and projection with random weights. The embedding's frequencies end
     at 1, not at 100, which costs the same. Else ten steps of random weights amplify rounding until
-    nothing is left to compare."""
+    nothing is left to compare. layers=False: of the expert its last norm alone."""
     cfg = replace(cfg, a_max_freq=1.0)
-    parts = alpamayo.Expert(cfg), alpamayo.ActionEmbed(cfg), torch.nn.Linear(cfg.e_embd, 2)
+    expert = alpamayo.Expert(cfg)
+    if not layers:
+        expert.layers = torch.nn.ModuleList()
+    parts = expert, alpamayo.ActionEmbed(cfg), torch.nn.Linear(cfg.e_embd, 2)
     return [part.to(dtype).requires_grad_(False) for part in parts]
 
 
-def weights(cfg):
+def weights(cfg, layers=True):
     """Numbers in all parameters of these parts, and in their matrices."""
     with torch.device("meta"):
-        every = [p for part in expert_of(cfg, torch.bfloat16) for p in part.parameters()]
+        parts = expert_of(cfg, torch.bfloat16, layers)
+    every = [p for part in parts for p in part.parameters()]
     return sum(p.numel() for p in every), sum(p.numel() for p in every if p.ndim == 2)
 
 
 def flow_step_cases(shape):
     """What lies between two evaluations of the expert, in buffers, as the sampler calls it."""
     T, C = shape.tokens, shape.cfg.e_embd
-    cfg = replace(shape.cfg, n_layer=0)
 
     def make(n, dtype):
-        out, embed = sampler.weights_of(*expert_of(cfg, dtype))
+        out, embed = sampler.weights_of(*expert_of(shape.cfg, dtype, layers=False))
         x, hidden = torch.randn(n, T, 2), torch.randn(n, T, C, dtype=dtype)
         after, tokens = torch.empty_like(x), torch.empty_like(hidden)
         t = torch.full((n,), 0.5)
@@ -362,7 +365,7 @@ def flow_step_cases(shape):
 
         return Problem([x, hidden, out, 0.1, t, embed], ours, flow_step.plain_flow_step)
 
-    every, matrices = weights(cfg)
+    every, matrices = weights(shape.cfg, layers=False)
     every -= C  # the expert's norm
     for n in shape.samples:
         states = 2 * 2 * n * T * C + 2 * 4 * n * T * 2  # hidden states, tokens; x and the next
