@@ -28,35 +28,19 @@ import functools
 import io
 import math
 import os
-import re
 import zipfile
-from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import grid_sample, interpolate
+from torch.nn.functional import grid_sample, interpolate, pad
 from torch.utils.data import default_collate
 
+import doors
 from alpamayo import DT, LOW_SPEED, project, rot_of, yaw_of
-from doors import (
-    calibration_of,
-    check_drive,
-    check_times,
-    expecting,
-    files_in,
-    inside,
-    note,
-    number_of,
-    objects_of,
-    parse_json,
-    read_csv,
-    read_image,
-    read_json,
-    read_text,
-)
+from doors import TICK, expecting, files_in, inside, read_csv, read_image, read_json, read_text
 from world import FUTURE, HISTORY, PAST, WHEELBASE, rays, rig_camera
 
 CAMERAS = """
@@ -65,38 +49,43 @@ rear_left_70fov rear_tele_30fov rear_right_70fov front_tele_30fov
 """.split()  # in the order of their ids, from 0
 USED = (0, 1, 2, 6)  # the cameras that the release looks through
 KINEMATICS = ("speed", "acceleration", "steering", "turn_signal")  # columns of ego_kinematics
-TICK = 5e-7  # s, half a microsecond of NVIDIA's clock: times closer than this are the same
-GAP = 0.5  # s without a pose; no Scene spans more
-STALE = 3  # frame periods; an older image is not used
+POSE_GAP = 0.5  # s without a pose, the most that a Scene may span
+IMAGE_GAP = 3  # frame periods without an image, the most
 IMAGE_TYPES = (".png", ".jpg", ".jpeg")
-STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+")  # KITTI's
 
 
-class Camera(NamedTuple):
-    times: np.ndarray  # (N,) s, of its images
-    images: Callable  # numbers (n,) of images -> (n, H, W, 3) uint8
-    intrinsics: torch.Tensor | None = None  # (10,), see `project`; None where unknown
-    camera_to_ego: torch.Tensor | None = None  # (4, 4)
+class Camera:
+    """
+    The images of a camera, and when they were taken.
 
-    @property
-    def first(self):
-        """The time of the first image, in s."""
-        return self.times[0]
+    where       the file to name in errors
+    times       (N,) s, increasing
+    images      a function: numbers (n,) of images -> n images (H, W, 3) uint8
+    intrinsics, camera_to_ego   (10,), see `project`, and (4, 4); None where unknown
 
-    @property
-    def last(self):
-        """The time of the last image, in s."""
-        return self.times[-1]
+    ValueError for times that do not increase or are not in s.
+    """
+
+    def __init__(self, where, times, images, intrinsics=None, camera_to_ego=None):
+        doors.check_times(where, times)
+        self.where = where
+        self.times = times
+        self.first, self.last = times[0], times[-1]
+        self.gap = IMAGE_GAP * np.median(np.diff(times))  # s
+        self.images = images
+        self.intrinsics = intrinsics
+        self.camera_to_ego = camera_to_ego
 
     def read(self, times):
         """The last images at or before times (n,) in s: (n, H, W, 3) uint8."""
-        return self.images(last_at(self.times, times))
+        images = self.images(last_at(self.times, times))
+        doors.check_sizes(self.where, images, self.intrinsics)
+        return np.stack(images)
 
-    def has(self, times):
-        """Whether there is an image for each of times (n,) in s that is not STALE: (n,) bool."""
-        there = (times >= self.first - TICK) & (times <= self.last + TICK)
-        age = times - self.times[last_at(self.times, times)]
-        return there & (age <= STALE * np.median(np.diff(self.times)))
+    def view(self, times):
+        """Images (n, 3, H, W) at or before times (n,) in s, the intrinsics, camera_to_ego."""
+        images = torch.from_numpy(self.read(times)).permute(0, 3, 1, 2)
+        return images, self.intrinsics, self.camera_to_ego
 
 
 class Clip(NamedTuple):
@@ -119,23 +108,6 @@ class Clip(NamedTuple):
         near = min(self.reasoning, key=lambda time: abs(time - t0), default=math.inf)
         return self.reasoning[near] if abs(near - t0) < DT / 2 else ""
 
-    def view(self, camera_id, times):
-        """
-        Images (frames, 3, H, W) of a camera at times (frames,) in s, its intrinsics, camera_to_ego.
-
-        ValueError if it was calibrated for images of another size.
-        """
-        camera = self.cameras[camera_id]
-        images = torch.from_numpy(camera.read(times)).permute(0, 3, 1, 2)
-        if camera.intrinsics is not None:
-            height, width = images.shape[2:]
-            size = camera.intrinsics[1:3].tolist()
-            if size != [width, height]:
-                raise ValueError(
-                    f"{self.name}: images of camera {camera_id} are {width} x {height} pixels, but "
-                    f"its intrinsics are for {size[0]:g} x {size[1]:g}")
-        return images, camera.intrinsics, camera.camera_to_ego
-
 
 def load_clips(path, **options):
     """ClipScenes of the clips in a folder, with the options of ClipScenes."""
@@ -150,8 +122,8 @@ def read_clips(path):
         if (path / entry).exists():
             clips = reader(path)
             for clip in clips:
-                motion = clip.motion
-                check_drive(motion.where, motion.times, motion.xyz, motion.rot, motion.measured)
+                drive = clip.motion
+                doors.check_drive(drive.where, drive.times, drive.xyz, drive.rot, drive.measured)
             return clips
     raise FileNotFoundError(f"{path}: no ego motion in it, expected one of {', '.join(readers)}")
 
@@ -184,22 +156,22 @@ class ClipScenes:
         self.size = size
         self.rig = rig
         self.future = future
+        self.after = FUTURE * DT * future  # s of poses after t0
         self.ages = frame_dt * np.arange(frames - 1, -1, -1)  # (frames,) s before t0, oldest first
         self.cuts = []  # (clip, t0) of each Scene
         refused = []
         for clip in clips:
-            after = FUTURE * DT * future
-            for start in clip.default_starts(after) if t0 is None else np.atleast_1d(t0):
-                reason = self.refusal(clip, float(start))
-                if reason:
-                    refused.append(reason)
-                else:
+            for start in clip.default_starts(self.after) if t0 is None else np.atleast_1d(t0):
+                try:
+                    self.check(clip, float(start))
                     self.cuts.append((clip, float(start)))
+                except ValueError as error:
+                    refused.append(str(error))
         if refused and (t0 is not None or not self.cuts):  # asked for in vain, or nothing left
             raise ValueError(refused[0])
         if refused:
             total = len(refused) + len(self.cuts)
-            note(f"{len(refused)} of {total} scenes are left out; the first: {refused[0]}")
+            doors.note(f"{len(refused)} of {total} scenes are left out; the first: {refused[0]}")
         self.names = [f"{clip.name} at {start:.1f} s" for clip, start in self.cuts]
         self.reasoning = [clip.text_at(start) for clip, start in self.cuts]
 
@@ -209,14 +181,12 @@ class ClipScenes:
     def batch(self, indices):
         """Scenes number `indices` -> one Scene. ValueError where cameras or image sizes differ."""
         scenes = [self.scene(int(i)) for i in indices]
-        first = scenes[0]
-        for scene in scenes:
-            same_cameras = torch.equal(scene["camera_ids"], first["camera_ids"])
-            same_size = scene["images"].shape == first["images"].shape
-            if not same_cameras or not same_size or scene.keys() != first.keys():
+        kinds = [(one["camera_ids"].tolist(), one["images"].shape, one.keys()) for one in scenes]
+        for scene, kind in zip(scenes, kinds):
+            if kind != kinds[0]:
                 raise ValueError(
-                    f"{scene['name']} cannot be batched with {first['name']}: cameras, sizes of "
-                    "images or calibration differ; choose camera_ids or a rig")
+                    f"{scene['name']} cannot be batched with {scenes[0]['name']}: cameras, sizes "
+                    "of images or calibration differ; choose camera_ids or a rig")
         return default_collate(scenes)
 
     def drive_plans(self, indices, plans):
@@ -226,7 +196,7 @@ class ClipScenes:
     def scene(self, index):
         """Scene number `index`, not batched."""
         clip, t0 = self.cuts[index]
-        views = {i: clip.view(i, t0 - self.ages) for i in self.sources(clip)}
+        views = {i: camera.view(t0 - self.ages) for i, camera in self.sources(clip).items()}
         if self.rig:
             views = reproject(self.rig, views, self.camera_ids, self.size)
         wide, _, _ = views.get(1) or next(iter(views.values()))
@@ -255,63 +225,37 @@ class ClipScenes:
                 raise ValueError(f"{clip.name}: a rig needs calibrated cameras, camera {i} is not")
         return {i: clip.cameras[i] for i in ids}
 
-    def refusal(self, clip, t0):
-        """Why no Scene can be cut out of a clip at t0, in one line; None if one can."""
-        if not abs(t0) < 1e12:
-            return f"{clip.name}: t0 is {t0:g}, expected a time in s on the clip's clock"
-        short = f"too short for t0 = {t0:.2f} s, which needs"
-        start = t0 - HISTORY * DT
-        end = t0 + FUTURE * DT * self.future
+    def check(self, clip, t0):
+        """ValueError unless a clip has the poses and the images of a Scene at t0."""
         motion = clip.motion
-        if not (motion.first < start - TICK and end - TICK <= motion.last):
-            hint = f" ({t0:.2f} s with future=False)" if self.future else ""
-            return (f"{motion.where}: {short} poses from before {start:.2f} s to {end:.2f} s"
-                    f"{hint}; there are {motion.first:.2f} to {motion.last:.2f} s")
-        for before, after in motion.gaps:
-            if before < end and after > t0 - (PAST + 2) * DT:
-                return (f"{motion.where}: no poses from {before:.2f} to {after:.2f} s, which the "
-                        f"scene at {t0:.2f} s needs; a gap may be {GAP:g} s")
+        start = t0 - HISTORY * DT - 1e-3  # more than the history, as in the release
+        end = t0 + self.after
+        back = (PAST + 2 - HISTORY) * DT  # `kinematics` looks further back
+        doors.check_span(motion.where, "poses", motion.times, t0, start, end, POSE_GAP, back)
         start = t0 - self.ages[0]
-        try:
-            cameras = self.sources(clip)
-        except ValueError as error:
-            return str(error)
-        for i, camera in cameras.items():
-            if not (camera.first - TICK <= start and t0 <= camera.last + TICK):
-                return (f"{clip.name}: {short} images of camera {i} from {start:.2f} s "
-                        f"to {t0:.2f} s; there are {camera.first:.2f} to {camera.last:.2f} s")
-            there = camera.has(t0 - self.ages)
-            if not there.all():
-                late = (t0 - self.ages)[~there][0]
-                return (f"{clip.name}: at {late:.2f} s the last image of camera {i} is more than "
-                        f"{STALE} frame periods old")
-        return None
+        for camera in self.sources(clip).values():
+            doors.check_span(camera.where, "images", camera.times, t0, start, t0, camera.gap)
 
 
 def scaled_into(size, images, lens, pose):
     """
-    A view, see Clip.view, in images of a size (H, W): scaled to fit, in the middle, black around.
+    A view, see Camera.view, in images of a size (H, W): scaled to fit, in the middle, black around.
 
-    The release resizes each image by itself; a Scene's images are one tensor. Width and height are
-    scaled alike, as an f-theta lens cannot say otherwise.
+    Width and height are scaled alike, as an f-theta lens cannot say otherwise.
     """
     old = images.shape[2:]
     if old == size:
         return images, lens, pose
     scale = min(size[0] / old[0], size[1] / old[1])
-    fitted = [max(1, round(scale * side)) for side in old]
-    above, left = [(side - part) // 2 for side, part in zip(size, fitted)]
-    small = interpolate(images.float(), fitted, mode="bicubic", antialias=True)
-    picture = torch.zeros(*images.shape[:2], *size, dtype=torch.uint8)
-    rows = slice(above, above + fitted[0])
-    columns = slice(left, left + fitted[1])
-    picture[:, :, rows, columns] = small.round().clamp(0, 255).byte()
+    height, width = [max(1, round(scale * side)) for side in old]
+    above, left = (size[0] - height) // 2, (size[1] - width) // 2
+    images = interpolate(images, (height, width), mode="bicubic", antialias=True)
+    images = pad(images, (left, size[1] - width - left, above, size[0] - height - above))
     if lens is not None:
-        kind, _, _, cx, cy, *coefficients = lens.tolist()
-        centre = cx * fitted[1] / old[1] + left, cy * fitted[0] / old[0] + above
-        scaled = [scale * number for number in coefficients]
-        lens = torch.tensor([kind, size[1], size[0], *centre, *scaled])
-    return picture, lens, pose
+        shift = torch.tensor([left, above])
+        centre = lens[3:5] * torch.tensor([width, height]) / lens[1:3] + shift
+        lens = torch.cat([lens[:1], torch.tensor(size).flip(0), centre, scale * lens[5:]])
+    return images, lens, pose
 
 
 def reproject(rig, views, camera_ids, size):
@@ -383,20 +327,10 @@ class Motion:
     """
 
     def __init__(self, where, times, xyz, rot, **measured):
-        if len(times) < 4:
-            raise ValueError(f"{where}: {len(times)} poses, expected 4 or more")
-        fields = {"time": times, "position": xyz, "rotation": rot, **measured}
-        for field, values in fields.items():
-            bad = np.argwhere(~np.isfinite(values))
-            if len(bad):
-                raise ValueError(f"{where}: {field} of pose {bad[0, 0]} is not a finite number")
-        check_times(where, times)
+        doors.check_poses(where, times, {"position": xyz, "rotation": rot, **measured})
         self.where = where
         self.times = times
         self.first, self.last = times[0], times[-1]
-        self.period = np.median(np.diff(times))
-        late = np.flatnonzero(np.diff(times) > GAP)
-        self.gaps = [(times[i], times[i + 1]) for i in late]  # the poses before and after, in s
         self.xyz = xyz
         self.rot = rot
         self.measured = measured
@@ -551,7 +485,7 @@ def read_folder(path):
                             of their names; cross_left_120fov, front_tele_30fov ...: the names in
                             CAMERAS, take the most similar one
             times.csv       header time: s on the clock of egomotion.csv, a line for each image;
-                            or header file,time
+                            or header file,time: the images by name
         cameras.json        optional, a rig needs it: {"front_wide_120fov": {"kind": "pinhole",
                             "width": 1920, "height": 1080, "cx": 960, "cy": 540,
                             "coefficients": [1000, 1000], "camera_to_ego": 4 x 4 rows, from x right,
@@ -562,8 +496,7 @@ def read_folder(path):
     file = path / "egomotion.csv"
     columns = read_csv(file, ("time", "x", "y", "yaw"), ("z", "roll", "pitch", *KINEMATICS))
     times = columns["time"]
-    if not (np.abs(columns["yaw"]) < 4 * math.pi).all():
-        raise ValueError(f"{file}: yaw must be in rad, less than two turns either way")
+    doors.check_bounds(file, times, {"yaw": columns["yaw"]})
     z, roll, pitch = [columns.get(name, 0 * times) for name in ("z", "roll", "pitch")]
     xyz = np.c_[columns["x"], columns["y"], z]
     measured = {name: columns[name] for name in KINEMATICS if name in columns}
@@ -584,10 +517,9 @@ def read_camera(folder, calibrations):
     columns = read_csv(file, ("time",), ("file",))
     images = files_in(folder, *IMAGE_TYPES)
     if "file" in columns:
-        images = [inside(folder, name, f"{file}: file") for name in columns["file"]]
-        for image in images:
-            if not os.path.isfile(image):
-                raise FileNotFoundError(f"{image}: missing, but {file} names it")
+        there = {image.name: image for image in images}
+        with expecting(f"{file}: column file names no image of its folder"):
+            images = [there[name] for name in columns["file"]]
     known = read_calibration(calibrations, folder.name) if calibrations.exists() else ()
     return image_camera(file, images, columns["time"], *known)
 
@@ -595,18 +527,12 @@ def read_camera(folder, calibrations):
 def read_calibration(file, name):
     """A camera's intrinsics (10,) and camera_to_ego (4, 4) in cameras.json, see read_folder."""
     entry = read_json(file).part(name)
-    kinds = {"ftheta": (0, 5), "pinhole": (1, 2)}  # kind in `project`, number of coefficients
+    kinds = ("ftheta", "pinhole")  # 0 and 1 in `project`
     if entry.text("kind") not in kinds:
-        raise entry.wrong("kind", f"one of {', '.join(kinds)}")
-    kind, count = kinds[entry["kind"]]
-
-    def numbers(field, *shape):
-        with expecting(f"{file}: {name} needs {field}, numbers of shape {shape}"):
-            return np.array(entry[field], float).reshape(shape)
-
-    lens = [kind, *[entry.number(field) for field in ("width", "height", "cx", "cy")]]
-    lens += [*numbers("coefficients", count), *[0] * (5 - count)]
-    return calibration_of(f"{file}: {name}", lens, numbers("camera_to_ego", 4, 4))
+        raise entry.wrong("kind", " or ".join(kinds))
+    frame = [entry.number(field) for field in ("width", "height", "cx", "cy")]
+    numbers = entry["coefficients"], entry["camera_to_ego"]
+    return doors.calibration_of(f"{file}: {name}", kinds.index(entry["kind"]), frame, *numbers)
 
 
 def read_reasoning(file):
@@ -620,9 +546,10 @@ def texts_of(where, entries, time, second, text):
 
     second: how many of its units a second has."""
     texts = {}
-    for entry in objects_of(where, entries):
+    for entry in doors.objects_of(where, entries):
         at = entry.number(time) / second
-        if texts.setdefault(at, entry.text(text).strip()) != entry.text(text).strip():
+        words = entry.text(text).strip()
+        if texts.setdefault(at, words) != words:
             raise ValueError(f"{where}: two texts at {at:g} s")
     return texts
 
@@ -637,26 +564,20 @@ def read_kitti(path):
     Time 0 is the first pose. A reasoning.json may be beside oxts, as in a folder of one's own.
     """
     clock = read_timestamps(path / "oxts/timestamps.txt")
-    motion = kitti_motion(path / "oxts", (clock - clock[0]) / 1e9)
-    folder = path / "image_02"
-    times = (read_timestamps(folder / "timestamps.txt") - clock[0]) / 1e9
-    images = files_in(folder / "data", *IMAGE_TYPES)
-    camera = image_camera(folder / "timestamps.txt", images, times)
-    intrinsics, pose = kitti_calibration(path, *read_image(images[0]).shape[:2])
-    camera = camera._replace(intrinsics=intrinsics, camera_to_ego=pose)
+    motion = kitti_motion(path / "oxts", (clock - clock[0]) / 1e6)
+    file = path / "image_02/timestamps.txt"
+    images = files_in(path / "image_02/data", *IMAGE_TYPES)
+    camera = image_camera(file, images, (read_timestamps(file) - clock[0]) / 1e6)
+    size = read_image(images[0]).shape[:2]
+    camera.intrinsics, camera.camera_to_ego = kitti_calibration(path, *size)
     name = path.resolve().name
     return [Clip(name, motion, {1: camera}, read_reasoning(path / "reasoning.json"))]
 
 
 def kitti_motion(folder, times):
     """The Motion in KITTI's oxts, with poses at times (N,) in s."""
-    rows = [read_oxts(file) for file in files_in(folder / "data", ".txt")]
-    if len(rows) != len(times):
-        raise ValueError(
-            f"{folder}: {len(rows)} files in data, but {len(times)} lines in timestamps.txt")
-    rows = np.array(rows)  # (N, 30)
-    if not (np.abs(rows[:, 0]) < 89).all():
-        raise ValueError(f"{folder}: latitudes must be in degrees, within 89 of the equator")
+    rows = np.array([read_oxts(file) for file in files_in(folder / "data", ".txt")])  # (N, 30)
+    doors.check_count(folder, times, rows, "files in data")
     east = (rows[:, 1] - rows[0, 1] + 180) % 360 - 180  # degrees from the start, the short way
     latitude, longitude = np.radians([rows[:, 0], east])
     up, roll, pitch, yaw = rows[:, 2:6].T
@@ -694,7 +615,7 @@ def kitti_calibration(path, height, width):
     centre = (projection[:2, 2] + 0.5) * scale
     focal = projection.diagonal()[:2] * scale
     _, pose = rig_camera(1, 1, 1, {1: ((1.6, 0.06, 1.65), 0, 1)})  # looks ahead, level
-    return calibration_of(file, [1, width, height, *centre, *focal, 0, 0, 0], pose)
+    return doors.calibration_of(file, 1, [width, height, *centre], focal, pose)
 
 
 def read_nvidia(path):
@@ -707,13 +628,13 @@ def read_nvidia(path):
     """
     kit = Kit(path)
     file = path / "clip_index.parquet"
-    listed = [clip for clip in kit.index.index if kit.has_chunk(clip, "egomotion")]
-    there = [clip for clip in listed if kit.has(clip, "egomotion", "egomotion")]
+    listed = [clip for clip in kit.index.index if kit.file_of(clip, "egomotion")]
+    there = [clip for clip in listed if "egomotion" in kit.parts(clip, "egomotion")]
     if not there:
         raise FileNotFoundError(f"{path}: none of the clips of {file.name} has its egomotion here")
     if len(there) < len(listed):
-        note(f"{path}: {len(listed) - len(there)} of {len(listed)} clips are left out, as the zips "
-             "lack their egomotion")
+        gone = len(listed) - len(there)
+        doors.note(f"{path}: {gone} of {len(listed)} clips are left out, the zips lack their poses")
     events = nvidia_events(path / "reasoning/ood_reasoning.parquet")
     clips = []
     for clip in there:
@@ -731,44 +652,38 @@ class Kit:
 
     def __init__(self, path):
         self.path = path
-        self.names = {}  # zip file -> the names in it
         self.kit = local_kit(path)
         with expecting(f"{path}/clip_index.parquet: expected clip_id, clip_is_valid and chunk"):
-            valid = self.kit.clip_index["clip_is_valid"]
-            self.index = self.kit.clip_index[valid].astype({"chunk": int})
-            if not self.index.index.is_unique:
+            index = self.kit.clip_index
+            index = index[index["clip_is_valid"]].astype({"chunk": int})
+            if not index.index.is_unique:
                 raise ValueError("a clip_id stands in two rows")
-        self.kit.clip_index = self.index  # it looks up chunks in it
+        self.index = self.kit.clip_index = index
 
     def name_of(self, clip, feature):
         """What to call a feature of a clip in errors."""
         return f"{self.path}: {feature} of clip {clip}"
 
-    def chunk_of(self, clip, feature):
-        """The file that has a clip's feature, if it is there."""
+    def file_of(self, clip, feature):
+        """The file that has a clip's feature; None where it is not there."""
+        if feature not in self.kit.features.ALL:
+            return None
         with expecting(f"{self.path}/features.csv: chunk_path of {feature}"):
             chunk = self.index.at[clip, "chunk"]
-            file = self.kit.features.get_chunk_feature_filename(chunk, feature)
-        return self.kit.download_file(file)
+            name = self.kit.features.get_chunk_feature_filename(chunk, feature)
+        file = self.kit.download_file(name)
+        return file if os.path.exists(file) else None
 
-    def has_chunk(self, clip, feature):
-        """Whether the file that has a clip's feature is there."""
-        return feature in self.kit.features.ALL and os.path.exists(self.chunk_of(clip, feature))
-
-    def member_of(self, clip, feature, member):
-        """The name in its zip file of a part of a clip's feature."""
+    def parts(self, clip, feature):
+        """What a zip file has of a clip's feature: {part: name in the zip file}."""
+        file = self.file_of(clip, feature)
+        if not file:
+            return {}
+        with expecting(f"{file}: not a zip file"), zipfile.ZipFile(file) as archive:
+            there = set(archive.namelist())
         with expecting(f"{self.path}/features.csv: clip_files_in_zip of {feature}"):
-            return self.kit.features.get_clip_files_in_zip(clip, feature)[member]
-
-    def has(self, clip, feature, *members):
-        """Whether a clip's feature is there, with all these members of its zip file."""
-        if not self.has_chunk(clip, feature):
-            return False
-        file = self.chunk_of(clip, feature)
-        if file not in self.names:
-            with expecting(f"{file}: not a zip file"), zipfile.ZipFile(file) as archive:
-                self.names[file] = set(archive.namelist())
-        return all(self.member_of(clip, feature, each) in self.names[file] for each in members)
+            parts = self.kit.features.get_clip_files_in_zip(clip, feature)
+            return {part: name for part, name in parts.items() if name in there}
 
     def read(self, clip, feature):
         """A clip's feature, as the kit has it."""
@@ -779,10 +694,10 @@ class Kit:
         """When the images of a camera were taken, (N,) s. The kit would read the video for it."""
         import pandas  # the kit brings it
 
-        member = self.member_of(clip, feature, "frame_timestamps")
+        name = self.parts(clip, feature)["frame_timestamps"]
         with expecting(f"{self.name_of(clip, feature)}: expected a table of timestamps"):
-            with zipfile.ZipFile(self.chunk_of(clip, feature)) as archive:
-                table = pandas.read_parquet(io.BytesIO(archive.read(member)))
+            with zipfile.ZipFile(self.file_of(clip, feature)) as archive:
+                table = pandas.read_parquet(io.BytesIO(archive.read(name)))
             return table["timestamp"].to_numpy(float) / 1e6
 
     def images(self, clip, feature, numbers):
@@ -802,14 +717,14 @@ def local_kit(path):
 
     class LocalKit(PhysicalAIAVDatasetInterface):
         def _load_metadata(self):
-            self.api = SimpleNamespace(file_exists=self._has_file)  # in place of the hub's
+            self.api = self  # in place of the hub's
             self.is_offline_mode = True
             super()._load_metadata()
 
-        def _has_file(self, filename, **repository):
+        def file_exists(self, filename, **repository):
             return os.path.exists(self.download_file(filename))
 
-        is_file_cached = _has_file
+        is_file_cached = file_exists
 
         def download_file(self, filename):
             return inside(path, filename, f"{path}/features.csv: chunk_path")
@@ -832,10 +747,8 @@ def nvidia_events(file):
     events = {}
     for clip, entries in table:
         where = f"{file}: events of clip {clip}"
-        if isinstance(entries, str):
-            entries = parse_json(entries, where)
-        elif isinstance(entries, np.ndarray):
-            entries = entries.tolist()
+        of_text = isinstance(entries, str)
+        entries = doors.parse_json(entries, where) if of_text else np.ravel(entries).tolist()
         events[clip] = texts_of(where, entries, "event_start_timestamp", 1e6, "cot")
     return events
 
@@ -857,23 +770,23 @@ def nvidia_motion(kit, clip):
 def nvidia_cameras(kit, clip):
     """{id: Camera} of a clip, calibrated where the folder has both the lenses and the poses."""
     lenses = poses = {}
-    if kit.has_chunk(clip, "camera_intrinsics") and kit.has_chunk(clip, "sensor_extrinsics"):
+    if kit.file_of(clip, "camera_intrinsics") and kit.file_of(clip, "sensor_extrinsics"):
         lenses = kit.read(clip, "camera_intrinsics").camera_models
         poses = kit.read(clip, "sensor_extrinsics").sensor_poses
     cameras = {}
     for camera_id, name in enumerate(CAMERAS):
         feature = "camera_" + name
-        if not kit.has(clip, feature, "video", "frame_timestamps"):
+        if not kit.parts(clip, feature).keys() >= {"video", "frame_timestamps"}:
             continue
         where = kit.name_of(clip, feature)
         known = ()
         if feature in lenses and feature in poses:
             lens = lenses[feature]
-            numbers = [0, lens.width, lens.height, *lens.principal_point, *lens.th2r.coef]
-            known = calibration_of(where, numbers, poses[feature].as_matrix())
-        times = kit.image_times(clip, feature)
-        check_times(where, times)
-        cameras[camera_id] = Camera(times, functools.partial(kit.images, clip, feature), *known)
+            frame = [lens.width, lens.height, *lens.principal_point]
+            pose = poses[feature].as_matrix()
+            known = doors.calibration_of(where, 0, frame, lens.th2r.coef, pose)
+        images = functools.partial(kit.images, clip, feature)
+        cameras[camera_id] = Camera(where, kit.image_times(clip, feature), images, *known)
     return cameras
 
 
@@ -885,33 +798,23 @@ def image_camera(file, images, times, *known):
     """A Camera of images (paths, oldest first) taken at times (N,) in s; file has the times.
 
     known: what `calibration_of` makes, if anything."""
-    if len(images) != len(times):
-        raise ValueError(
-            f"{file}: {len(times)} times for {len(images)} images, expected one for each")
-    check_times(file, times)
-
-    def read(numbers):
-        pictures = [read_image(images[i]) for i in numbers]
-        if len({picture.shape for picture in pictures}) > 1:
-            raise ValueError(f"{file}: the images of a camera must be of one size")
-        return np.stack(pictures)
-
-    return Camera(times, read, *known)
+    doors.check_count(file, times, images, "images")
+    return Camera(file, times, lambda numbers: [read_image(images[i]) for i in numbers], *known)
 
 
 def read_timestamps(file):
-    """KITTI's lines of date and time -> (N,) ns, integers."""
-    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    expected = f"{file}: expected lines like 2011-09-26 13:02:25.964000000"
-    if not lines or not all(STAMP.fullmatch(line) for line in lines):
-        raise ValueError(expected)
-    with expecting(expected):
-        return np.array(lines, "datetime64[ns]").astype("int64")
+    """KITTI's lines of date and time -> (N,) us, integers."""
+    lines = read_text(file).split("\n")
+    with expecting(f"{file}: expected lines like 2011-09-26 13:02:25.964000000"):
+        stamps = [datetime.fromisoformat(line.strip()) for line in lines if line.strip()]
+        if not stamps:
+            raise ValueError("it is empty")
+        return np.array(stamps, "datetime64[us]").astype("int64")
 
 
 def read_oxts(file):
-    """A file of KITTI's oxts -> (30,): latitude, longitude, altitude, roll, pitch, yaw, ..."""
-    numbers = [number_of(text, f"{file}: a field") for text in read_text(file).split()]
-    if len(numbers) != 30:
-        raise ValueError(f"{file}: expected 30 numbers, not {len(numbers)}")
-    return np.array(numbers)
+    """A file of KITTI's oxts -> 30 numbers: latitude, longitude, altitude, roll, pitch, yaw, ..."""
+    numbers = [doors.number_of(text, f"{file}: a field") for text in read_text(file).split()]
+    if len(numbers) != 30 or not abs(numbers[0]) < 89:
+        raise ValueError(f"{file}: expected 30 numbers, the first a latitude within 89 degrees")
+    return numbers

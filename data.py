@@ -31,13 +31,11 @@ a label; what loops do to a Scene; scenes of the world; driving in it; its scene
 """
 
 import argparse
-import contextlib
 import functools
-import hashlib
-import json
+import inspect
 import math
 import os
-import sys
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,13 +43,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import doors
 import store
-from alpamayo import DT, rot_of
+from alpamayo import DT, HORIZON, project, rot_of
 from clips import load_clips
-from doors import read_json
 from motion import comfort_of
 from world import (
     FUTURE,
@@ -289,18 +285,17 @@ class View:
 
     def __post_init__(self):
         self.camera_ids = tuple(sorted(doors.whole_numbers("camera_ids", self.camera_ids)))
-        self.size = doors.whole_numbers("size", self.size)
+        self.size = doors.whole_numbers("size", self.size, 1, SIDE)
         self.frames = doors.whole_number("frames", self.frames, 1)
         self.every = ticks_of(self.frame_dt)
-        once = set(self.camera_ids)
-        if not once or not once <= set(RIG) or len(once) < len(self.camera_ids):
+        known = RIG.keys() & self.camera_ids
+        if not known or len(known) < len(self.camera_ids):
             raise ValueError(
                 f"camera_ids: the rig has the cameras {*RIG,}, each once, not {self.camera_ids}"
             )
-        fits = len(self.size) == 2 and 1 <= min(self.size) and max(self.size) <= SIDE
-        if not fits or self.size[0] % 2:
+        if len(self.size) != 2 or self.size[0] % 2:
             raise ValueError(
-                f"size: expected H, W up to {SIDE}, H even: the horizon lies between two rows, "
+                "size: expected H, W, with H even, as the horizon lies between two rows, "
                 f"not {self.size}"
             )
         if self.every < 1 or (self.frames - 1) * self.every > PAST:
@@ -421,7 +416,7 @@ def drive_plans(seeds, plans, device="cpu"):
             met[name] = value | met.get(name, False)
     found = {name: value.view(plans.shape[:2]) for name, value in met.items()}
     found["beside"] = torch.stack(beside, -1).view(plans.shape[:3])
-    require_driven("plans", world, seeds)
+    require_finite("plans: the ego", seeds, world.x, world.y, world.yaw, world.speed)
     return found
 
 
@@ -436,21 +431,15 @@ def require_controls(name, controls, seeds, dims, least=1):
             f"{name}: expected controls, floats ({len(seeds)}, {plans}{least} or more, 2), "
             f"not {kind} {shape}"
         )
-    require_finite(name, controls, seeds)
+    require_finite(name, seeds, controls)
 
 
-def require_finite(name, values, seeds):
-    """FloatingPointError unless values (n, ...) are finite; it names the first scene's seed."""
-    bad = ~torch.isfinite(values).flatten(1).all(1)  # (n,)
-    if bad.any():
-        i = int(bad.nonzero()[0])
-        raise FloatingPointError(f"{name}: not finite in scene {i}, seed {int(seeds[i])}")
-
-
-def require_driven(name, world, seeds):
-    """FloatingPointError unless controls, finite but huge, have left the ego somewhere."""
-    state = torch.stack([world.x, world.y, world.yaw, world.speed], -1)
-    require_finite(f"{name}: the ego", state.view(len(seeds), -1), seeds)
+def require_finite(name, seeds, *values):
+    """FloatingPointError unless the values of all scenes are finite. It names the first seed."""
+    of_scenes = torch.cat([value.reshape(len(seeds), -1) for value in values], 1)
+    bad = (~of_scenes.isfinite()).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise FloatingPointError(f"{name}: not finite in scene {bad[0]}, seed {seeds[bad[0]]}")
 
 
 HOUR = 36_000  # steps: the longest drive
@@ -562,7 +551,7 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
         tally.add(world.judge() | {"ran": ran}, world, expert)
         if tally.is_over():
             break
-    require_driven("policy", world, seeds)
+    require_finite("policy: the ego", seeds, world.x, world.y, world.yaw, world.speed)
     return tally.result()
 
 
@@ -574,22 +563,21 @@ TEXTS = ("reasoning", "route", "name")  # the entries of a Scene that are lists 
 BATCH = 32  # scenes that a worker makes at a time,
 ROOM = 2**26  # or fewer, if they have more bytes of images than this
 
-# The sources as this process began. Whoever edits them later does not change what it runs.
-HOME = Path(__file__).parent
-FILES = (HOME / "alpamayo.py", HOME / "data.py", *sorted(HOME.glob("world/*.py")))
-PAGES = [file.read_text(encoding="utf-8") for file in FILES]
+# All that a seed's scene depends on: world/, two sections of this page, four names of the model.
+# They are read as this process begins: who edits them later does not change what it runs.
+HERE = Path(__file__)
+SECTIONS = re.split("^# -+\n", HERE.read_text("utf-8"), flags=re.MULTILINE)
+SOURCES = [
+    *(page.read_text("utf-8") for page in sorted(HERE.parent.glob("world/*.py"))),
+    *(one for one in SECTIONS if one.startswith(("# The words", "# Scenes of the world"))),
+    *(f"{DT = }", f"{HORIZON = }", inspect.getsource(rot_of), inspect.getsource(project)),
+]
 
 
 @functools.cache
 def sources():
-    """A short hash of the sources that a seed's scene depends on. Comments do not count.
-
-    They are the world, what `make_scenes` reaches on this page, what both take from the model."""
-    model, here, *world = PAGES
-    shared = set().union(*(store.imported(page, "alpamayo") for page in (here, *world)))
-    parts = [store.essence(model, shared), store.essence(here, ["make_scenes"])]
-    parts += map(store.essence, world)
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+    """A short hash of SOURCES, in which comments, docstrings and layout do not count."""
+    return store.hash_of(SOURCES)
 
 
 def arrays_of(view):
@@ -609,29 +597,14 @@ def arrays_of(view):
 
 
 class WorldSet:
-    """Scenes of the world on disk: len(set), set.batch(indices), set.reasoning, set.names.
+    """Scenes of the world on disk: len(set), set.batch(indices), set.reasoning, set.names."""
 
-    ValueError, which names the file, where the folder is not what was made of these seeds."""
-
-    def __init__(self, folder, seeds, view):
-        about = read_json(f"{folder}/set.json")
-        for key, value in about_set(seeds, view).items():
-            if about[key] != value:
-                raise about.wrong(key, repr(value))
+    def __init__(self, folder, seeds, view, form):
         self.folder = folder
         self.seeds = seeds
-        self.texts = {}
-        for key in TEXTS:
-            texts = self.texts[key] = about.part("texts")[key]
-            strings = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-            if not strings or len(texts) != len(seeds):
-                raise about.part("texts").wrong(key, f"{len(seeds)} texts")
+        self.texts, self.arrays = store.open_set(folder, form)
         self.reasoning = self.texts["reasoning"]
         self.names = self.texts["name"]
-        self.arrays = {}
-        for key, (dtype, shape) in arrays_of(view).items():
-            file = f"{folder}/{key}.npy"
-            self.arrays[key] = store.open_array(file, dtype, (len(seeds), *shape))
         if not (self.arrays["camera_ids"] == view.camera_ids).all():
             raise ValueError(f"{folder}/camera_ids.npy: expected {view.camera_ids} in each row")
 
@@ -685,8 +658,7 @@ def load_world(split="train", scenes=16000, start=0, folder="data", workers=None
     most = SEEDS["val"]
     scenes = doors.whole_number("scenes", scenes, 1, most)
     start = doors.whole_number("start", start, 0, most - scenes)
-    if workers is None:
-        workers = os.cpu_count()
+    workers = os.cpu_count() if workers is None else workers
     workers = doors.whole_number("workers", workers, 0, 1024)
     view = View(**view)
     cameras = "".join(map(str, view.camera_ids))
@@ -695,65 +667,20 @@ def load_world(split="train", scenes=16000, start=0, folder="data", workers=None
     made_by = f"world{WORLD_VERSION}-{sources()}"
     done = os.path.join(folder, f"{made_by}-{split}-{start}+{scenes}-{shown}")
     first = SEEDS[split] + start
-    seeds = range(first, first + scenes)
+    signs = {"options": asdict(view), "first_seed": first}
+    form = store.Form(scenes, signs, TEXTS, arrays_of(view))
     if not os.path.exists(done):
-        tell_of_others(folder, made_by)
-        _make_set(done, seeds, view, workers)
+        store.tell_of_others(folder, made_by)
+        step = max(1, min(BATCH, ROOM // math.prod(form.arrays["images"][1])))
+        jobs = []
+        for row in range(0, scenes, step):
+            last = min(row + step, scenes)
+            jobs.append([row, first + row, first + last, asdict(view), sources()])
+        store.make_set(done, form, "data.make_part", jobs, workers)
     try:
-        return WorldSet(done, seeds, view)
+        return WorldSet(done, range(first, first + scenes), view, form)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}; without its folder, the set is made again") from None
-
-
-@functools.cache
-def tell_of_others(folder, made_by):
-    """Say once how much disk the sets take that other sources made: they are used no more."""
-    sets = [one.parent for one in Path(folder).glob("world*/set.json")]
-    others = [one for one in sets if not one.name.startswith(f"{made_by}-")]
-    if others:
-        size = sum(file.stat().st_size for one in others for file in one.iterdir())
-        print(
-            f"{folder}: not used, as other sources than {made_by} made them: "
-            f"{len(others)} sets of scenes, {size / 1e9:.2f} GB",
-            file=sys.stderr,
-        )
-
-
-def about_set(seeds, view):
-    """What set.json says of a set, beside its texts."""
-    return {"options": json.loads(json.dumps(asdict(view))), "first_seed": seeds[0]}
-
-
-def _make_set(done, seeds, view, workers):
-    """Make a set beside its place; it moves there when it is whole."""
-    arrays = arrays_of(view)
-    step = max(1, min(BATCH, ROOM // math.prod(arrays["images"][1])))
-    with store.making(done) as folder:
-        if not folder:
-            return
-        room = {key: (dtype, (len(seeds), *shape)) for key, (dtype, shape) in arrays.items()}
-        store.create_arrays(folder, room)
-        jobs = []
-        for i in range(0, len(seeds), step):
-            part = seeds[i : i + step]
-            jobs.append([folder, i, part.start, part.stop, asdict(view), sources()])
-        texts = {key: [] for key in TEXTS}
-        with (
-            _workers(min(workers, len(jobs))) as answers,
-            tqdm(desc=f"making {os.path.basename(done)}", total=len(seeds), unit="scene") as bar,
-        ):
-            for part in answers(jobs):
-                for key in TEXTS:
-                    texts[key] += part[key]
-                bar.update(len(part["name"]))
-        doors.write_json(f"{folder}/set.json", about_set(seeds, view) | {"texts": texts})
-
-
-def _workers(count):
-    """A function, as a context, that yields what `make_part` returns for each job, in order."""
-    if count:
-        return store.crew("data.make_part", count)
-    return contextlib.nullcontext(lambda jobs: (make_part(*job) for job in jobs))
 
 
 def make_part(folder, row, first, last, view, made_by):
@@ -761,7 +688,7 @@ def make_part(folder, row, first, last, view, made_by):
     if made_by != sources():
         raise ValueError("the world's sources have changed since this began: start again")
     scene = make_scenes(range(first, last), **view)
-    for key in arrays_of(View(**view)):
+    for key in scene.keys() - set(TEXTS):
         store.write_rows(f"{folder}/{key}.npy", row, scene[key].numpy())
     return {key: scene[key] for key in TEXTS}
 

@@ -5,9 +5,10 @@ The doors: what comes in from outside is read and checked here, and what goes ou
                 its flags
     text        read_text, read_csv
     JSON        read_json -> Json
-    numbers     finite, whole_number, whole_numbers, require_increasing
+    numbers     finite, whole_number, whole_numbers
     images      read_image
-    a clip      check_times, check_drive, calibration_of
+    a clip      check_times, check_count, check_poses, check_bounds, check_drive, check_span,
+                check_sizes, calibration_of
     paths       inside, files_in
     writing     write_atomically, write_json, save_tensors
     runs        read_json_lines, write_json_lines, locked
@@ -183,19 +184,15 @@ def read_csv(file, required, optional):
         raise ValueError(
             f"{file}: header is {','.join(header)[:100]}; expected {','.join(required)}, "
             f"optional are {','.join(optional)}")
+    columns = {name: [] for name in header}
     for number, row in lines:
         if len(row) != len(header):
             raise ValueError(
                 f"{file}: line {number} has {len(row)} fields, the header {len(header)}")
-    columns = {}
-    for i, name in enumerate(header):
-        cells = [(number, row[i]) for number, row in lines]
-        if name == "file":
-            columns[name] = [cell for _, cell in cells]
-        else:
-            values = [number_of(cell, f"{file}: {name} in line {number}") for number, cell in cells]
-            columns[name] = np.array(values, float)
-    return columns
+        for name, cell in zip(header, row):
+            where = f"{file}: {name} in line {number}"
+            columns[name].append(cell if name == "file" else number_of(cell, where))
+    return {name: cells if name == "file" else np.array(cells) for name, cells in columns.items()}
 
 
 def number_of(text, where):
@@ -344,17 +341,6 @@ def whole_numbers(name, values, least=0, most=10**9):
     return tuple(whole_number(name, value, least, most) for value in values)
 
 
-def require_increasing(where, times):
-    """ValueError unless times (N,) are finite and increase."""
-    late = np.flatnonzero(~(np.diff(times) > 0))
-    if len(late):
-        i = late[0]
-        raise ValueError(
-            f"{where}: times must increase, but {times[i]} s is followed by {times[i + 1]} s")
-    if not np.isfinite(times).all():
-        raise ValueError(f"{where}: times must be finite numbers")
-
-
 def read_image(file):
     """An image file -> (H, W, 3) uint8, turned upright as its EXIF orientation says.
 
@@ -377,18 +363,22 @@ def read_image(file):
 # A clip (clips.py). A car and its cameras keep these bounds with room to spare; beyond them numbers
 # have another unit, or are broken.
 
+TICK = 5e-7  # s, half a microsecond of NVIDIA's clock: times closer than this are the same
 STEPS = (0.004, 0.3)  # s, the median between poses, and between images: 250 to 3.3 Hz
 LONGEST = 100_000  # s, a clip: more than a day
-FARTHEST = 1e8  # m from the origin: even coordinates from the middle of the Earth are nearer
-FASTEST = 150  # m/s
-SPIN = 4  # rad/s
-TILT = 0.7  # rad from upright
 ASIDE = 0.25  # rad between heading and travel, for three of four half seconds; real drives: 0.07
 BACKWARDS = 8  # m/s in reverse
-MEASURED = {  # the most that a column of egomotion.csv may be, either way
-    "speed": (FASTEST, "m/s"), "acceleration": (100, "m/s^2"), "steering": (1.2, "rad"),
+BOUNDS = {  # of a number of a pose: the most it may be, either way, and its unit
+    "position": (1e8, "m"),  # even coordinates from the middle of the Earth are nearer
+    "yaw": (4 * math.pi, "rad"),
+    "tilt": (0.7, "rad"),
+    "speed to the next": (150, "m/s"),
+    "turn rate to the next": (4, "rad/s"),
+    "speed": (150, "m/s"),
+    "acceleration": (100, "m/s^2"),
+    "steering": (1.2, "rad"),
     "turn_signal": (1, "(it is -1, 0 or 1)"),
-}  # fmt: skip
+}
 WIDEST = 16384  # pixels, the side of a calibrated image
 LONGEST_LENS = 1e6  # pixels, a focal length
 
@@ -397,38 +387,62 @@ def check_times(where, times):
     """ValueError unless times (N,) are two or more, increase, and are in s."""
     if len(times) < 2:
         raise ValueError(f"{where}: {len(times)} times, expected 2 or more")
-    require_increasing(where, times)
-    step = np.median(np.diff(times))
+    steps = np.diff(times)
+    late = np.flatnonzero(~(steps > 0))
+    if len(late):
+        i = late[0]
+        raise ValueError(
+            f"{where}: times must increase, but {times[i]} s is followed by {times[i + 1]} s")
+    step = np.median(steps)
     seconds = times[-1] - times[0]
     if not (STEPS[0] <= step <= STEPS[1] and seconds <= LONGEST):
         raise ValueError(
-            f"{where}: times must be in s, about 0.1 s apart ({STEPS[0]} to {STEPS[1]}), for at "
-            f"most {LONGEST} s; they are {step:g} apart (the median), for {seconds:g}")
+            f"{where}: times must be in s, {STEPS[0]} to {STEPS[1]} apart (the median), for at "
+            f"most {LONGEST} s; they are {step:g} apart, for {seconds:g}")
+
+
+def check_count(where, times, values, what):
+    """ValueError unless there is one of the values for each of times. what: their name."""
+    if len(times) != len(values):
+        raise ValueError(
+            f"{where}: {len(times)} times for {len(values)} {what}, expected one for each")
+
+
+def check_poses(where, times, fields):
+    """ValueError unless 4 poses or more have finite fields, {name: (N, ...)}, and right times."""
+    for field, values in fields.items():
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            raise ValueError(f"{where}: {field} of pose {bad[0, 0]} is not a finite number")
+    if len(times) < 4:
+        raise ValueError(f"{where}: {len(times)} poses, expected 4 or more")
+    check_times(where, times)
+
+
+def check_bounds(where, times, fields):
+    """ValueError unless the fields, {name: (N,)}, of poses at times are within BOUNDS."""
+    for field, values in fields.items():
+        most, unit = BOUNDS[field]
+        beyond = np.flatnonzero(~(np.abs(values) <= most))
+        if len(beyond):
+            i = beyond[0]
+            raise ValueError(
+                f"{where}: {field} of pose {i}, at {times[i]:g} s, is {values[i]:.4g} {unit}; "
+                f"expected at most {most:.4g}")
 
 
 def check_drive(where, times, xyz, rot, measured):
     """ValueError unless a car can have driven so: its speed, turning, tilt and heading.
 
     times (N,) s, xyz (N, 3) m, rot (N, 3, 3), and what was measured, {name: (N,)}."""
-
-    def require(field, values, most, unit):
-        beyond = np.flatnonzero(~(np.abs(values) <= most))
-        if len(beyond):
-            i = beyond[0]
-            raise ValueError(
-                f"{where}: {field} of pose {i}, at {times[i]:g} s, is {values[i]:.4g} {unit}; "
-                f"expected at most {most:g}")
-
-    require("position", np.abs(xyz).max(1), FARTHEST, "m")
-    for field, values in measured.items():
-        require(field, values, *MEASURED[field])
-    require("tilt", np.arccos(rot[:, 2, 2].clip(-1, 1)), TILT, "rad")
+    tilt = np.arccos(rot[:, 2, 2].clip(-1, 1))
+    check_bounds(where, times, {"position": np.abs(xyz).max(1), "tilt": tilt, **measured})
     step = np.maximum(np.diff(times), np.median(np.diff(times)))  # a jitter in time is no leap
     leap = np.linalg.norm(np.diff(xyz, axis=0), axis=1)
-    require("speed to the next", leap / step, FASTEST, "m/s")
     turn = np.trace(rot[:-1].swapaxes(1, 2) @ rot[1:], axis1=1, axis2=2)  # 1 + 2 cos(angle)
     angle = np.arccos(((turn - 1) / 2).clip(-1, 1))
-    require("turn rate to the next", angle / step, SPIN, "rad/s")
+    rates = {"speed to the next": leap / step, "turn rate to the next": angle / step}
+    check_bounds(where, times, rates)
     check_heading(where, times, xyz, rot[:, :, 0], measured.get("speed"))
 
 
@@ -463,9 +477,41 @@ def check_heading(where, times, xyz, heading, measured):
                 f"{where}: speed is {ratio:.2f} times that of the positions, expected m/s and m")
 
 
-def calibration_of(where, lens, pose):
-    """Numbers -> intrinsics (10,), see `project`, and camera_to_ego (4, 4) of a camera on a car."""
-    with expecting(f"{where}: expected 10 intrinsics and a pose of 4 x 4"):
+def check_span(where, what, times, t0, start, end, gap, back=0.0):
+    """ValueError unless what a Scene at t0 needs was recorded, at times (N,), from start to end.
+
+    gap: the longest there may be, in the `back` s before start too."""
+    if not (times[0] <= start + TICK and end - TICK <= times[-1]):
+        raise ValueError(
+            f"{where}: too short for t0 = {t0:.13g} s, which needs {what} from {start:.13g} to "
+            f"{end:.13g} s; there are {times[0]:.13g} to {times[-1]:.13g} s")
+    first, last = np.searchsorted(times, (start - back + TICK, end - TICK))
+    part = times[max(first - 1, 0) : last + 1]
+    late = np.flatnonzero(np.diff(part) > gap)
+    if len(late):
+        i = late[0]
+        raise ValueError(
+            f"{where}: no {what} from {part[i]:.13g} to {part[i + 1]:.13g} s, which the scene at "
+            f"{t0:.13g} s needs; a gap may be {gap:.3g} s")
+
+
+def check_sizes(where, images, lens):
+    """ValueError unless images (H, W, 3) have one size, for which their lens, if any, was made."""
+    sizes = {image.shape[1::-1] for image in images}
+    if lens is not None:
+        sizes.add(tuple(lens[1:3].tolist()))
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{where}: images and calibration must have one width and height, not {sorted(sizes)}")
+
+
+def calibration_of(where, kind, frame, coefficients, pose):
+    """Numbers -> intrinsics (10,), see `project`, and camera_to_ego (4, 4) of a camera on a car.
+
+    frame: width, height, cx, cy; coefficients: 5 of kind 0, f-theta, 2 of kind 1, a pinhole."""
+    count = 2 if kind else 5
+    with expecting(f"{where}: expected {count} coefficients and a camera_to_ego of 4 x 4"):
+        lens = [kind, *frame, *coefficients, *[0] * (5 - count)]
         lens = torch.tensor(lens, dtype=torch.float32).reshape(10)
         pose = torch.as_tensor(pose).float().reshape(4, 4)
     kind, width, height, cx, cy, *rest = lens.tolist()

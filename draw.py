@@ -133,6 +133,7 @@ class Photo(NamedTuple):
     seen: bool = True  # whether the model looks through this camera
 
 
+CORNER = dict(xycoords="axes fraction", textcoords="offset points", va="top")
 BEHIND = dict(color=GREY, linewidth=2.5)  # the line of what was driven before t0
 DRIVEN = Look(
     dict(color=TRUTH, linewidth=1.5, markersize=4),
@@ -222,10 +223,9 @@ def draw_photo(ax, camera, photo, paths):
     ax.imshow(photo.image, extent=(0, W, H, 0), interpolation=smoothing)
     ax.set(xlim=(0, W), ylim=(H, 0))
     ax.set_axis_off()
-    corner = dict(xycoords="axes fraction", textcoords="offset points", va="top")
     box = dict(facecolor=TRUTH, alpha=0.5, linewidth=0, pad=2.5)
     caption = CAPTIONS[camera] + ", unseen by the model" * (not photo.seen)
-    ax.annotate(caption, (0, 1), (5, -5), color="white", bbox=box, **corner)
+    ax.annotate(caption, (0, 1), (5, -5), color="white", bbox=box, **CORNER)
     if photo.intrinsics is None:
         return
     for drawn in paths:
@@ -322,8 +322,7 @@ def draw_numbers(ax, scene, out, paths):
         verdicts.pop("", None)
         counts = ", ".join(f"{count} {word}" for word, count in verdicts.items())
         below += "\n" + textwrap.fill(f"words: {counts}" if counts else "", 22)
-        corner = dict(xycoords="axes fraction", textcoords="offset points", va="top")
-        ax.annotate(below, (0.55, 1), (0, -30), color=GREY, **corner)
+        ax.annotate(below, (0.55, 1), (0, -30), color=GREY, **CORNER)
     times = ", ".join(f"{stage} {1000 * s:.0f} ms" for stage, s in out.seconds.items())
     ax.text(0.02, 0, textwrap.fill(times, 36), size=8.5, color=GREY)
 

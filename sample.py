@@ -89,6 +89,8 @@ def parse_flags():
     for name in ("split", "situation") if args.clip else ("t0", "cameras"):
         if getattr(args, name) is not None:
             p.error(f"--{name}: expected {'without' if args.clip else 'with'} --clip")
+    if all(one is None for one in (args.scene, args.split, args.situation, args.clip)):
+        args.situation = FIRST_SEEN
     args.switches = {}  # of the checkpoint's config, where the command line says something else
     for switch in ("keep", "retrieve"):
         value = getattr(args, switch)
@@ -106,11 +108,8 @@ def world_scene(cfg, args):
     split = args.split or "val"
     first = world.SEEDS[split]
     number = args.scene or 0
-    situation = args.situation
-    if not situation and args.scene is None and not args.split:
-        situation = FIRST_SEEN
-    if situation:
-        number = world.find(situation, split, number) - first
+    if args.situation:
+        number = world.find(args.situation, split, number) - first
     scene = data.make_scenes([first + number], **data.view_of(cfg, args.size))
     scene["name"] = [f"{scene['name'][0]}, held-out scene {number} of the world"]
     return scene, photos_of(scene)

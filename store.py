@@ -1,20 +1,24 @@
 """
-Folders of arrays on disk: whole or not there, and made by processes whose death is seen.
+Sets of scenes on disk: whole or not there, and made by processes whose death is seen.
 
     a folder    making
+    a set       Form, make_set, open_set
     arrays      create_arrays, write_rows, open_array
     workers     crew, serve
-    sources     essence
+    sources     hash_of, tell_of_others
 
-This room knows no other.
+This room knows only doors.py.
 """
 
 import ast
 import contextlib
 import errno
+import hashlib
+import itertools
 import json
 import math
 import os
+import pkgutil
 import queue
 import re
 import secrets
@@ -24,10 +28,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.lib.format import dtype_to_descr, open_memmap, write_array_header_1_0
+from numpy.lib.format import open_memmap
+from tqdm import tqdm
+
+import doors
 
 try:
     import fcntl
@@ -57,7 +65,8 @@ def making(done):
         try:
             yield folder
             for file in Path(folder).iterdir():
-                flush(file)  # else a power cut could leave a folder of zeros
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())  # else a power cut could leave a folder of zeros
             if not os.path.exists(done):  # without locks, another may have been quicker
                 os.rename(folder, done)
         finally:
@@ -70,28 +79,74 @@ def lock_of(home):
 
     False where there are no such locks: on Windows, on some network disks."""
     place = os.open(os.path.join(home, ".lock"), os.O_RDONLY | os.O_CREAT, 0o666)
-    try:
-        yield fcntl is not None and wait_for(place, home)
-    finally:
-        os.close(place)
+    with open(place) as file:
+        locked = fcntl is not None
+        try:
+            if locked:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{home}: waiting for another process that makes scenes here", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            locked = False
+        yield locked
 
 
-def wait_for(place, home):
-    """Whether the lock of an open file could be had, at once or after some waiting."""
-    try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"{home}: waiting for another process that makes scenes here", file=sys.stderr)
-        fcntl.flock(place, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
+# --------------------------------------------------------------------------------------------------
+# A set: a folder of arrays, and set.json with its signs and its texts
 
 
-def flush(file):
-    """Have a file's bytes on the disk itself."""
-    with open(file, "rb+") as opened:
-        os.fsync(opened.fileno())
+class Form(NamedTuple):
+    """What a set is to be."""
+
+    rows: int
+    signs: dict  # what set.json says of it, from which another set is told apart
+    texts: tuple  # the names of its lists of str
+    arrays: dict  # name: (dtype, shape of a row)
+
+    def whole(self):
+        """The arrays, {name: (dtype, shape)}."""
+        return {name: (dtype, (self.rows, *shape)) for name, (dtype, shape) in self.arrays.items()}
+
+
+def make_set(done, form, work, jobs, workers):
+    """Make the set `done`; work(folder, *job) writes rows and returns their texts, {name: list}.
+
+    work, workers: see `crew`. It moves to its place when it is whole."""
+    with making(done) as folder:
+        if not folder:
+            return
+        create_arrays(folder, form.whole())
+        texts = {name: [] for name in form.texts}
+        with (
+            crew(work, min(workers, len(jobs))) as answers,
+            tqdm(desc=f"making {os.path.basename(done)}", total=form.rows, unit="scene") as bar,
+        ):
+            for part in answers([[folder, *job] for job in jobs]):
+                for name in texts:
+                    texts[name] += part[name]
+                bar.update(len(part[name]))
+        doors.write_json(f"{folder}/set.json", form.signs | {"texts": texts})
+
+
+def open_set(folder, form):
+    """The texts {name: list} and the arrays {name: array}, mapped, of a set.
+
+    ValueError or OSError, which names the file, where it is not of this form."""
+    about = doors.read_json(f"{folder}/set.json")
+    for key, value in json.loads(json.dumps(form.signs)).items():
+        if about[key] != value:
+            raise about.wrong(key, repr(value))
+    texts = {}
+    for name in form.texts:
+        found = texts[name] = about.part("texts")[name]
+        strings = isinstance(found, list) and all(isinstance(text, str) for text in found)
+        if not strings or len(found) != form.rows:
+            raise about.part("texts").wrong(name, f"{form.rows} texts")
+    arrays = {}
+    for name, (dtype, shape) in form.whole().items():
+        arrays[name] = open_array(f"{folder}/{name}.npy", dtype, shape)
+    return texts, arrays
 
 
 # --------------------------------------------------------------------------------------------------
@@ -99,37 +154,27 @@ def flush(file):
 
 
 def create_arrays(folder, arrays):
-    """Files of zeros for arrays {name: (dtype, shape)}. OSError where the disk has no room."""
+    """Files of zeros for arrays {name: (dtype, shape)}. OSError where the disk has no room.
+
+    All of it is reserved, where a system can do that."""
+    needed = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in arrays.values())
     free = shutil.disk_usage(folder).free
-    needed = 0
-    for dtype, shape in arrays.values():
-        needed += math.prod(shape) * np.dtype(dtype).itemsize
-    try:
-        if needed > free and not hasattr(os, "posix_fallocate"):
-            raise OSError(errno.ENOSPC, "")
-        for name, (dtype, shape) in arrays.items():
-            create_array(f"{folder}/{name}.npy", np.dtype(dtype), shape)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise OSError(
-            f"{os.path.dirname(folder) or '.'}: needs {needed / 1e6:.1f} MB of disk for a set of "
-            f"scenes, {free / 1e6:.1f} MB are free"
-        ) from None
-
-
-def create_array(file, dtype, shape):
-    """A .npy file of zeros, with room on the disk for all of them where a system can reserve it."""
-    with open(file, "wb") as opened:
-        about = {"descr": dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        write_array_header_1_0(opened, about)
-        size = opened.tell() + math.prod(shape) * dtype.itemsize
-        opened.truncate(size)
+    full = OSError(
+        f"{os.path.dirname(folder) or '.'}: needs {needed / 1e6:.1f} MB of disk for a set of "
+        f"scenes, {free / 1e6:.1f} MB are free"
+    )
+    if needed > free:
+        raise full
+    for name, (dtype, shape) in arrays.items():
+        file = f"{folder}/{name}.npy"
         try:
-            os.posix_fallocate(opened.fileno(), 0, size)
-        except AttributeError:  # no such call here
-            pass
+            open_memmap(file, "w+", dtype, shape)
+            if hasattr(os, "posix_fallocate"):
+                with open(file, "rb+") as opened:
+                    os.posix_fallocate(opened.fileno(), 0, os.path.getsize(file))
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise full from None
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # no such call on this disk
                 raise
 
@@ -179,15 +224,15 @@ def open_array(file, dtype, shape):
 def crew(work, workers):
     """A function that yields the answers of `work`, "module.function", to jobs, in order.
 
+    No workers: this process does it all.
     A job is a list of arguments; jobs and answers are JSON. Each worker is a Python process of its
     own that runs nothing of the program that asks: a script needs no guard. It has one thread, as
     threads that share cores with others are many times slower. The death of one is an OSError. They
     end with the block, and with the process that asks, however that ends."""
-    module, _, function = work.rpartition(".")
-    program = (
-        f"import sys; sys.path[:] = {sys.path!r}; import store, {module}; "
-        f"store.serve({module}.{function})"
-    )
+    if not workers:
+        yield partial(itertools.starmap, pkgutil.resolve_name(work))
+        return
+    program = f"import sys; sys.path[:] = {sys.path!r}; import store; store.serve({work!r})"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
     idle = queue.SimpleQueue()
     with contextlib.ExitStack() as ends:
@@ -238,6 +283,7 @@ def serve(work):
     torch.set_num_threads(1)
     answers = os.dup(1)
     os.dup2(2, 1)  # what the work prints is no answer
+    work = pkgutil.resolve_name(work)
     for job in sys.stdin:
         answer = wrong = None
         try:
@@ -256,60 +302,25 @@ def serve(work):
 # Sources
 
 
-def essence(source, names=None):
-    """A Python source without comments, docstrings and layout.
-
-    names: only the statements that define these names or what those mention, and so on."""
-    body = [one for part in ast.parse(source).body for one in alone(part)]
-    if names is not None:
-        body = reached(body, names)
-    for part in body:
-        for node in ast.walk(part):
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-                node.body = node.body[1:] or [ast.Pass()]
-    return "\n".join(map(ast.unparse, body))
+def hash_of(sources):
+    """A short hash of Python sources. Comments, docstrings and layout do not count."""
+    parts = []
+    for source in sources:
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value = ast.Constant(...)
+        parts.append(ast.unparse(tree))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 
-def alone(part):
-    """A statement as a list, with an import apart for each name; empty for a page's docstring."""
-    if isinstance(part, ast.ImportFrom):
-        return [ast.ImportFrom(part.module, [name], part.level) for name in part.names]
-    return [] if isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) else [part]
-
-
-def reached(body, names):
-    """The statements that define or change these names or what those mention, and so on."""
-    imports = {}  # name: statements
-    others = {}
-    for part in body:
-        if isinstance(part, (ast.Import, ast.ImportFrom)):
-            for alias in part.names:
-                imports.setdefault(alias.asname or alias.name, []).append(part)
-            continue
-        for name in defined_by(part):
-            others.setdefault(name, []).append(part)
-    kept = set()
-    wanted = list(names)
-    for name in wanted:  # it grows
-        for part in imports.get(name) or others.pop(name, []):
-            kept.add(part)
-            wanted += mentioned(part)
-    return [part for part in body if part in kept]
-
-
-def defined_by(part):
-    """The names that a statement defines, or may change: a line that is added to a table."""
-    if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
-        return [part.name]
-    return mentioned(ast.Tuple(part.targets) if isinstance(part, ast.Assign) else part)
-
-
-def mentioned(part):
-    """The names in a statement."""
-    return [node.id for node in ast.walk(part) if isinstance(node, ast.Name)]
-
-
-def imported(source, module):
-    """The names that a Python source imports from a module, a set."""
-    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
-    return {alias.name for node in found if node.module == module for alias in node.names}
+def tell_of_others(home, made_by):
+    """Say how much disk the sets take whose names do not begin with `made_by`: nobody uses them."""
+    sets = [one.parent for one in Path(home).glob("world*/set.json")]
+    others = [one for one in sets if not one.name.startswith(f"{made_by}-")]
+    size = sum(file.stat().st_size for one in others for file in one.iterdir())
+    if others:
+        doors.note(
+            f"{home}: not used, as other sources than {made_by} made them: "
+            f"{len(others)} sets of scenes, {size / 1e9:.2f} GB"
+        )

@@ -22,6 +22,7 @@ from PIL import Image
 
 from alpamayo import fit_actions, initial_speed, roll_out, rot_of
 from data import CAUSES, COMPONENTS, load, words_of
+from doors import Json
 from motion import LATERAL_META, LONGITUDINAL_META, key_frames, meta_actions, segments
 from tools.label import check_reasoning, read_labels, write_labels
 
@@ -328,35 +329,35 @@ def light(**fields):
 
 @pytest.mark.parametrize("first, second, message", [
     ({"critical_components": []}, {},
-     "stage_1/label.json: critical_components is [], expected one or more"),
+     "stage_1/label.json: field critical_components is [], expected one or more"),
     ({}, {"exclude": "yes"},
-     'stage_2/label.json: exclude is "yes", expected one of no, unsafe, no decision'),
+     "stage_2/label.json: field exclude is 'yes', expected one of no, unsafe, no decision"),
     ({}, {"exclude": None},
-     "stage_2/label.json: exclude is null, expected one of no, unsafe, no decision"),
-    ({}, {"longitudinal": "brake"}, 'longitudinal is "brake", expected one of yield, stop, follow'),
-    ({}, {"lateral": None}, "lateral is null, expected one of keep lane"),
+     "stage_2/label.json: field exclude is None, expected one of no, unsafe, no decision"),
+    ({}, {"longitudinal": "brake"}, "longitudinal is 'brake', expected one of yield, stop, follow"),
+    ({}, {"lateral": None}, "lateral is None, expected one of keep lane"),
     ({}, {"longitudinal": "none", "lateral": "none"},
-     'longitudinal, as lateral, is "none", expected one decision'),
+     "field lateral is 'none', expected one decision"),
     ({}, {"longitudinal": "yield"}, 'expected a line "Yield and keep lane since <reasons>."'),
-    ({}, {"longitudinal": ["stop"]}, 'longitudinal is ["stop"], expected one of'),
+    ({}, {"longitudinal": ["stop"]}, "longitudinal is ['stop'], expected one of"),
     ({}, {"reasoning": None},
-     'reasoning is null, expected a line "Stop and keep lane since <reasons>."'),
+     'reasoning is None, expected a line "Stop and keep lane since <reasons>."'),
     ({}, {"reasoning": "The light is red."},
      'expected a line "Stop and keep lane since <reasons>."'),
     ({}, {"reasoning": "Stop and keep lane since ."},
      'expected a line "Stop and keep lane since <reasons>."'),
     ({}, {"reasoning": "Stop and keep lane since a pedestrian crosses at the light."},
-     "which 'pedestrian' is not"),
+     "names, not 'pedestrian'"),
     ({}, {"reasoning": "Stop and keep lane since one must."},
-     "expected reasons in words of the critical_components"),
+     "expected words of the critical_components"),
     (light(component="lamp"), {},
-     'critical_components[0].component is "lamp", expected one of critical object, tr'),
+     "critical_components[0].component is 'lamp', expected one of critical object, tr"),
     (light(uncertainty=0.5), {},
      "critical_components[0].uncertainty is 0.5, expected one of low, high"),
-    (light(description=" "), {}, 'critical_components[0].description is " ", expected a few words'),
+    (light(description=" "), {}, "critical_components[0].description is ' ', expected a few words"),
     ({"critical_components": ["a light"]}, {},
-     'critical_components[0] is "a light", expected an object'),
-    ({"critical_components": "a light"}, {}, 'critical_components is "a light", expected a list'),
+     "critical_components must be a list of objects"),
+    ({"critical_components": "a light"}, {}, "critical_components must be a list of objects"),
 ])
 def test_a_wrong_label_is_told_in_a_line(prepared, tmp_path, first, second, message):
     frames = json.loads((prepared / "labels" / "keyframes.json").read_text())
@@ -397,7 +398,7 @@ LAMP = ("traffic light", "the tram signal on the left is lit")
     (("routing intent", "straight on at the next junction"), "an ostrich must cross from the left"),
 ])  # fmt: skip
 def test_an_invention_is_refused(component, reason):
-    with pytest.raises(ValueError, match="expected (only what|reasons in words of) [^\n]*$"):
+    with pytest.raises(ValueError, match="expected (only what|words of) [^\n]*$"):
         check(component, reason)
 
 
@@ -426,7 +427,8 @@ def check(component, reason):
     name, description = component
     components = [{"component": name, "description": description, "uncertainty": "low"}]
     text = f"Stop and keep lane since {reason}."
-    check_reasoning("label.json: reasoning", text, ("stop", "keep lane"), "label.json", components)
+    first = Json("label.json", {"critical_components": components})
+    check_reasoning(Json("label.json", {"reasoning": text}), ("stop", "keep lane"), first)
 
 
 def test_each_cause_of_the_world_names_its_thing():
@@ -491,7 +493,7 @@ def test_damaged_keyframes_are_one_line_and_nothing_is_written(filled, damage, m
     (1, "[" * 100_000, "stage_1/label.json: not JSON: nested too deep"),
     (1, '{"critical_components": NaN}', "stage_1/label.json: not JSON: NaN is no number"),
     (1, '{"critical_components": [{"component": ["a"]}]}', "component is ..a.., expected one of"),
-    (1, json.dumps({"critical_components": "x" * 10**6}), "critical_components is .{200}[.]{3}, expected a list"),
+    (1, json.dumps({"critical_components": "x" * 10**6}), "critical_components must be a list"),
     (2, '{"exclude": "no", "longitudinal": {}, "lateral": "none", "reasoning": ""}', "longitudinal is {}, expected"),
     (2, '{"exclude": ["no"], "longitudinal": 1, "lateral": 1, "reasoning": 1}', "exclude is ..no.., expected one of"),
     (2, b"\xff\xfe{", "stage_2/label.json: expected text in UTF-8"),
@@ -551,7 +553,7 @@ def test_broken_label_files_are_all_told(prepared, tmp_path):
     assert code == 1 and len(lines) == 3 and "Traceback" not in err
     assert "stage_1/label.json: not JSON" in lines[0]
     assert "stage_2/label.json: expected an object" in lines[1]
-    assert "stage_2/label.json: longitudinal is null, expected to be there" in lines[2]
+    assert "stage_2/label.json: field longitudinal is None, expected to be there" in lines[2]
     (labels[0] / "stage_1" / "label.json").unlink()
     with pytest.raises(ValueError, match="stage_1/label.json: missing"):
         read_labels(tmp_path)

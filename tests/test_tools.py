@@ -20,12 +20,14 @@ from test_sample import checkpoint, run, write_clip  # noqa: F401
 from test_vision import H, W, build, in_double, scene  # noqa: F401
 
 import alpamayo
+import data
 import doors
 import sample
 import train
 import world
 from alpamayo import Alpamayo
 from tools import evaluate, experiments, gallery, judge, label
+from tools.common import batches
 
 NANO = os.path.join(ROOT, "checkpoints", "nano")
 
@@ -95,6 +97,14 @@ def test_what_a_model_is_not_shown_matters(cache, command, capsys):
     assert told["without the route"] == untold["all"] != told["all"]
     assert told["all"] != told["no images (grey)"] != told["another scene's images"] != told["all"]
     assert "without the route" not in untold
+
+
+def test_no_scene_is_left_its_own_images(cache):
+    scenes = data.load_world("val", 3, folder=cache, size=(32, 64))
+    others = evaluate.OtherImages(scenes)
+    shown = [scene["images"] for _, scene in batches(others, 2)]  # the last batch is of one
+    assert torch.equal(torch.cat(shown), scenes.batch([2, 0, 1])["images"])
+    assert len(others) == 3 and others.batch([2])["name"] == [scenes.names[2]]
 
 
 def test_closed_loop(checkpoint, tmp_path, again):  # noqa: F811

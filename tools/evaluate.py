@@ -60,9 +60,18 @@ each scene. longitudinal, lateral, both: % of first samples that decide right; e
 word for word."""
 
 
-def with_other_images(scene):
-    """The Scene with its neighbour's images."""
-    return scene | {"images": scene["images"].roll(1, 0)}
+class OtherImages:
+    """A set of scenes, each with the images of the one before it, the first with the last one's."""
+
+    def __init__(self, scenes):
+        self.scenes = scenes
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def batch(self, indices):
+        before = self.scenes.batch([i - 1 for i in indices])
+        return self.scenes.batch(indices) | {"images": before["images"]}
 
 
 def in_grey(scene):
@@ -85,14 +94,14 @@ def open_loop(model, args):
     rows["all"] = plan_row(numbers)
     conditions = {}
     if model.cfg.route and args.route and not args.clip:  # a clip tells no route
-        conditions["without the route"] = model, data.without_route
-    if not args.clip:  # where the neighbour is half a second away
-        conditions["another scene's images"] = model, with_other_images
-    conditions["no images (grey)"] = model, in_grey
+        conditions["without the route"] = model, scenes, data.without_route
+    if not args.clip and len(scenes) > 1:  # of a clip the neighbour is half a second away
+        conditions["another scene's images"] = model, OtherImages(scenes), dict
+    conditions["no images (grey)"] = model, scenes, in_grey
     if args.blind:
-        conditions["trained blind"] = load_model(args.blind, args.device), in_grey
-    for condition, (driver, show) in conditions.items():
-        rows[condition] = plan_row(measure_plans(driver, scenes, args, show))
+        conditions["trained blind"] = load_model(args.blind, args.device), scenes, in_grey
+    for condition, (driver, shown, show) in conditions.items():
+        rows[condition] = plan_row(measure_plans(driver, shown, args, show))
     return rows
 
 

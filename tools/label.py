@@ -9,7 +9,6 @@ the key frame and asks what matters there. The second shows six seconds after it
 decided and why. A reason may name only what the first stage did, so that no reason rests on what
 could not be seen in time.
 """
-import json
 import math
 import re
 from pathlib import Path
@@ -374,61 +373,54 @@ def read_label(folder):
 
     ValueError: the file, the field and what was expected.
     """
-    first, second = folder / "stage_1/label.json", folder / "stage_2/label.json"
-    (components,) = read_fields(first, ["critical_components"]).values()
-    check_components(f"{first}: critical_components", components)
-    label = read_fields(second, [*DECIDED, "reasoning"])
-    longitudinal, lateral, exclude, reasoning = label.values()
-    if not any(label.values()):
-        return None
-    require_one_of(f"{second}: ", label, {"exclude": DECIDED["exclude"]})
-    if exclude != "no":
-        return ""
-    require_one_of(f"{second}: ", label, DECIDED)
-    require({longitudinal, lateral} != {"none"}, f"{second}: longitudinal, as lateral,", "none",
-            'one decision; where there is none, exclude is "no decision"')  # fmt: skip
-    require(components, f"{first}: critical_components", components,
-            "one or more, as stage_2 is filled in")  # fmt: skip
-    pair = longitudinal.replace("none", "keep speed"), lateral.replace("none", "keep lane")
-    check_reasoning(f"{second}: reasoning", reasoning, pair, first, components)
-    return reasoning.strip()
-
-
-def read_fields(file, fields):
-    """These fields of a label.json, which must be there."""
-    label = read_json(file)
+    first = read_json(folder / "stage_1/label.json")
+    second = read_json(folder / "stage_2/label.json")
+    check_components(first)
+    fields = (*DECIDED, "reasoning")
     for field in fields:
-        require(field in label, f"{file}: {field}", None, "to be there")
-    return {field: label.get(field) for field in fields}
+        if field not in second:
+            raise second.wrong(field, "to be there")
+    if not any(second.get(field) for field in fields):
+        return None
+    require_one_of(second, {"exclude": DECIDED["exclude"]})
+    if second["exclude"] != "no":
+        return ""
+    require_one_of(second, DECIDED)
+    longitudinal, lateral = second["longitudinal"], second["lateral"]
+    if longitudinal == lateral == "none":
+        raise second.wrong("lateral", 'one decision; where there is none, exclude is "no decision"')
+    if not first["critical_components"]:
+        raise first.wrong("critical_components", "one or more, as stage_2 is filled in")
+    pair = longitudinal.replace("none", "keep speed"), lateral.replace("none", "keep lane")
+    check_reasoning(second, pair, first)
+    return second["reasoning"].strip()
 
 
-def check_components(where, components):
+def check_components(first):
     """Each has a component and an uncertainty of a closed set, and a description."""
-    require(isinstance(components, list), where, components, "a list")
-    for i, entry in enumerate(components):
-        require(isinstance(entry, dict), f"{where}[{i}]", entry,
-                "an object with component, description, uncertainty")  # fmt: skip
-        require_one_of(f"{where}[{i}].", entry, SEEN)
-        text = entry.get("description")
-        require(isinstance(text, str) and text.strip(), f"{where}[{i}].description", text,
-                "a few words")  # fmt: skip
+    for entry in first.objects("critical_components"):
+        require_one_of(entry, SEEN)
+        if not entry.text("description").strip():
+            raise entry.wrong("description", "a few words")
 
 
-def check_reasoning(where, reasoning, pair, first, components):
-    """It is a line "<decisions> since <reasons>."; reasons are components of the file `first`."""
-    _, _, reasons = str(reasoning).lower().partition(" since ")
-    begin = f"{pair[0]} and {pair[1]} since ".capitalize()
-    told = isinstance(reasoning, str) and decisions(reasoning) == pair and "\n" not in reasoning
-    require(told and reasons.strip(" ."), where, reasoning, f'a line "{begin}<reasons>."')
+def check_reasoning(second, pair, first):
+    """It is a line "<decisions> since <reasons>."; the reasons are components of stage 1."""
+    reasoning = str(second.get("reasoning"))
+    reasons = reasoning.lower().partition(" since ")[2]
+    if decisions(reasoning) != pair or "\n" in reasoning or not reasons.strip(" ."):
+        begin = f"{pair[0]} and {pair[1]} since ".capitalize()
+        raise second.wrong("reasoning", f'a line "{begin}<reasons>."')
+    components = first["critical_components"]
     described = " ".join(entry["description"] for entry in components).lower()
     named = things_in(described) | {NAMED.get(entry["component"]) for entry in components}
     told = things_in(reasons)
     for thing in sorted(told):
-        known = {thing, *GENERAL.get(thing, ())} & named
-        require(known, where, reasoning, f"only what {first} names, which {thing!r} is not")
+        if not {thing, *GENERAL.get(thing, ())} & named:
+            raise second.wrong("reasoning", f"only what {first.path} names, not {thing!r}")
     shared = set(re.findall(r"\w{4,}", reasons)) & set(re.findall(r"\w{4,}", described)) - PLACES
-    require(told or shared, where, reasoning,
-            f"reasons in words of the critical_components of {first}")  # fmt: skip
+    if not told and not shared:
+        raise second.wrong("reasoning", f"words of the critical_components of {first.path}")
 
 
 def things_in(text):
@@ -437,19 +429,11 @@ def things_in(text):
     return {names[found.lastindex - 1] for found in A_THING.finditer(text)}
 
 
-def require(valid, where, value, expected):
-    """ValueError in one line unless valid; where: the file and the field."""
-    if not valid:
-        value = json.dumps(value)
-        shown = value if len(value) <= 200 else f"{value[:200]}..."
-        raise ValueError(f"{where} is {shown}, expected {expected}")
-
-
-def require_one_of(where, fields, allowed):
-    """Each field of `allowed` must be one of its names; where: the file and what is around them."""
+def require_one_of(label, allowed):
+    """Each field of `allowed` must be one of its names."""
     for field, names in allowed.items():
-        value = fields.get(field)
-        require(value in names, f"{where}{field}", value, "one of " + ", ".join(names))
+        if label.get(field) not in names:
+            raise label.wrong(field, "one of " + ", ".join(names))
 
 
 def main():
