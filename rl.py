@@ -398,6 +398,7 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
         scene = to_device(scenes.batch(some), device)
         with autocast:
             rollout = try_out(model, scene, flags, seed_of(flags.seed, number, first))
+        expect_finite(number, "path of a rollout", rollout.actions)
         rewards = rewards_of(scene, rollout, scenes, some, flags.rewards, judge)
         for name, value in rewards.items():
             expect_finite(number, f"reward `{name}`", value)

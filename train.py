@@ -490,8 +490,7 @@ def load_scenes(run):
 
 def world_scenes(flags, cfg):
     view = data.view_of(cfg, flags.size)
-    workers = os.cpu_count() if flags.workers is None else flags.workers
-    load = partial(data.load, "world", folder=flags.cache, workers=workers, **view)
+    load = partial(data.load, "world", folder=flags.cache, workers=flags.workers, **view)
     if flags.stage == "rl":
         load_split = partial(load, scenes=flags.scenes, start=rl.START)
         train = data.Together([load_split(split=split) for split in flags.split])

@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from test_clips import folder  # noqa: F401, a clip of one's own
+from test_clips import folder, folder_original  # noqa: F401, a clip of one's own
 from test_vision import TINY, build, scene  # noqa: F401, a tiny model without zeros, three scenes
 
 import data
