@@ -618,6 +618,8 @@ class Alpamayo(nn.Module):
         actions = self.action_space.restore(flow[-1])  # (N, 64, 2)
         xyz, rot = roll_out(actions, self.speed(scene).repeat_interleave(n))
         clock.lap("flow")
+        if not (actions.isfinite().all() and thought.log_probs.isfinite().all()):
+            raise FloatingPointError("sample: what the model computes is not finite")
 
         texts = self.texts_of(thought)
         reasoning = [texts[i : i + n] for i in range(0, len(texts), n)]

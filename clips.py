@@ -40,7 +40,19 @@ from torch.utils.data import default_collate
 
 import doors
 from alpamayo import DT, LOW_SPEED, project, rot_of, yaw_of
-from doors import TICK, expecting, files_in, inside, read_csv, read_image, read_json, read_text
+from doors import (
+    TICK,
+    expecting,
+    files_in,
+    finite,
+    inside,
+    read_csv,
+    read_image,
+    read_json,
+    read_text,
+    whole_number,
+    whole_numbers,
+)
 from world import FUTURE, HISTORY, PAST, WHEELBASE, rays, rig_camera
 
 CAMERAS = """
@@ -152,8 +164,13 @@ class ClipScenes:
                  size=None, rig=None, future=True):  # fmt: skip
         if (rig is None) != (size is None):
             raise ValueError("rig and size go together: without a rig, images keep their own size")
+        frames = whole_number("frames", frames, 1, 1000)
+        if not (finite(frame_dt) and 0 < frame_dt <= 10):
+            raise ValueError(f"frame_dt: expected seconds, more than 0, at most 10, not {frame_dt}")
+        if camera_ids is not None:
+            camera_ids = whole_numbers("camera_ids", camera_ids, 0, len(CAMERAS) - 1)
         self.camera_ids = camera_ids
-        self.size = size
+        self.size = size and whole_numbers("size", size, 1, 10_000)
         self.rig = rig
         self.future = future
         self.after = FUTURE * DT * future  # s of poses after t0
@@ -222,7 +239,9 @@ class ClipScenes:
                 f"{clip.name}: has the cameras {sorted(clip.cameras)}, not {ids or list(USED)}")
         for i in ids:
             if self.rig and clip.cameras[i].intrinsics is None:
-                raise ValueError(f"{clip.name}: a rig needs calibrated cameras, camera {i} is not")
+                raise ValueError(
+                    f"{clip.name}: a rig needs calibrated cameras, {CAMERAS[i]} is not; see "
+                    "cameras.json in docs/clips.md")
         return {i: clip.cameras[i] for i in ids}
 
     def check(self, clip, t0):

@@ -26,6 +26,7 @@ import csv
 import functools
 import json
 import math
+import numbers
 import operator
 import os
 import re
@@ -47,6 +48,10 @@ LARGEST_TEXT = 2**30  # bytes
 
 # --------------------------------------------------------------------------------------------------
 # Flags
+
+
+class Refused(argparse.ArgumentTypeError, ValueError):
+    """What a flag may not be, in words that show nothing of what was typed."""
 
 
 class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -85,10 +90,7 @@ def real(least=-math.inf, most=math.inf, above=-math.inf):
     """The type of a flag that is a finite number within bounds, and more than `above`."""
 
     def read(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
+        value = float_of(text)
         if math.isfinite(value) and least <= value <= most and value > above:
             return value
         bounds = [f"{least:g} or more"] * (least > -math.inf)
@@ -197,12 +199,16 @@ def read_csv(file, required, optional):
 
 def number_of(text, where):
     """The finite number that a text is; where: what to name in errors."""
-    value = math.nan
-    with contextlib.suppress(ValueError):
-        value = float(text)
+    value = float_of(text)
     if not math.isfinite(value):
         raise ValueError(f"{where} is {text[:40]!r}, expected a finite number")
     return value
+
+
+def float_of(text):
+    """The number that a text is, NaN if it is none. Python would read 1_5 as 15."""
+    plain = re.fullmatch(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*", text)
+    return float(text) if plain else math.nan
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,7 +319,7 @@ def parse_json(text, where):
 
 def finite(value):
     """Whether a value is a number that is neither NaN nor infinite. True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
     with contextlib.suppress(OverflowError):  # of an int too large for a float
         return math.isfinite(value)
@@ -819,8 +825,8 @@ def run(main):
             stream.reconfigure(errors="replace")
     try:
         main()
-    except KeyboardInterrupt:
-        print(f"{name_of_program()}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print("; ".join([f"{name_of_program()}: interrupted", *error.args]), file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -619,7 +619,6 @@ def statements(c):
         "n_head and e_head must be multiples of n_kv_head": heads == 0,
         "v_embd must be a multiple of 4 v_head": c["v_embd"] % (4 * c["v_head"]) == 0,
         "deepstack must increase, below v_layer": rising,
-        "deepstack must not be longer than n_layer": len(c["deepstack"]) <= c["n_layer"],
         "a_fourier must be even": c["a_fourier"] % 2 == 0,
         "ego deltas needs 2 history_bins or more": c["ego"] != "deltas" or c["history_bins"] >= 2,
         "cameras must be one or more, each once": len(set(c["cameras"])) == len(c["cameras"]) > 0,

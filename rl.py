@@ -36,7 +36,16 @@ import torch
 
 from alpamayo import DT, HORIZON, OF_EXPERT, Rollout, ade
 from data import CAUSES, SPLITS, decisions, is_right, seed_of, to_device, words_of
-from doors import expecting, parse_json, read_json_lines, read_text, real, whole, write_atomically
+from doors import (
+    Refused,
+    expecting,
+    parse_json,
+    read_json_lines,
+    read_text,
+    real,
+    whole,
+    write_atomically,
+)
 from draw import GREY, MODEL, pyplot, readable, save_figure
 from memory import without_adapters
 from motion import LONGITUDINAL_META, comfort, lateral_events, meta_actions, smooth_motion
@@ -218,7 +227,7 @@ def endpoint(url):
     """The type of the flag --judge: the URL, if a Judge can ask there."""
     parts = re.fullmatch(ENDPOINT, url, re.A | re.I)
     if not parts or int(parts[3] or 0) > 65535:
-        raise ValueError("--judge: expected http://HOST:PORT/PATH or https://HOST:PORT/PATH")
+        raise Refused("expected http://HOST:PORT/PATH or https://HOST:PORT/PATH")
     return url
 
 
@@ -284,17 +293,21 @@ class Judge:
                 time.sleep(self.wait * 2 ** (attempt - 1))
             try:
                 text = self.answer(*pair)
-            except (OSError, ValueError, HTTPException) as error:
-                problem = f"{type(error).__name__}: {error}"
+            except HTTPException as error:
+                problem = self.unless_secret(type(error).__name__, f": {error}")
+                continue
+            except (OSError, ValueError) as error:
+                problem = readable(f"{type(error).__name__}: {error}"[:100])
                 continue
             grade = re.fullmatch(GRADE, text.replace("*", "").strip(), re.I)
             if grade:
                 return int(grade[1])
-            problem = f"expected a number from 0 to 5, not {text!r}"
-        if self.secret:
-            problem = problem.replace(self.secret, "...")  # a server may say it back
-        problem = readable(problem[:100])
+            problem = self.unless_secret("expected a number from 0 to 5", f", not {text!r}")
         raise ConnectionError(f"--judge {self.url}: no grade after {self.tries} tries ({problem})")
+
+    def unless_secret(self, problem, said):
+        """A problem, and what the server said, which may be the key: not where there is one."""
+        return problem if self.secret else readable(f"{problem}{said}"[:100])
 
     def answer(self, said, true):
         """What the endpoint says. OSError, ValueError or HTTPException where that is no answer."""
@@ -396,9 +409,11 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
     for first in range(0, len(numbers), size):
         some = numbers[first : first + size]
         scene = to_device(scenes.batch(some), device)
-        with autocast:
-            rollout = try_out(model, scene, flags, seed_of(flags.seed, number, first))
-        expect_finite(number, "path of a rollout", rollout.actions)
+        try:
+            with autocast:
+                rollout = try_out(model, scene, flags, seed_of(flags.seed, number, first))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {number}: {error}") from None
         rewards = rewards_of(scene, rollout, scenes, some, flags.rewards, judge)
         for name, value in rewards.items():
             expect_finite(number, f"reward `{name}`", value)
@@ -615,8 +630,8 @@ def draw_curves(log, file):
     lines = read_json_lines(log)
     figure, axes = plt.subplots(3, 3, figsize=(13, 8.5), dpi=100, constrained_layout=True)
     for ax, (name, title) in zip(axes.flat, CURVES.items()):
-        steps = [line["step"] for line in lines]
-        values = [line[name] for line in lines]
+        steps = [line["step"] for line in lines if name in line]
+        values = [line[name] for line in lines if name in line]
         recent = [values[max(0, i - 9) : i + 1] for i in range(len(values))]
         ax.plot(steps, values, color=GREY, alpha=0.35, linewidth=1)
         means = [sum(some) / len(some) for some in recent]

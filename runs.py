@@ -63,10 +63,21 @@ def begin_log(folder, steps, say):
             os.remove(os.path.join(folder, STATE))
     elif os.path.exists(path):
         lines = [line for line in doors.read_json_lines(path) if line.number("step") <= steps]
+        for line in lines:
+            require_numbers(line)
     if len(lines) < steps:
         say(f"{path}: has {len(lines)} of {steps} steps; the run goes on without the others")
     doors.write_json_lines(path, lines)
     return open(path, "a")
+
+
+def require_numbers(line):
+    """ValueError unless a line of the log, or an object in it, has numbers and its stage."""
+    for name, value in line.items():
+        if isinstance(value, dict):
+            require_numbers(line[name])
+        elif not (name == "stage" or value is None or doors.finite(value)):
+            raise line.wrong(name, "a number")
 
 
 @contextmanager
@@ -95,14 +106,20 @@ def telling_what_is_saved(folder):
     """An error in here says, too, which checkpoint is intact."""
     try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(saved_in(folder)) from None
     except (FloatingPointError, OSError, ValueError) as error:
         if isinstance(error, BrokenPipeError):
             raise
-        saved = "no checkpoint was saved"
-        with suppress(OSError, SafetensorError), safe_open(os.path.join(folder, STATE), "pt") as f:
-            saved = f"the checkpoint of step {f.metadata()['step']} in {folder} is intact"
         kind = next(k for k in (FloatingPointError, OSError, ValueError) if isinstance(error, k))
-        raise kind(f"{error}; {saved}") from None
+        raise kind(f"{error}; {saved_in(folder)}") from None
+
+
+def saved_in(folder):
+    """Which checkpoint a run's folder has, in words."""
+    with suppress(OSError, SafetensorError), safe_open(os.path.join(folder, STATE), "pt") as f:
+        return f"the checkpoint of step {f.metadata()['step']} in {folder} is intact"
+    return "no checkpoint was saved"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -118,13 +135,17 @@ def kept(flags):
     return json.loads(json.dumps(found, default=str))
 
 
-def signs_of(scenes):
+def signs_of(scenes, val):
     """What a run's losses depend on beside its flags and its device, {name: text}."""
-    told = json.dumps([scenes.names, scenes.reasoning]).encode()
-    shown = [v.numpy().tobytes() for v in scenes.batch([0]).values() if torch.is_tensor(v)]
+    told = []
+    for some in (scenes, val):
+        told.append(json.dumps([some.names, some.reasoning]).encode())
+        for i in range(0, len(some), -(-len(some) // 8)):  # eight of them, from first to last
+            shown = some.batch([i]).values()
+            told += [v.numpy().tobytes() for v in shown if torch.is_tensor(v)]
     return {
         "sources": sources(),
-        "scenes": f"{len(scenes)}, {short_hash([told, *shown])}",
+        "scenes": f"{len(scenes)}, {short_hash(told)}",
         "threads": str(torch.get_num_threads()),
         "PyTorch": torch.__version__,
     }
@@ -204,8 +225,8 @@ def differences(run, path, settings):
 
     ValueError where it cannot go on like this."""
     if settings.get("base") != run.signs.get("base"):
-        raise ValueError(f"{run.flags.init}: other weights than those that this run began with; "
-                         "its adapters do not fit")
+        raise ValueError(f"{run.flags.init or run.flags.resume}: other weights than those that "
+                         "this run began with; what it has learned does not fit")
     new = sorted(kept(run.flags).keys() - settings["flags"].keys())
     lines = [f"{path}: has no flag {name}: its default holds" for name in new]
     for name, now in run.signs.items():

@@ -49,6 +49,7 @@ import runs
 import world
 from alpamayo import DT, NANO, OF_EXPERT, PRESETS, Alpamayo, ade, read_config, with_words
 from doors import device_of, real, save_tensors, whole
+from kernels import by_hand
 from release import Vocabulary
 
 # --------------------------------------------------------------------------------------------------
@@ -274,10 +275,21 @@ def main():
         dist.destroy_process_group()
 
 
+def number_of_process(name, default):
+    """A number that torchrun puts into the environment."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{name} is {text!r} in the environment, expected a whole number")
+    return int(text)
+
+
 def start(flags):
     """The Run on this process's device. Under torchrun it is one of several."""
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = number_of_process("RANK", 0)
+    world_size = number_of_process("WORLD_SIZE", 1)
+    if not rank < world_size:
+        raise ValueError(f"RANK {rank}, WORLD_SIZE {world_size}: expected ranks from 0 on, as "
+                         "torchrun sets them")
     if flags.stage == "rl" and world_size > 1:
         raise ValueError("--stage rl runs in one process")
     if flags.threads:
@@ -285,7 +297,7 @@ def start(flags):
     device = flags.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     if cuda:
-        number = int(os.environ.get("LOCAL_RANK", device.index or 0))
+        number = number_of_process("LOCAL_RANK", device.index or 0)
         if number >= torch.cuda.device_count():
             raise ValueError(f"no GPU {number} for this process: there are "
                              f"{torch.cuda.device_count()}")
@@ -293,6 +305,7 @@ def start(flags):
         torch.cuda.set_device(device)
     if world_size > 1:  # the others wait while the first renders the world
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+    by_hand(device, torch.float32)  # a wrong ALPAMAYO_KERNELS ends it here
     # GPU: bfloat16 arithmetic, float32 weights that learn. CPU: --dtype, float32 is faster.
     run = Run(flags, device, "bfloat16" if cuda else flags.dtype, rank, world_size)
     run.signs = {"processes": str(world_size), "device": f"{device.type}, {run.arithmetic}"}
@@ -379,9 +392,6 @@ def starting_model(run):
     cfg = replace(model.cfg, **seeing(flags))
     if cfg != model.cfg:
         model = with_new_encoder(run, model, cfg)
-    if flags.lora:  # adapters fit only the weights that they were made for, to the last bit
-        base = sum(p.detach().view(torch.int16).sum().item() for p in model.parameters())
-        run.signs["base"] = str(base)
     return model
 
 
@@ -427,6 +437,11 @@ def prepare(run):
         # Copied: a matrix product's last bits depend on where in memory a file put its matrices.
         p.data = p.data.to(dtype, copy=True)
     run.params = [p for p in run.model.parameters() if p.requires_grad]
+    run.signs["config"] = runs.short_hash([repr(replace(run.model.cfg, reasoning="on")).encode()])
+    frozen = [p for p in run.model.parameters() if not p.requires_grad]
+    if run.reference and run.reference is not run.model:
+        frozen += run.reference.parameters()
+    run.signs["base"] = str(sum(p.detach().view(torch.int16).sum().item() for p in frozen))
     make = rl.make_optimisers if flags.stage == "rl" else make_optimisers
     run.optimisers = make(run.model, flags)
 
@@ -485,7 +500,7 @@ def load_scenes(run):
     if flags.data != "world":
         learned = "the scenes learned from" if run.val is run.scenes else f"{len(run.val)} others"
         run.say(f"{flags.data}: {len(run.scenes)} scenes to learn from; validation on {learned}")
-    run.signs |= runs.signs_of(run.scenes)
+    run.signs |= runs.signs_of(run.scenes, run.val)
 
 
 def world_scenes(flags, cfg):

@@ -872,3 +872,13 @@ def test_nvidia_events_may_be_a_list(nvidia):
     table("reasoning/ood_reasoning.parquet", events=[
         {"event_start_timestamp": 3_000_000, "cot": "Go."}])(nvidia)
     assert load(nvidia).reasoning == ["Go."]
+
+
+@pytest.mark.parametrize("options", [
+    {"frame_dt": -0.1}, {"frame_dt": 0}, {"frame_dt": math.nan}, {"frames": 2.5}, {"frames": 0}, {"camera_ids": 1},
+    {"camera_ids": [9]}, {"size": (0, 0), "rig": RIG},
+])  # fmt: skip
+def test_options_that_cannot_be_meant(folder, options):  # noqa: F811
+    with pytest.raises(ValueError) as error:
+        load(folder, **options)
+    assert "\n" not in str(error.value) and "expected" in str(error.value)

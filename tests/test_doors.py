@@ -150,3 +150,20 @@ def test_a_reader_that_has_seen_enough():
     command = f"{sys.executable} -c '{script}' | head -1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "0\n" and done.stderr == ""
+
+
+def test_python_reads_more_than_numbers(capsys):
+    for text in ("1_5", "٣.5", "0x10", "1e", ".", ""):
+        assert "expected a number" in parsed([f"--value={text}"], capsys, type=real())
+        with pytest.raises(ValueError, match="x is .*, expected a finite number"):
+            doors.number_of(text, "x")
+    assert doors.number_of(" -1.5e-3 ", "x") == -0.0015 and doors.number_of(".5", "x") == 0.5
+
+
+def test_ctrl_c_says_what_it_is_told(capsys):
+    def stops():
+        raise KeyboardInterrupt("the checkpoint of step 2 in out is intact")
+
+    with pytest.raises(SystemExit):
+        doors.run(stops)
+    assert capsys.readouterr().err.endswith(": interrupted; the checkpoint of step 2 in out is intact\n")

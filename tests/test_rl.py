@@ -480,7 +480,7 @@ def test_the_key_goes_nowhere_else(server, monkeypatch, capfd):
             rl.Judge(server.url, tries=1)([("a", "b")])
     assert len(server.asked) == 5  # once each
     server.answers[:] = ["you sent Bearer sec-ret"]
-    with pytest.raises(ConnectionError, match=r"not 'you sent Bearer \.\.\.'"):
+    with pytest.raises(ConnectionError, match="expected a number from 0 to 5[)]$"):
         rl.Judge(server.url, tries=1)([("a", "b")])
     for key in ("sec\nret", "sec ret", "s\u00e9cret"):
         monkeypatch.setenv("JUDGE_API_KEY", key)
@@ -501,7 +501,7 @@ def test_where_a_judge_may_be():
         assert rl.endpoint(url) == url
     for url in ("", "localhost:8000", "ftp://a/v1", "http://", "http:///v1", "http://user:word@a/v1", "http://a/v1?key=b", "http://a:99999/v1",
                 "http://a:b/v1", "http://a/v 1", "http://a/v1\r\nX: y", "http://\u00e9/v1", "file:///etc/passwd", "http://a/v1#b"):  # fmt: skip
-        with pytest.raises(ValueError, match="^--judge: expected http://HOST:PORT/PATH"):
+        with pytest.raises(ValueError, match="^expected http://HOST:PORT/PATH"):
             rl.endpoint(url)
 
 
@@ -562,7 +562,7 @@ def test_what_is_not_a_number_stops_the_run_and_says_where(few):
         one_step(model, few, flags, step=2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
     model.action_out_proj.weight.data[0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match="step 1: path of a rollout is not finite"):
+    with pytest.raises(FloatingPointError, match="step 1: sample: what the model computes is not finite"):
         one_step(model, few, flags)
 
 

@@ -169,7 +169,7 @@ def test_a_wrong_flag_is_one_line_before_the_work(tool, flags, tmp_path, command
 def test_what_cannot_be_driven_is_one_line(checkpoint, tmp_path, command, cache):  # noqa: F811
     code, said, trouble = run(tmp_path, "-m", "tools.evaluate", "--checkpoint", "nowhere")
     assert code == 1 and said == [] and len(trouble) == 1, trouble
-    assert trouble[0].startswith("tools.evaluate: nowhere/config.json: ")
+    assert trouble[0].startswith("tools.evaluate: nowhere: missing")
     flags = ("--checkpoint", checkpoint)
     for tool, more, word in (
         (gallery, (tmp_path / "g", "--situation", "snow"), "--situation 'snow'"),
