@@ -413,7 +413,7 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
             with autocast:
                 rollout = try_out(model, scene, flags, seed_of(flags.seed, number, first))
         except FloatingPointError as error:
-            raise FloatingPointError(f"step {number}: {error}") from None
+            raise FloatingPointError(f"step {number + 1}: {error}") from None
         rewards = rewards_of(scene, rollout, scenes, some, flags.rewards, judge)
         for name, value in rewards.items():
             expect_finite(number, f"reward `{name}`", value)
