@@ -49,6 +49,8 @@ def own_folder(flags):
             raise ValueError(f"--out {flags.out}: has {there[0]}; {resume}--overwrite writes over "
                              "what is there")
     with doors.locked(lock, f"{flags.out}: another run writes it"):
+        for half in Path(flags.out).glob("*.part"):  # of a killed run
+            shutil.rmtree(half, ignore_errors=True)
         yield
 
 
