@@ -7,7 +7,8 @@ write a piece of the model out again: `sampler` the loop of Alpamayo.drive with 
 are compared
 
     the page      what its names mean, with PIECES: a thing, or the fingerprint of its source
-    the modules   with new ones of the same Config: class, children, shapes, hooks, eps
+    the modules   with new ones of the same Config: class, children, shapes, hooks, numbers
+    the call      no gradients, no mode of torch, a cache that the buffers have room for
 
 Where something differs PyTorch runs, and a line on stderr names it. A source that cannot be read,
 or is not that of the code in memory, differs too. Who has brought the kernels up to date with an
@@ -21,7 +22,7 @@ import math
 import sys
 import tokenize
 import weakref
-from itertools import zip_longest
+from collections import namedtuple
 from operator import attrgetter, is_
 from types import CodeType, FunctionType
 
@@ -29,21 +30,28 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules import module as of_all
+from torch.utils import _python_dispatch
+from torch.utils._device import DeviceContext
 
 from kernels import prefix_attention, say
 
 CLASSES = "Attention", "MLP", "Layer", "Expert", "Fourier", "ActionEmbed"
+TORCHS = "nn.Linear", "nn.SiLU", "nn.RMSNorm", "nn.LayerNorm", "nn.Sequential"
+CALLS = "__call__", "_call_impl", "_compiled_call_impl"  # what runs before a forward
+Past = namedtuple("Past", "prefix tail prefix_mask mask")
 PIECES = {
     "roll_out": {"torch": torch, "DT": 0.1, "roll_out": "283184f7eff1", "rot_of": "c0adad838cd0"},
     "the flow": {
         "torch": torch, "math": math, "prefix_attention": prefix_attention.prefix_attention,
         "F": F, "F.linear": F.linear, "F.silu": F.silu, "F.rms_norm": F.rms_norm,
-        "F.layer_norm": F.layer_norm, "nn": nn, "nn.Module.__call__": nn.Module.__call__,
-        "nn.Linear.forward": nn.Linear.forward, "nn.SiLU.forward": nn.SiLU.forward,
-        "nn.RMSNorm.forward": nn.RMSNorm.forward, "nn.LayerNorm.forward": nn.LayerNorm.forward,
-        "nn.Sequential.forward": nn.Sequential.forward,
+        "F.layer_norm": F.layer_norm, "nn": nn,
+        **{f"{name}.forward": attrgetter(name[3:])(nn).forward for name in TORCHS},
         **{f"{name}.__bases__": (nn.Module,) for name in CLASSES},
-        **{f"{name}.__call__": nn.Module.__call__ for name in CLASSES},
+        **{f"{name}.{call}": getattr(nn.Module, call)
+           for name in ("nn.Module", *TORCHS, *CLASSES) for call in CALLS},
+        "Past.__bases__": (tuple,), "Past.detach": "00502331ed94",
+        **{f"Past.{name}.__code__": getattr(Past, name).__code__
+           for name in ("__new__", "_make", "_replace")},
         "Attention.__init__": "0c9697867ddf", "Attention.forward": "465e540ab6e6",
         "MLP.__init__": "8223deb045a0", "MLP.forward": "c4dc7ef8f4b1",
         "Layer.__init__": "432811218633", "Layer.forward": "5b7406caa385",
@@ -90,9 +98,8 @@ def plain_source(code):
 
 def fingerprint(function, page):
     """Of the source of a page's own function; None if it is something else."""
-    if not isinstance(function, FunctionType) or function.__globals__ is not vars(page):
-        return None
-    if set(function.__code__.co_freevars) - {"__class__"}:  # values that the source does not show
+    own = isinstance(function, FunctionType) and function.__globals__ is vars(page)
+    if not own or set(function.__code__.co_freevars) - {"__class__"}:  # values it does not show
         return None
     return hashlib.sha256(plain_source(function.__code__).encode()).hexdigest()[:12]
 
@@ -128,6 +135,8 @@ def edit_of_page(page, piece):
 # --------------------------------------------------------------------------------------------------
 # The modules
 
+COUNTED = "_modules", "_forward_hooks", "_forward_pre_hooks"
+NUMBERS = "eps", "normalized_shape", "n_head", "n_kv_head", "head_dim"
 as_new = weakref.WeakKeyDictionary()  # model: the traits of its parts in a new one
 
 
@@ -147,16 +156,13 @@ def tensors_in(modules):
 
 
 def traits(modules):
-    """Six of each module, then three of each tensor: all that they compute with but its values."""
+    """Of modules, and of their tensors: all that they compute with but the tensors' values."""
     tensors = tensors_in(modules)
-    own = [*map(vars, modules)]
-    return [
-        *[len(m._modules) for m in modules],
-        *map(type, modules),
-        *map(len, own),  # a `forward` of its own is one more
-        *[len(m._forward_hooks) for m in modules],
-        *[len(m._forward_pre_hooks) for m in modules],
-        *[x.get("eps") for x in own],
+    own = [*map(vars, modules)]  # a `forward` of its own is one more
+    counts = [[len(x[name]) for x in own] for name in COUNTED]
+    numbers = [[x.get(name) for x in own] for name in NUMBERS]
+    return [[*map(type, modules)], [*map(len, own)], *counts, *numbers], [
+        len({x.dtype for x in tensors if type(x) is nn.Parameter}),
         *map(type, tensors),
         *map(torch.Tensor.size, tensors),
         *map(torch.Tensor.is_contiguous, tensors),
@@ -172,18 +178,22 @@ def edit_of_modules(page, model):
             new = page.Expert(cfg), page.ActionEmbed(cfg), nn.Linear(cfg.e_embd, 2)
         as_new[model] = traits(all_in(new))
     modules = all_in(parts.values())
-    found = traits(modules)
-    if found == as_new[model]:
+    found, new = traits(modules), as_new[model]
+    if found == new:
         return None
-    odd = next(i for i, (x, y) in enumerate(zip_longest(found, as_new[model])) if x != y)
-    if odd >= 6 * len(modules):
-        return "a weight of what drives was edited"
+    had = zip(*found[0]), zip(*new[0])
     names = {m: name for part in parts for name, m in parts[part].named_modules(prefix=part)}
-    return f"{names[modules[odd % len(modules)]]} was edited"
+    odd = [names[m] for m, x, y in zip(modules, *had) if x != y]  # parents first
+    return f"{odd[0] if odd else 'a weight of what drives'} was edited"
 
 
 # --------------------------------------------------------------------------------------------------
 # What the model asks
+
+MODES = [
+    getattr(torch.overrides, "_get_current_function_mode_stack", list),
+    getattr(_python_dispatch, "_get_current_dispatch_mode_stack", list),
+]
 
 
 def edit_of_flow(page, model, layers):
@@ -196,6 +206,11 @@ def edit_of_flow(page, model, layers):
             return f"{type(model).__name__}.{name} was edited"
     if of_all._global_forward_hooks or of_all._global_forward_pre_hooks:
         return "there are hooks on all modules"
+    if torch.is_grad_enabled():  # noise may require them, whatever the weights do
+        return "gradients are enabled"
+    active = {type(x) for stack in MODES for x in stack()} - {DeviceContext}  # a default device
+    if active:
+        return f"{active.pop().__name__} is active"
     if page.HORIZON not in (16, 32, 64, 128):
         return f"HORIZON is {page.HORIZON}, no power of two"
     edit = edit_of_modules(page, model)

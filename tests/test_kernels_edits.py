@@ -20,6 +20,8 @@ pytest.importorskip("triton")
 import cpu_triton  # noqa: E402, F401
 from conftest import ROOT  # noqa: E402
 from torch.nn.utils import parametrize  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import alpamayo  # noqa: E402
@@ -68,12 +70,12 @@ def tiny(page=alpamayo):
 
 
 @torch.no_grad()
-def drive(model, steps=1):
+def drive(model, steps=1, noise_grad=False):
     """How far each step moves two samples that have said two words, (steps, 2, 16, 2)."""
     cfg = model.cfg
     seeded = torch.Generator().manual_seed(1)
     drawn = torch.randn(cfg.n_layer, 2, 3, 1, 6, cfg.head_dim, generator=seeded).to(DEVICE)
-    noise = torch.randn(2, 16, 2, generator=seeded)
+    noise = torch.randn(2, 16, 2, generator=seeded).requires_grad_(noise_grad)
     prompt = [tuple(layer) for layer in drawn[:, :, :1]]
     tail = [tuple(layer) for layer in drawn[:, :, 1:, :, :2]]
     words = torch.zeros(2, 2, dtype=torch.long, device=DEVICE)
@@ -89,6 +91,7 @@ def stock_path():
         return drive(tiny())
 
 
+@torch.no_grad()
 def is_stock(model):
     prompt = [(torch.zeros(1, 1, 6, 24, device=DEVICE),) * 2] * 2
     return stock.is_flow(alpamayo.Alpamayo.drive, model, prompt)
@@ -110,6 +113,8 @@ def test_a_stock_model_is_driven_by_the_kernels(launched, stock_path, capsys):
     model.train().requires_grad_(False)
     model.expert.register_full_backward_hook(lambda *_: None)
     assert is_stock(copy.deepcopy(model))
+    with torch.device(DEVICE):  # nor does a default device change anything
+        assert is_stock(model.bfloat16())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,6 +296,15 @@ def other_code(patch):
     assert alpamayo.MLP.forward.__code__ is not before
 
 
+def doubled(patch, owner, name="__call__"):
+    call = nn.Module._call_impl
+
+    def twice(self, *given):
+        return (2 if isinstance(self, nn.Linear) else 1) * call(self, *given)
+
+    patch.setattr(owner, name, twice, raising=False)
+
+
 PATCHES = {
     "MLP.forward was": lambda patch: patch.setattr(alpamayo.MLP, "forward", gelu_forward),
     "the source of MLP.forward|MLP.forward was": other_code,
@@ -302,6 +316,16 @@ PATCHES = {
     "nn.RMSNorm.forward was": lambda patch: patch.setattr(nn.RMSNorm, "forward", lambda self, x: x),
     "MLP.__call__ was": lambda patch: patch.setattr(
         alpamayo.MLP, "__call__", lambda self, x: 2 * self.forward(x), raising=False
+    ),
+    "nn.Linear.__call__ was": lambda patch: doubled(patch, nn.Linear),
+    "nn.Linear._call_impl was": lambda patch: doubled(patch, nn.Linear, "_call_impl"),
+    "nn.Linear._compiled_call_impl was": lambda patch: doubled(patch, nn.Linear, "_compiled_call_impl"),
+    "nn.Module._call_impl was": lambda patch: doubled(patch, nn.Module, "_call_impl"),
+    "Past.detach was": lambda patch: patch.setattr(
+        alpamayo.Past, "detach", lambda self: self._replace(prefix=tuple(2 * x for x in self.prefix))
+    ),
+    "Past._replace.__code__ was": lambda patch: patch.setattr(
+        alpamayo.Past, "_replace", lambda self, prefix, tail: alpamayo.Past(tuple(2 * x for x in prefix), tail, *self[2:])
     ),
 }  # fmt: skip
 
@@ -319,6 +343,58 @@ def test_what_is_patched_while_it_runs(said, launched, stock_path, capsys, monke
     told = capsys.readouterr().err
     assert any(f"the flow ({one}" in told for one in said.split("|"))
     assert is_stock(model)
+
+
+class Gelus(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return F.gelu(*args) if function is F.silu else function(*args, **(kwargs or {}))
+
+
+class GelusBelow(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return F.gelu(*args) if function is torch.ops.aten.silu.default else function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Gelus, GelusBelow])
+def test_a_mode_that_is_active(mode, launched, stock_path, capsys):
+    model = tiny()
+    with mode():
+        with kernels.using("torch"):
+            expected = drive(model)
+        path, fast = by_kernels(model, launched)
+    assert not fast and (expected - stock_path).abs().max() > 0.05
+    torch.testing.assert_close(path, expected, rtol=0, atol=1e-4)
+    assert f"the flow ({mode.__name__} is active)" in capsys.readouterr().err
+    assert is_stock(model)
+
+
+@pytest.mark.parametrize("whose", ["weights", "noise"])
+def test_gradients_are_kept(whose, capsys):
+    """`drive` is not under no_grad itself: who has not asked for it gets them."""
+    model = tiny().requires_grad_(whose == "weights")
+    with kernels.using("triton"):
+        path = drive.__wrapped__(model, noise_grad=whose == "noise")
+    assert path.requires_grad
+    assert "PyTorch for the flow (gradients are enabled)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "edit, said",
+    [
+        (lambda model: model.action_out_proj.bfloat16(), "a weight of what drives"),
+        (lambda model: setattr(layer(model).self_attn, "n_head", 1), "expert.layers.1.self_attn"),
+        (lambda model: setattr(layer(model).self_attn, "n_kv_head", 2), "expert.layers.1.self_attn"),
+        (lambda model: setattr(model.expert.norm, "normalized_shape", (20,)), "expert.norm"),
+    ],
+)
+def test_what_pytorch_refuses(edit, said, capsys):
+    """It is left to PyTorch, which says why."""
+    model = tiny()
+    assert is_stock(model)
+    edit(model)
+    with kernels.using("triton"), pytest.raises(RuntimeError):
+        drive(model)
+    assert f"PyTorch for the flow ({said} was edited)" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------
@@ -365,6 +441,7 @@ SOURCES = {
     "euler_step was": ("    mean = x + dt * velocity -", "    mean = x + 2 * dt * velocity -"),
     "Alpamayo.velocity was": ("        return self.action_out_proj(x).to(x_t.dtype)", "        return 2 * self.action_out_proj(x).to(x_t.dtype)"),
     "Alpamayo.expert_past was": ("        mask = (at < length[:, None]) | (at >= T)", "        mask = (at < length[:, None] - 1) | (at >= T)"),
+    "Past.detach was": ("x.detach() for x in self.prefix)", "2 * x.detach() for x in self.prefix)"),
     "Alpamayo.drive was": ("            t = i / steps\n", "            t = (i + 0.5) / steps\n"),
     "MLP.__bases__ was": ("class MLP(nn.Module):", "class Base(nn.Module):\n    pass\n\n\nclass MLP(Base):"),
     "F was": ("import torch.nn.functional as F\n", "from types import SimpleNamespace\nimport torch.nn.functional\nF = SimpleNamespace(**vars(torch.nn.functional))\nF.silu = F.gelu\n"),
@@ -423,6 +500,7 @@ def test_an_edited_unicycle(name, page_with, launched, capsys):
         assert f"PyTorch for roll_out ({name} was edited)" in capsys.readouterr().err
 
 
+@torch.no_grad()
 def test_what_the_sampler_has_no_room_for(capsys, monkeypatch):
     """Layers of several lengths, or fewer than the expert's; tokens that are no power of two."""
     model = tiny()
