@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -137,17 +138,22 @@ def kept(flags):
     return json.loads(json.dumps(found, default=str))
 
 
-def signs_of(scenes, val):
+def signs_of(run):
     """What a run's losses depend on beside its flags and its device, {name: text}."""
+    frozen = [p for p in run.model.parameters() if not p.requires_grad]
+    if run.reference and run.reference is not run.model:
+        frozen += run.reference.parameters()
     told = []
-    for some in (scenes, val):
+    for some in (run.scenes, run.val):
         told.append(json.dumps([some.names, some.reasoning]).encode())
         for i in range(0, len(some), -(-len(some) // 8)):  # eight of them, from first to last
             shown = some.batch([i]).values()
             told += [v.numpy().tobytes() for v in shown if torch.is_tensor(v)]
     return {
         "sources": sources(),
-        "scenes": f"{len(scenes)}, {short_hash(told)}",
+        "scenes": f"{len(run.scenes)}, {short_hash(told)}",
+        "config": short_hash([repr(replace(run.model.cfg, reasoning="on")).encode()]),
+        "base": str(sum(p.detach().view(torch.int16).sum().item() for p in frozen)),
         "threads": str(torch.get_num_threads()),
         "PyTorch": torch.__version__,
     }

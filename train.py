@@ -270,6 +270,7 @@ def main():
         if flags.stage == "rl":
             prepare_rl(run)
         prepare(run)
+        run.signs |= runs.signs_of(run)
         loop(run, restore(run) if flags.resume else 0)
     if run.world_size > 1:
         dist.destroy_process_group()
@@ -437,11 +438,6 @@ def prepare(run):
         # Copied: a matrix product's last bits depend on where in memory a file put its matrices.
         p.data = p.data.to(dtype, copy=True)
     run.params = [p for p in run.model.parameters() if p.requires_grad]
-    run.signs["config"] = runs.short_hash([repr(replace(run.model.cfg, reasoning="on")).encode()])
-    frozen = [p for p in run.model.parameters() if not p.requires_grad]
-    if run.reference and run.reference is not run.model:
-        frozen += run.reference.parameters()
-    run.signs["base"] = str(sum(p.detach().view(torch.int16).sum().item() for p in frozen))
     make = rl.make_optimisers if flags.stage == "rl" else make_optimisers
     run.optimisers = make(run.model, flags)
 
@@ -500,7 +496,6 @@ def load_scenes(run):
     if flags.data != "world":
         learned = "the scenes learned from" if run.val is run.scenes else f"{len(run.val)} others"
         run.say(f"{flags.data}: {len(run.scenes)} scenes to learn from; validation on {learned}")
-    run.signs |= runs.signs_of(run.scenes, run.val)
 
 
 def world_scenes(flags, cfg):

@@ -570,6 +570,30 @@ def test_what_changed_is_said_and_the_run_goes_on(brief, cache, tmp_path, monkey
     assert "has no flag muon_lr: its default holds" in said
 
 
+def test_what_the_model_is_made_of_is_signed(brief, tmp_path):
+    """A number of its config that was edited is said; frozen weights that were replaced end it."""
+    out = tmp_path / "out"
+    shutil.copytree(brief.out, out)
+    vlm = json.loads((out / "vlm" / "config.json").read_text())
+    vlm["text_config"]["rope_theta"] *= 2
+    (out / "vlm" / "config.json").write_text(json.dumps(vlm))
+    assert "training.safetensors: config: " in run(["python", "train.py", "--resume", str(out)])
+    with safe_open(out / "training.safetensors", "pt") as f:
+        settings, tensors = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}
+    save_file(tensors, out / "training.safetensors", settings | {"base": "1"})
+    with pytest.raises(ValueError, match="other weights than those that this run began with"):
+        run(["python", "train.py", "--resume", str(out)])
+
+
+@pytest.mark.parametrize("rank, world_size", [("3", "1"), ("1", "1"), ("0", "0"), ("-1", "1"), ("x", "1"), ("0", "x"), ("0", "-1")])
+def test_a_rank_that_cannot_be(rank, world_size, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(ValueError, match="RANK|WORLD_SIZE") as error:
+        train.start(SimpleNamespace(stage="all", threads=0, device=torch.device("cpu")))
+    assert "expected" in str(error.value) and "\n" not in str(error.value)
+
+
 # --------------------------------------------------------------------------------------------------
 # Clips that are held out
 
