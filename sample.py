@@ -67,7 +67,8 @@ def parse_flags():
     add("--t0", type=real(-1e9, 1e9), metavar="SECONDS",
         help="now, on the clip's clock (default: the first that the clip names)")
     add("--cameras", type=whole(most=6), nargs="+", metavar="ID",
-        help="of the clip to look through (default: those of 0, 1, 2 and 6 that there are)")
+        help="of the clip, or for a model of the world of its rig, to look through (default: "
+             "those of 0, 1, 2 and 6 that there are)")
     add("--size", type=whole(1, 4096), nargs=2, default=(64, 128), metavar=("H", "W"),
         help="pixels of the world's images")
     add("--n", type=whole(1, 10_000), default=6, help="samples, each with its own reasoning")

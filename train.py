@@ -136,6 +136,8 @@ def add_data_flags(add):
     add("--hold-out", None, "share of the clips to validate on and not to learn from: whole clips, "
         "or the end of a single one (default: a tenth of ten clips or more, else 0, and then "
         "validation says how well they were learned)", real(0, 0.9))
+    add("--cameras", None, "of the clips, by id (default: those of 0, 1, 2 and 6 that there are)",
+        whole(0, 6), nargs="+", metavar="ID")
     add("--scenes", 8000, "training scenes of the world, rendered once to disk",
         whole(1, world.SEEDS["val"]))
     add("--val-scenes", 128, "scenes of a validation pass", whole(1))
@@ -511,7 +513,7 @@ def world_scenes(flags, cfg):
 
 def clip_scenes(flags, cfg):
     """Scenes of clips; those held out are of other clips, or else of another time (--hold-out)."""
-    view = dict(frames=cfg.frames, frame_dt=cfg.frame_dt)
+    view = dict(frames=cfg.frames, frame_dt=cfg.frame_dt, camera_ids=flags.cameras)
     if not cfg.max_pixels:  # a model of the world knows only the world's cameras
         view |= dict(size=tuple(flags.size), rig=world.RIG)
     clips = data.load(flags.data, **view)

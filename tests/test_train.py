@@ -139,8 +139,10 @@ def test_ones_own_clips_train_too(cache, unbroken, folder, tmp_path):  # noqa: F
     with pytest.raises(ValueError, match="have no reasoning"):
         run([*args, "--stage", "reason"])
     write_reasoning(folder)
-    run([*args, "--stage", "reason"])
+    run([*args, "--stage", "reason", "--cameras", "1"])
     assert log(tmp_path / "out")[1]["text"] > 0
+    with pytest.raises(ValueError, match="mine: "):
+        run([*args, "--stage", "reason", "--cameras", "4"])
 
 
 def test_a_released_checkpoint_is_tuned_and_sampled(  # noqa: F811
