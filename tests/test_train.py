@@ -141,7 +141,7 @@ def test_ones_own_clips_train_too(cache, unbroken, folder, tmp_path):  # noqa: F
     write_reasoning(folder)
     run([*args, "--stage", "reason", "--cameras", "1"])
     assert log(tmp_path / "out")[1]["text"] > 0
-    with pytest.raises(ValueError, match="mine: "):
+    with pytest.raises(ValueError, match="camera_ids: the rig has"):
         run([*args, "--stage", "reason", "--cameras", "4"])
 
 
