@@ -10,8 +10,10 @@ import math
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -93,13 +95,35 @@ def test_it_learns_and_leaves_a_checkpoint_that_drives(unbroken):
     assert not [f for f in os.listdir(unbroken) if f.endswith(".part")]
 
 
-def test_two_processes_share_the_batch(cache, tmp_path):
-    launch = "-m torch.distributed.run --nproc_per_node 2 --master-port 29617".split()
-    args = command(cache, tmp_path, "--steps", "2", "--action-share", "0")
-    done = subprocess.run([sys.executable, *launch, *args[1:]], capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()
-    lines = log(tmp_path)
-    assert sorted(lines) == [1, 2] and lines[2]["val"]["text"] < 8
+def under_torchrun(*args):
+    """Two processes of train.py, started by torchrun, in a process group of their own."""
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    pipe = subprocess.PIPE
+    command = [sys.executable, *launch, os.path.join(ROOT, "train.py"), *map(str, args)]
+    return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def test_two_processes_share_the_batch_and_survive_a_kill(cache, tmp_path):
+    """By torchrun itself. test_kill.py kills such runs five times, without it."""
+    flags = [*SMALL, "--cache", cache, "--steps", "8", "--val-every", "8", "--action-share", "0"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runs_at_once = under_torchrun(*flags, "--out", whole)
+    said = runs_at_once.communicate(timeout=300)[0]
+    assert runs_at_once.returncode == 0, said
+    assert sorted(log(whole)) == list(range(1, 9)) and log(whole)[8]["val"]["text"] < 8
+    broken = under_torchrun(*flags, "--out", killed)
+    lines = killed / "log.jsonl"
+    while broken.poll() is None and not (lines.exists() and len(lines.read_text().splitlines()) > 2):
+        time.sleep(0.02)
+    os.killpg(broken.pid, signal.SIGKILL)
+    broken.wait()
+    assert len(log(killed)) < 8, "the run ended before it could be killed"
+    resumed = under_torchrun("--resume", killed)
+    said = resumed.communicate(timeout=300)[0]
+    assert resumed.returncode == 0, said
+    assert log(killed) == log(whole)
+    ours, theirs = (load_file(out / "model.safetensors") for out in (killed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_processes_take_parts_of_one_order():
