@@ -258,7 +258,7 @@ class Judge:
         text = read_text(self.file)
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
-            write_atomically(self.file, lambda part: Path(part).write_text(whole))
+            write_atomically(self.file, lambda part: Path(part).write_text(whole, encoding="utf-8"))
         known = {}
         for number, line in enumerate(whole.splitlines(), 1):
             where = f"{self.file}: line {number}"

@@ -75,10 +75,10 @@ def begin_log(folder, steps, say):
 
 
 def require_numbers(line):
-    """ValueError unless a line of the log, or an object in it, has numbers and its stage."""
+    """ValueError unless a line of the log has numbers, its stage, and validations of numbers."""
     for name, value in line.items():
-        if isinstance(value, dict):
-            require_numbers(line[name])
+        if name in ("val", "before"):
+            require_numbers(line.object(name))
         elif not (name == "stage" or value is None or doors.finite(value)):
             raise line.wrong(name, "a number")
 
@@ -146,7 +146,7 @@ def signs_of(run):
     told = []
     for some in (run.scenes, run.val):
         told.append(json.dumps([some.names, some.reasoning]).encode())
-        for i in range(0, len(some), -(-len(some) // 8)):  # eight of them, from first to last
+        for i in range(0, len(some), -(-len(some) // 8)):  # up to eight, spread over all
             shown = some.batch([i]).values()
             told += [v.numpy().tobytes() for v in shown if torch.is_tensor(v)]
     return {

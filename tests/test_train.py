@@ -611,6 +611,51 @@ def test_what_the_model_is_made_of_is_signed(brief, tmp_path):
         run(["python", "train.py", "--resume", str(out)])
 
 
+@pytest.mark.parametrize("name, value", [("ade", "x"), ("val", 3.5), ("val", {"ade": "x"}), ("flow", [1]), ("step", None)])
+def test_a_log_that_was_edited_is_one_line(name, value, tmp_path):
+    """It is told when the run goes on, not when its curves are drawn."""
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1, "stage": "rl", "ade": 1.0} | {name: value}) + "\n")
+    with pytest.raises(ValueError, match=f"log.jsonl: field .*{'ade' if isinstance(value, dict) else name} is "):
+        runs.begin_log(tmp_path, 1, print)
+
+
+class Images:
+    """Scenes, each with one image."""
+    reasoning = names = ["a"] * 20
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, indices):
+        return {"images": self.images[indices]}
+
+
+def test_other_images_are_another_sign():
+    """Of later scenes too, and of those to validate on."""
+    model = torch.nn.Linear(2, 2)
+    model.cfg = train.PRESETS["nano"]
+
+    def sign(scenes, val):
+        run = SimpleNamespace(model=model, reference=None, scenes=Images(scenes), val=Images(val))
+        return runs.signs_of(run)["scenes"]
+
+    plain = torch.zeros(20, 3)
+    late = plain.clone()
+    late[10:] = 1
+    assert sign(plain, plain) == sign(plain.clone(), plain)
+    assert len({sign(plain, plain), sign(late, plain), sign(plain, late)}) == 3
+
+
+def test_kernels_that_cannot_run_end_it_before_the_work(monkeypatch):
+    monkeypatch.setattr("kernels._choice", None)
+    monkeypatch.setenv("ALPAMAYO_KERNELS", "nonsense")
+    with pytest.raises(ValueError, match="ALPAMAYO_KERNELS: expected auto, torch or triton"):
+        train.start(SimpleNamespace(stage="all", threads=0, device=torch.device("cpu")))
+
+
 @pytest.mark.parametrize("rank, world_size", [("3", "1"), ("1", "1"), ("0", "0"), ("-1", "1"), ("x", "1"), ("0", "x"), ("0", "-1")])
 def test_a_rank_that_cannot_be(rank, world_size, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", rank)
