@@ -234,7 +234,11 @@ class World:
         s, d, heading = locate(self.x, self.y, self.scene.road)
         heading = self.yaw - heading
         x, y = turn(MIDDLE, 0, heading)  # from the rear axle to the middle
-        ego = SimpleNamespace(way=1, length=LENGTH, width=WIDTH)
+        cos = heading.cos().abs()
+        sin = heading.sin().abs()
+        ego = SimpleNamespace(way=1)
+        ego.length = (cos * LENGTH + sin * WIDTH)[:, None]  # along the road, and across it
+        ego.width = (sin * LENGTH + cos * WIDTH)[:, None]
         ego.s = (s + x)[:, None]
         ego.d = (d + y)[:, None]
         ego.v = (self.speed * heading.cos())[:, None]
