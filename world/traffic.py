@@ -415,8 +415,11 @@ class World:
         collision   its rectangle and that of a thing overlap
         close       they would if the ego were NEAR (m) larger on every side: a close encounter. The
                     paper does not define its own; this is ours
-        at_fault    close, unless the thing came from behind or the ego stood still
         off_road    a corner of it is beyond the asphalt
+
+        Every collision is the ego's fault. AlpaSim leaves out those from behind, where the others
+        drive as once recorded. Here who is behind the ego brakes in time, so only an ego that comes
+        into another's way is hit.
         """
         t = self.things
         x, y, yaw = self.poses_to_ego()
@@ -424,10 +427,7 @@ class World:
         solid = self.solid(t.kind)
         hit = solid & _overlap(x, y, yaw, t, 0.0)
         near = solid & _overlap(x, y, yaw, t, NEAR)
-        from_behind = (x < -LENGTH / 2) & (t.v > self.speed[:, None])
-        at_fault = (near & ~from_behind).any(1) & (self.speed > 0.1)
-        return dict(
-            collision=hit.any(1), close=near.any(1), at_fault=at_fault, off_road=self._off_road())
+        return dict(collision=hit.any(1), close=near.any(1), off_road=self._off_road())
 
     def _off_road(self):
         """Whether a corner of the ego is beyond the asphalt, (n,) bool."""
