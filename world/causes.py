@@ -593,7 +593,10 @@ DRAW_CAUSE = {
     "turn": _turn,
 }
 SITUATIONS = tuple(DRAW_CAUSE)
-KINDS = {"train": SITUATIONS, "val": SITUATIONS, "tail": tuple(COMBINATIONS), "rare": tuple(RARE)}
+# What is learned last is shown twice as often.
+HARD = ("pedestrian", "waiting pedestrian", "cut-in", "oncoming car", "curve", "turn")
+KINDS = {
+    "train": SITUATIONS + HARD, "val": SITUATIONS, "tail": tuple(COMBINATIONS), "rare": tuple(RARE)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -731,8 +734,12 @@ def _draw_lesson(scene, uniform):
         most = 0.4 if abs(scene.route[1] * scene.route[2]) > 0.5 else 1.3  # m; less in a turn
         if not scene.late:
             offset = uniform(-0.8, 0.8)
-        elif aside:  # only further away from what one goes around
+        elif aside:  # only further away from what one goes around, if nobody parks there
             offset = math.copysign(uniform(0.1, 0.5), aside)
+            parked = any(
+                thing.kind == CAR and not (thing.v or thing.cause) for thing in scene.things)
+            if parked and aside < 0:
+                offset = 0.0
         else:
             offset = uniform(-most, most)
         since = scene.late - uniform(0.5, 3)
