@@ -228,9 +228,15 @@ class World:
         """The accelerations (n, things), m/s^2, of things that wish for `change` on their way to
         the speed `target` (m/s). Cars slow for the nearest thing in their lane, or for the ego."""
         t = self.things
-        car = SimpleNamespace(**{name: value[:, :, None] for name, value in vars(t).items()})
-        other = SimpleNamespace(**{name: value[:, None] for name, value in vars(t).items()})
-        slow = _slow_for(car, other, self.solid(other.kind)).amin(2)  # (n, things)
+        cars = (t.kind == CAR).nonzero(as_tuple=True)  # scene and thing of each: two (cars,)
+        car = SimpleNamespace()  # (cars, 1) each
+        other = SimpleNamespace()  # (cars, things) each: all that is in the scene of each
+        for name in ("s", "d", "v", "way", "length", "width"):
+            value = getattr(t, name)
+            setattr(car, name, value[cars][:, None])
+            setattr(other, name, value[cars[0]])
+        slow = torch.zeros_like(change)  # (n, things)
+        slow[cars] = _slow_for(car, other, self.solid(t.kind)[cars[0]]).amin(1)
         s, d, heading = locate(self.x, self.y, self.scene.road)
         heading = self.yaw - heading
         x, y = turn(MIDDLE, 0, heading)  # from the rear axle to the middle
