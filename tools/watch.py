@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import data
 import doors
@@ -25,7 +26,8 @@ from tools.common import Policy, add_checkpoint_flags, load_checkpoint
 from world.causes import LIGHT
 from world.roads import lane_edges
 
-EVENTS = {"collision": "collision", "close": "close encounter", "off_road": "off the road"}
+EVENTS = {"collision": "collision", "close": "close encounter", "off_road": "off the road",
+          "ran": "ran a light or sign"}  # fmt: skip
 REACH = 90  # m around the ego
 
 
@@ -50,6 +52,7 @@ class Film:
         """The `film` of data.drive."""
         if plan.shape[1] == HORIZON:
             self.add_plan(scene, plan, expert_path(traffic))
+            self.bar.update()
         things = traffic.things
         x, y, _ = traffic.poses_to_ego()
         hue = traffic.signals().where(things.kind == LIGHT, things.cause)
@@ -58,10 +61,12 @@ class Film:
         time = round(traffic.time.item(), 1)
         self.add_frame(scene, time, [traffic.x.item(), traffic.y.item(), traffic.yaw.item()], rows)
         beyond = traffic.bumper() >= traffic.scene.stop
-        met = {text: traffic.judge()[name] for name, text in EVENTS.items()}
-        met["ran a light or sign"] = beyond & self.waits
-        for text in filter(met.get, met):
-            self.shown["events"].setdefault(text, time)
+        met = traffic.judge() | {"ran": beyond & self.waits}
+        events = self.shown["events"]
+        for name, text in EVENTS.items():
+            if met[name] and text not in str(events):
+                at = next((before for before in events if time - before < 1), time)
+                events[at] = f"{events[at]}, {text}" if at in events else text
         self.waits = traffic.held & ~beyond
         self.traffic = traffic
 
@@ -100,7 +105,7 @@ class Film:
 
 def look_back(model, scene, said):
     """The tokens of a thought, and where the model looked as it chose each: its attention to image
-    tokens in thousandths, mean of layers and heads, lists (T + 1, cameras, h, w); the last is the mean."""
+    tokens in thousandths, mean of layers and heads, lists (T, cameras, h, w)."""
     if model.cfg.vision != "image":
         raise ValueError(f"--look: tokens of {model.cfg.vision} have no place in an image")
     _, _, grids, kept = model.look(scene)
@@ -115,7 +120,6 @@ def look_back(model, scene, said):
         row.view(-1)[kept[0].cpu()] = received[0, prompt.image_at[0]].cpu()
     hook.remove()
     seen = 1000 * seen.unflatten(1, (-1, model.cfg.times)).sum(2)
-    seen = torch.cat([seen, seen.mean(0, keepdim=True)])
     return [model.vocabulary.decode([token]) for token in ids[0].tolist()], seen.int().tolist()
 
 
@@ -139,6 +143,7 @@ def drive_world(films, args):
     seed = world.SEEDS[args.split] + args.seed
     for film in films:
         view = data.view_of(film.model.cfg, args.size)
+        film.bar = tqdm(desc="driving", total=round(args.seconds / args.replan), leave=False)
         data.drive(film, [seed], args.seconds, DT, film.model.device, film.add_tick, **view)
     poses = [frame["pose"] for film in films for frame in film.shown["frames"]]
     title = f"{film.traffic.draws[0].situation}, {args.split} {args.seed}"
@@ -163,8 +168,9 @@ def map_of(traffic, poses):
     points = x.repeat(len(y))[None].float(), y.repeat_interleave(len(x))[None].float()
     _, d, _ = world.locate(*points, traffic.scene.road)
     low, high = lane_edges(traffic.scene.lanes)
-    line = ((d - low + 0.1) % world.LANE < 0.2) & (d > low - 0.2) & (d < high + 0.2)
-    opaque = traffic.paved(*points) * (70 + 140 * line)
+    beside = (d - low + world.LANE / 2) % world.LANE - world.LANE / 2  # m to the next lane line
+    line = (1 - beside.abs() / 0.4).clamp(0) * ((d - low > -1) & (d - high < 1))
+    opaque = traffic.paved(*points) * (70 + 180 * line)
     pixels = torch.stack([128 + 127 * line, opaque], -1).byte().view(len(y), len(x), 2)
     return {"image": embedded(pixels, "PNG"), "box": [left, bottom, len(x) / 4, len(y) / 4]}
 
@@ -175,17 +181,14 @@ def drive_clip(films, args):
     start = clip.motion.first + 2 if args.t0 is None else args.t0
     end = min(start + args.seconds, clip.motion.last - HORIZON * DT)
     times = np.arange(start, max(start, end) + 1e-6, args.replan)
-    xyz, rot, _ = clip.motion.pose(times)
-    yaw = np.arctan2(rot[:, 1, 0], rot[:, 0, 0])
-    poses = np.column_stack([xyz[:, :2] - xyz[0, :2], yaw]).tolist()
     for film in films:
         cfg = film.model.cfg
         of_world = {} if cfg.max_pixels else {"size": tuple(args.size), "rig": world.RIG}
         scenes = ClipScenes([clip], times, frames=cfg.frames, frame_dt=cfg.frame_dt, **of_world)
-        for i, time in enumerate(times):
+        for i, time in enumerate(tqdm(times, desc="driving", leave=False)):
             scene = scenes.batch([i])
             film.add_plan(scene, film.policy(scene), scene["ego_future_xyz"][0])
-            film.add_frame(scene, round(time, 1), poses[i])
+            film.add_frame(scene, round(time, 1), [0, 0, 0])
     return clip.name, None
 
 
