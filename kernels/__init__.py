@@ -24,6 +24,7 @@ piece was edited PyTorch runs, whatever was chosen: see stock.py.
 block. 64-bit tensors, which only tests have, always go to PyTorch.
 """
 import contextlib
+import functools
 import os
 import sys
 from types import SimpleNamespace
@@ -70,15 +71,20 @@ def capability(device):
     RTX 5090 or RTX PRO 6000."""
     if device.type != "cuda":
         return chip
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return _properties(device)[0]
 
 
 def multiprocessors(device):
     """How many there are; each runs one program or several at a time."""
     if device.type != "cuda":
         return processors
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _properties(device)[1]
+
+
+@functools.cache
+def _properties(device):
+    found = torch.cuda.get_device_properties(device)
+    return 10 * found.major + found.minor, found.multi_processor_count
 
 
 def say(line):
@@ -108,6 +114,17 @@ def _decide(device, dtype, even_32_bit):
     if not on_gpu or dtype == torch.float32 and not even_32_bit:
         return False, "16-bit tensors on a GPU gain by them, and these are not"
     return True, f"capability {capability(device)}"
+
+
+def plain_call(*inputs):
+    """Whether nobody would notice that a kernel is launched without its operator around it: no
+    gradients, nothing traces, no subclass of tensors."""
+    if torch.compiler.is_compiling():
+        return False
+    tensors = [x for x in inputs if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return all(type(x) is torch.Tensor for x in tensors)
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once, while it traces

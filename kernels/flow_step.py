@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from kernels import tiles, tl, triton
+from kernels import capability, tiles, tl, triton
 
 
 def fourier(x, freqs):
@@ -76,13 +76,13 @@ def _row(X, i, n):
 
 
 @triton.jit
-def _velocity(H, NORM, OUT_W, OUT_B, row, ok, C, BK: tl.constexpr):
+def _velocity(H, NORM, OUT_W, OUT_B, row, ok, C, BC: tl.constexpr):
     """W_out rmsnorm(h) + b_out: of acceleration and of curvature, one number for each row."""
     va = tl.zeros(row.shape, tl.float32)
     vk = tl.zeros(row.shape, tl.float32)
     square = tl.zeros(row.shape, tl.float32)
-    for c in range(0, C, BK):
-        c = c + tl.arange(0, BK)
+    for c in range(0, C, BC):
+        c = c + tl.arange(0, BC)
         h = tiles.read_block(H, row, c, ok, C).to(tl.float32)
         square += tl.sum(h * h, 1)
         h = h * _row(NORM, c, C)
@@ -116,18 +116,19 @@ def _silu_into(Z, row, n, ok, A, y):
 
 @triton.jit
 def _step(X, NEXT, H, NORM, OUT_W, OUT_B, TIME, ACCEL, CURVATURE, LAYERS, W, B, GAIN, OFFSET, Z, Y,
-          TOKENS, rows, T, C, A, F, step, time_, MOVE: tl.constexpr, EMBED: tl.constexpr,
-          DEPTH: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-          BK: tl.constexpr):  # fmt: skip
+          TOKENS, FIRST, GAINED, SQUARE, rows, T, C, A, F, step, time_, MOVE: tl.constexpr,
+          EMBED: tl.constexpr, DEPTH: tl.constexpr, BLOCKS: tl.constexpr, BF: tl.constexpr,
+          BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """Grid (blocks of BM rows,). Z (2, rows, A) and Y (rows, C) float32 are scratch. TIME: each
     sample's share of the first layer, time_ apart (0: all have the same). F: features of a number.
-    """
+    FIRST, or None: GAINED = FIRST * tokens and SQUARE (rows, BLOCKS) as sampler.py's `_add` has
+    them."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     ok = row < rows
     a = tl.load(X + 2 * row, mask=ok, other=0.0)
     k = tl.load(X + 2 * row + 1, mask=ok, other=0.0)
     if MOVE:
-        va, vk = _velocity(H, NORM, OUT_W, OUT_B, row, ok, C, BK)
+        va, vk = _velocity(H, NORM, OUT_W, OUT_B, row, ok, C, BC)
         a += step * va
         k += step * vk
         tl.store(NEXT + 2 * row, a, mask=ok)
@@ -169,15 +170,24 @@ def _step(X, NEXT, H, NORM, OUT_W, OUT_B, TIME, ACCEL, CURVATURE, LAYERS, W, B, 
         mean = (total / C)[:, None]
         square = tl.zeros([BM], tl.float32)
         tl.debug_barrier()
-        for n in range(0, C, BK):
-            n = n + tl.arange(0, BK)
+        for n in range(0, C, BC):
+            n = n + tl.arange(0, BC)
             y = tiles.read_block(Y, row, n, ok, C) - mean
             square += tl.sum(tl.where((n < C)[None, :], y * y, 0.0), 1)
         r = tl.rsqrt(square / C + 1e-5)[:, None]
-        for n in range(0, C, BK):
-            n = n + tl.arange(0, BK)
+        square = tl.zeros([BM], tl.float32)
+        for n in range(0, C, BC):
+            n = n + tl.arange(0, BC)
             y = (tiles.read_block(Y, row, n, ok, C) - mean) * r
-            tiles.write_block(TOKENS, row, n, ok, C, y * _row(GAIN, n, C) + _row(OFFSET, n, C))
+            y = (y * _row(GAIN, n, C) + _row(OFFSET, n, C)).to(TOKENS.dtype.element_ty)
+            tiles.write_block(TOKENS, row, n, ok, C, y)
+            if FIRST is not None:
+                square += tl.sum(y.to(tl.float32) * y.to(tl.float32), 1)
+                tiles.write_block(GAINED, row, n, ok, C, y * _row(FIRST, n, C).to(y.dtype))
+        if FIRST is not None:
+            j = tl.arange(0, triton.next_power_of_2(BLOCKS))
+            square = tl.where(j[None, :] == 0, square[:, None], 0.0)
+            tiles.write_block(SQUARE, row, j, ok, BLOCKS, square)
 
 
 def time_share(t, embed):
@@ -194,26 +204,28 @@ def step_scratch(x, weight):
     return weight.new_empty(2, rows, A), weight.new_empty(rows, C, dtype=torch.float32)
 
 
-def step_into(after, tokens, x, hidden, out, step, share, embed, scratch):
+def step_into(after, tokens, x, hidden, out, step, share, embed, scratch, norm=(None,) * 3):
     """`plain_flow_step` by the kernel: x's successor into `after`, if there is a `hidden`, and the
     tokens into `tokens` (or None). share: the `time_share` of the step, one row or N; scratch: see
-    `step_scratch`."""
+    `step_scratch`. norm: the first layer's gain, and where gain * tokens and the rows' sums of
+    squares go, or None each."""
     accel, curvature, _, *layers, weight, bias, gain, offset = embed
     N, T, _ = x.shape
     rows = N * T
     C, A = weight.shape
     features = 2 * accel.numel()
-    # maxnreg: left alone the compiler saves registers for programs that are not there, and spills a
-    # few bytes on some chips.
-    half = weight.element_size() == 2
-    options = dict(num_stages=4, maxnreg=168) if half else dict(num_stages=2, maxnreg=255)
+    # Few programs, each alone on its multiprocessor: wide tiles, which wait less often.
+    options = dict(BN=32, BC=64, num_warps=4, num_stages=2, maxnreg=255)  # float32
+    if weight.element_size() == 2:
+        wide = 256 if capability(x.device) in (80, 90, 100) else 128
+        options = dict(BN=wide, BC=512, num_warps=8, num_stages=4)
     apart = 0 if share is None or len(share) == 1 else A
     _step[(triton.cdiv(rows, 16),)](
         x, after, hidden, *out, share, accel, curvature, tuple(layers), weight, bias, gain, offset,
-        *scratch, tokens, rows, T, C, A, features, step, apart,
+        *scratch, tokens, *norm, rows, T, C, A, features, step, apart,
         MOVE=hidden is not None, EMBED=tokens is not None, DEPTH=len(layers) // 3,
-        BF=max(16, triton.next_power_of_2(2 * features)), BM=16, BN=32, BK=64, num_warps=4,
-        **options)  # fmt: skip
+        BLOCKS=1 if norm[2] is None else norm[2].shape[1],
+        BF=max(16, triton.next_power_of_2(2 * features)), BM=16, BK=64, **options)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------

@@ -39,11 +39,12 @@ def in_vectors(x):
     that each vector begins at a multiple of 16 bytes (d = 72 in bf16: 144) and copies 16 at a time.
     """
     d = x.shape[-1]
-    strides = x.stride()[:-1]
-    whole = all(s % d == 0 for n, s in zip(x.shape, strides) if n > 1)
-    if x.stride(-1) != 1 or not whole:
-        x = x.clone(memory_format=torch.contiguous_format)
-    return x, *(s // d for s in x.stride()[:-1])
+    *strides, last = x.stride()
+    if last != 1 or any(s % d for s in strides):  # of one vector any stride will do
+        if last != 1 or any(s % d for n, s in zip(x.shape, strides) if n > 1):
+            x = x.clone(memory_format=torch.contiguous_format)
+        strides = x.stride()[:-1]
+    return x, *(s // d for s in strides)
 
 
 @triton.jit
