@@ -15,10 +15,9 @@ A kernel changes how fast something is computed, never what. Each file has the P
 `by_hand` here which of the two runs. Two write a piece of the model itself out again. Where that
 piece was edited PyTorch runs, whatever was chosen: see stock.py.
 
-    ALPAMAYO_KERNELS=auto     Triton on an NVIDIA GPU for 16-bit tensors, and for the roll-out
-                              32-bit ones too; else PyTorch (default)
+    ALPAMAYO_KERNELS=auto     Triton on an NVIDIA GPU, else PyTorch (default)
     ALPAMAYO_KERNELS=torch    PyTorch
-    ALPAMAYO_KERNELS=triton   Triton, for 32-bit tensors too, or an error that says why it cannot
+    ALPAMAYO_KERNELS=triton   Triton, or an error that says why it cannot
 
 `kernels.use("torch")` does the same within a program, and `with kernels.using("torch"):` within a
 block. 64-bit tensors, which only tests have, always go to PyTorch.
@@ -94,7 +93,7 @@ def say(line):
         print(f"kernels: {line}", file=sys.stderr)
 
 
-def _decide(device, dtype, even_32_bit):
+def _decide(device, dtype):
     """Whether Triton runs, and why or why not."""
     on_gpu = device.type == "cuda"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -111,38 +110,37 @@ def _decide(device, dtype, even_32_bit):
         return False, f"{where} {device}: call torch.cuda.set_device first"
     if _choice == "triton":
         return True, "ALPAMAYO_KERNELS=triton"
-    if not on_gpu or dtype == torch.float32 and not even_32_bit:
-        return False, "16-bit tensors on a GPU gain by them, and these are not"
+    if not on_gpu:
+        return False, "tensors on a GPU gain by them"
     return True, f"capability {capability(device)}"
 
 
-def plain_call(*inputs):
-    """Whether nobody would notice that a kernel is launched without its operator around it: no
-    gradients, nothing traces, no subclass of tensors."""
-    if torch.compiler.is_compiling():
-        return False
-    tensors = [x for x in inputs if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
-    return all(type(x) is torch.Tensor for x in tensors)
+def call(op, *inputs):
+    """op(*inputs), an operator of torch.library. Where nobody would notice, its function without
+    the operator, which costs the CPU more than a launch: nothing traces, no gradients, no subclass
+    of tensors."""
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    plain = not torch.compiler.is_compiling() and all(type(x) is torch.Tensor for x in tensors)
+    if plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return op._init_fn(*inputs)
+    return op(*inputs)
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once, while it traces
-def by_hand(device, dtype, even_32_bit=False):
+def by_hand(device, dtype):
     """Whether Triton, and not PyTorch, works on tensors of this device and dtype.
 
-    even_32_bit: `auto` takes Triton for 32-bit tensors too, where one launch replaces many.
     A first decision is told on stderr, except `auto` on a CPU, where there is nothing to decide.
     ValueError if Triton was asked for and cannot run."""
     if _choice is None:
         use(os.environ.get("ALPAMAYO_KERNELS", "auto"))
-    answer, why = _decide(device, dtype, even_32_bit)
+    answer, why = _decide(device, dtype)
     if dtype == torch.float64:
         return answer
     if _choice == "triton" and not answer:
         raise ValueError(f"ALPAMAYO_KERNELS=triton: the kernels cannot run: {why}")
     decision = (_choice, device.type, dtype, answer)
-    nothing_to_decide = even_32_bit or _choice == "auto" and device.type == "cpu"
+    nothing_to_decide = _choice == "auto" and device.type == "cpu"
     if decision not in _said and not nothing_to_decide:
         _said.add(decision)
         which = f"Triton {triton.__version__}" if answer else "PyTorch"

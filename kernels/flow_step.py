@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from kernels import capability, tiles, tl, triton
+from kernels import call, capability, tiles, tl, triton
 
 
 def fourier(x, freqs):
@@ -116,9 +116,10 @@ def _silu_into(Z, row, n, ok, A, y):
 
 @triton.jit
 def _step(X, NEXT, H, NORM, OUT_W, OUT_B, TIME, ACCEL, CURVATURE, LAYERS, W, B, GAIN, OFFSET, Z, Y,
-          TOKENS, FIRST, GAINED, SQUARE, rows, T, C, A, F, step, time_, MOVE: tl.constexpr,
-          EMBED: tl.constexpr, DEPTH: tl.constexpr, BLOCKS: tl.constexpr, BF: tl.constexpr,
-          BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+          TOKENS, FIRST, GAINED, SQUARE, KICK, rows, T, C, A, F, stay, step, time_,
+          MOVE: tl.constexpr, EMBED: tl.constexpr, DEPTH: tl.constexpr, BLOCKS: tl.constexpr,
+          BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+          BC: tl.constexpr):  # fmt: skip
     """Grid (blocks of BM rows,). Z (2, rows, A) and Y (rows, C) float32 are scratch. TIME: each
     sample's share of the first layer, time_ apart (0: all have the same). F: features of a number.
     FIRST, or None: GAINED = FIRST * tokens and SQUARE (rows, BLOCKS) as sampler.py's `_add` has
@@ -129,8 +130,11 @@ def _step(X, NEXT, H, NORM, OUT_W, OUT_B, TIME, ACCEL, CURVATURE, LAYERS, W, B, 
     k = tl.load(X + 2 * row + 1, mask=ok, other=0.0)
     if MOVE:
         va, vk = _velocity(H, NORM, OUT_W, OUT_B, row, ok, C, BC)
-        a += step * va
-        k += step * vk
+        a = stay * a + step * va
+        k = stay * k + step * vk
+        if KICK is not None:
+            a += tl.load(KICK + 2 * row, mask=ok, other=0.0)
+            k += tl.load(KICK + 2 * row + 1, mask=ok, other=0.0)
         tl.store(NEXT + 2 * row, a, mask=ok)
         tl.store(NEXT + 2 * row + 1, k, mask=ok)
     if EMBED:
@@ -197,6 +201,15 @@ def time_share(t, embed):
     return z @ weight[:, -z.shape[1] :].float().T + bias.float()
 
 
+def step_numbers(i, steps, eta):
+    """Step i of the flow is x' = stay * x + step * v + std * n with n drawn anew: stay, step, std.
+    alpamayo.euler_step, its mean put in order of x and v."""
+    t, a = i / steps, eta * math.pi / 2
+    left = 1 - (t + 1 / steps)
+    back = left * (1 - math.cos(a))
+    return 1 - back, 1 / steps + back * t, left * math.sin(a) if left > 1e-9 else 0.0
+
+
 def step_scratch(x, weight):
     """What `step_into` needs for controls x and the embedding's last weight: layers, tokens."""
     rows = x.shape[:-1].numel()
@@ -204,11 +217,12 @@ def step_scratch(x, weight):
     return weight.new_empty(2, rows, A), weight.new_empty(rows, C, dtype=torch.float32)
 
 
-def step_into(after, tokens, x, hidden, out, step, share, embed, scratch, norm=(None,) * 3):
+def step_into(after, tokens, x, hidden, out, step, share, embed, scratch, norm=(None,) * 3,
+              stay=1.0, kick=None):  # fmt: skip
     """`plain_flow_step` by the kernel: x's successor into `after`, if there is a `hidden`, and the
     tokens into `tokens` (or None). share: the `time_share` of the step, one row or N; scratch: see
-    `step_scratch`. norm: the first layer's gain, and where gain * tokens and the rows' sums of
-    squares go, or None each."""
+    `step_scratch`; norm: the first layer's gain, and where gain * tokens and the rows' sums of
+    squares go, or None each; stay, and kick = std * n (N, T, 2) or None: see `step_numbers`."""
     accel, curvature, _, *layers, weight, bias, gain, offset = embed
     N, T, _ = x.shape
     rows = N * T
@@ -222,7 +236,7 @@ def step_into(after, tokens, x, hidden, out, step, share, embed, scratch, norm=(
     apart = 0 if share is None or len(share) == 1 else A
     _step[(triton.cdiv(rows, 16),)](
         x, after, hidden, *out, share, accel, curvature, tuple(layers), weight, bias, gain, offset,
-        *scratch, tokens, *norm, rows, T, C, A, features, step, apart,
+        *scratch, tokens, *norm, kick, rows, T, C, A, features, stay, step, apart,
         MOVE=hidden is not None, EMBED=tokens is not None, DEPTH=len(layers) // 3,
         BLOCKS=1 if norm[2] is None else norm[2].shape[1],
         BF=max(16, triton.next_power_of_2(2 * features)), BM=16, BK=64, **options)  # fmt: skip
@@ -365,4 +379,4 @@ roll_out_op.register_autograd(gradients_of_actions, setup_context=keep_actions)
 
 def roll_out_by_kernel(actions, v0):
     """alpamayo.roll_out in one launch: actions (..., T, 2), v0 (...) to xyz and rot."""
-    return roll_out_op(actions, v0.expand(actions.shape[:-2]))
+    return call(roll_out_op, actions, v0.expand(actions.shape[:-2]))

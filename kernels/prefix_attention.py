@@ -26,13 +26,14 @@ The backward pass computes the weights again from the row's log-sum-exp (FlashAt
 kernels: by rows for the gradient of q, by keys for that of k and v. The second kernel treats a tail
 as the prefix of a one-sample scene.
 """
+import math
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from kernels import by_hand, capability, multiprocessors, plain_call, tiles, tl, triton
+from kernels import by_hand, call, capability, multiprocessors, tiles, tl, triton
 
 LOG2E = 1.4426950408889634  # exp(x) = exp2(LOG2E * x), and exp2 is what the chip has
 
@@ -346,7 +347,7 @@ def _plan(sizes, B, G, d, size, splits, chip, programs):
     rows = min(R, BM)
     blocks = triton.cdiv(n, BM // rows) * triton.cdiv(R, rows)
     if not splits:  # powers of two, so that few variants of the kernel are compiled
-        fill = triton.next_power_of_2(max(1, 2 * programs // (blocks * B * G)))
+        fill = 2 ** int(math.log2(max(1, 2 * programs // (blocks * B * G))))
         splits = min(fill, triton.next_power_of_2(max(1, triton.cdiv(P, BN))))
     splits = triton.next_power_of_2(splits)
     options |= dict(G=G, D=d, SPLITS=splits, BM=BM, BN=BN)
@@ -486,10 +487,6 @@ prefix_attention_op.register_autograd(gradients_of_attention, setup_context=keep
 
 def prefix_attention(q, k0, v0, k1=None, v1=None, mask0=None, mask1=None):
     """See `plain_prefix_attention`."""
-    inputs = q, k0, v0, k1, v1, mask0, mask1
     if not by_hand(q.device, q.dtype):
-        return plain_prefix_attention(*inputs)
-    if plain_call(*inputs):  # the operator costs the CPU more than the launch
-        plan = attention_plan(q, k0, k1)
-        return attend_into(empty_output(q), *inputs, plan, attention_scratch(q, plan))[0]
-    return prefix_attention_op(*inputs, 0)[0]
+        return plain_prefix_attention(q, k0, v0, k1, v1, mask0, mask1)
+    return call(prefix_attention_op, q, k0, v0, k1, v1, mask0, mask1, 0)[0]

@@ -53,6 +53,7 @@ barrier. Weights would need one stacked copy that goes stale while training. Tri
 weight in shared memory across a barrier, which is the point of being persistent. And the barrier
 waits for ever unless all programs are resident at once, which only a GPU can tell.
 """
+import copy
 import math
 import weakref
 
@@ -262,7 +263,7 @@ class Buffers:
     expert, embed, project: the model's modules of the expert's layers, the action embedding and the
     projection to the velocity. prefix: that of other buffers, of the same B and P."""
 
-    def __init__(self, expert, embed, project, steps, B, N, T, P, S, prefix=None):
+    def __init__(self, expert, embed, project, steps, B, N, T, P, S, eta=0.0, prefix=None):
         weight, layers = embed.norm.weight, list(expert.layers)
         new = weight.new_zeros
         attention = layers[0].self_attn
@@ -274,6 +275,8 @@ class Buffers:
         self.out, self.embed = weights_of(expert, embed, project)
 
         self.flow = new(steps + 1, N, T, 2, dtype=torch.float32)
+        self.numbers = [flow_step.step_numbers(i, steps, eta) for i in range(steps)]
+        self.kicks = torch.zeros_like(self.flow[1:]) if eta else None
         self.times = torch.arange(steps, device=weight.device) / steps
         self.h = new(N, T, C)
         self.z = new(N, T, C)
@@ -322,6 +325,12 @@ class Buffers:
         self.mask[:, :, : self.S] = False
         self.mask[:, 0, :s] = seen
 
+    def draw(self, generator):
+        """What each step draws anew."""
+        for kick, (_, _, std) in zip(self.kicks, self.numbers):
+            if std:
+                kick.normal_(generator=generator).mul_(std)
+
     def run(self):
         """All launches, from flow[0] to flow[steps]."""
         share = flow_step.time_share(self.times, self.embed)  # (steps, width)
@@ -334,11 +343,13 @@ class Buffers:
     def step(self, i, hidden, share):
         """The controls flow[i] from those before, and their tokens, except after the last step."""
         last = i == self.steps
+        stay, step, _ = self.numbers[max(i - 1, 0)]
+        kick = None if self.kicks is None or i == 0 else self.kicks[i - 1]
         gain = self.layers[0].input_layernorm.weight
         flow_step.step_into(
             self.flow[i], None if last else self.h, self.flow[max(i - 1, 0)], hidden, self.out,
-            1 / self.steps, None if last else share[i : i + 1], self.embed, self.scratch,
-            (gain, self.z, self.square),
+            step, None if last else share[i : i + 1], self.embed, self.scratch,
+            (gain, self.z, self.square), stay, kick,
         )  # fmt: skip
 
     def run_layer(self, layer, prefix, tail, next_gain):
@@ -385,12 +396,34 @@ class Buffers:
         return self.flow.clone()
 
 
+copies = weakref.WeakKeyDictionary()  # expert: expert, embed, project in another dtype
+
+
+def as_autocast(*parts):
+    """expert, embed and project, or where autocast has another dtype copies of them in that, with
+    the weights of now."""
+    device = next(parts[0].parameters()).device.type
+    own = [p for part in parts for p in part.parameters()]
+    if not torch.is_autocast_enabled(device) or own[0].dtype != torch.float32:
+        return parts
+    dtype = torch.get_autocast_dtype(device)
+    if parts[0] not in copies:
+        made = copies[parts[0]] = [copy.deepcopy(part).requires_grad_(False) for part in parts]
+        for p in (p for part in made for p in part.parameters()):
+            p.data = p.data.to(dtype)
+    made = copies[parts[0]]
+    torch._foreach_copy_([p for part in made for p in part.parameters()], own)
+    return made
+
+
 kept = weakref.WeakKeyDictionary()  # expert: (where its weights lie, {shape: its last buffers})
 
 
 @torch.no_grad()
-def sample_flow(expert, embed, project, steps, noise, cos, sin, prefix, tail, seen):
-    """All Euler steps from noise (N, T, 2) to controls: flow (steps + 1, N, T, 2) in float32.
+def sample_flow(expert, embed, project, steps, noise, cos, sin, prefix, tail, seen, eta=0.0,
+                generator=None):  # fmt: skip
+    """All Euler steps from noise (N, T, 2) to controls: flow (steps + 1, N, T, 2) in float32. eta:
+    the share of noise that a step draws anew, see alpamayo.euler_step.
 
     cos, sin (N, 1, T, d / 2): rope of the action tokens. prefix: each layer's k, v (B, G, P, d),
     which the N / B samples of a scene share. tail: each layer's (N, G, S, d) of the tokens that a
@@ -401,18 +434,21 @@ def sample_flow(expert, embed, project, steps, noise, cos, sin, prefix, tail, se
         raise ValueError(f"noise: {T} action tokens; the kernels' tiles need 16, 32, 64, ...")
     B, _, P, _ = prefix[0][0].shape
     S = 0 if tail[0] is None else -(-tail[0][0].shape[2] // 64) * 64
+    expert, embed, project = as_autocast(expert, embed, project)
     modules = stock.all_in((expert, embed, project))
     places = [x.data_ptr() for x in stock.tensors_in(modules)]
     if expert not in kept or kept[expert][0] != places:
         kept[expert] = places, {}
     mine = kept[expert][1]
-    shape = steps, B, N, T, P, S
+    shape = steps, B, N, T, P, S, eta
     if shape not in mine:
         if len(mine) == 4:
             mine.pop(next(iter(mine)))
         same = [b.prefix for key, b in mine.items() if (key[1], key[4]) == (B, P)]
         with torch.inference_mode(False), torch.no_grad():  # usable in every mode
             prefix_too = same[0] if same else None
-            mine[shape] = Buffers(expert, embed, project, steps, B, N, T, P, S, prefix_too)
+            mine[shape] = Buffers(expert, embed, project, *shape, prefix_too)
     mine[shape].fill(noise, cos, sin, prefix, tail, seen)
+    if eta:
+        mine[shape].draw(generator)
     return mine[shape].replay()
