@@ -66,7 +66,7 @@ def plain_flow_step(x, hidden, out, step, t, embed):
 # layer's output is wider than the registers hold, so it goes through memory, BN columns at a time.
 # `tl.debug_barrier` makes all threads of the program wait until each can read what the others
 # stored. The root mean square of a row is known only with all its columns, so a norm is applied one
-# layer later: W (g * z / rms) = (W (g * z)) / rms.
+# layer later: W (g * z / rms) = (W (g * z)) / rms. Memory holds g * z.
 
 
 @triton.jit
@@ -107,10 +107,10 @@ def _features(a, k, ACCEL, CURVATURE, j, F):
 
 
 @triton.jit
-def _silu_into(Z, row, n, ok, A, y):
-    """Store silu(y) as columns n of Z. Returns the rows' sums of squares."""
+def _silu_into(Z, row, n, ok, A, GAIN, y):
+    """Store gain * silu(y) as columns n of Z. Returns the rows' sums of squares of silu(y)."""
     y = (y * tl.sigmoid(y)).to(Z.dtype.element_ty)
-    tiles.write_block(Z, row, n, ok, A, y)
+    tiles.write_block(Z, row, n, ok, A, y * tl.load(GAIN + n, mask=n < A, other=0.0)[None, :])
     return tl.sum(y.to(tl.float32) * y.to(tl.float32), 1)
 
 
@@ -149,7 +149,7 @@ def _step(X, NEXT, H, NORM, OUT_W, OUT_B, TIME, ACCEL, CURVATURE, LAYERS, W, B, 
             share = TIME + (row // T)[:, None] * time_ + n[None, :]
             share = tl.load(share, mask=there, other=0.0)
             y = tl.dot(z, tl.trans(w), share, input_precision="ieee")
-            square += _silu_into(Z, row, n, ok, A, y)
+            square += _silu_into(Z, row, n, ok, A, LAYERS[2], y)
         r = tl.rsqrt(square / A + 1e-5)
         tl.debug_barrier()
         for i in tl.static_range(1, DEPTH):
@@ -157,17 +157,16 @@ def _step(X, NEXT, H, NORM, OUT_W, OUT_B, TIME, ACCEL, CURVATURE, LAYERS, W, B, 
             square = tl.zeros([BM], tl.float32)
             for n in range(0, A, BN):
                 n = n + tl.arange(0, BN)
-                norm, weight, bias = LAYERS[3 * i - 1], LAYERS[3 * i], LAYERS[3 * i + 1]
-                y = tiles.linear(before, norm, weight, row, ok, n, A, A, 0, A, BK)
-                y = y * r[:, None] + _row(bias, n, A)
-                square += _silu_into(Z + i % 2 * rows * A, row, n, ok, A, y)
+                y = tiles.linear(before, LAYERS[3 * i], row, ok, n, A, A, 0, A, BK)
+                y = y * r[:, None] + _row(LAYERS[3 * i + 1], n, A)
+                square += _silu_into(Z + i % 2 * rows * A, row, n, ok, A, LAYERS[3 * i + 2], y)
             r = tl.rsqrt(square / A + 1e-5)
             tl.debug_barrier()
         before = Z + (DEPTH - 1) % 2 * rows * A
         total = tl.zeros([BM], tl.float32)
         for n in range(0, C, BN):
             n = n + tl.arange(0, BN)
-            y = tiles.linear(before, LAYERS[3 * DEPTH - 1], W, row, ok, n, C, A, 0, A, BK)
+            y = tiles.linear(before, W, row, ok, n, C, A, 0, A, BK)
             y = y * r[:, None] + _row(B, n, C)
             total += tl.sum(y, 1)
             tiles.write_block(Y, row, n, ok, C, y)

@@ -332,24 +332,26 @@ def attention_plan(q, k0, k1, splits=0):
 
 @cache
 def _plan(sizes, B, G, d, size, splits, chip, programs):
-    """64 rows while they are too few to fill the chip, 128 where there are enough and the chip
-    multiplies 128 at once. 32 keys, and three blocks of them under way while one is worked on."""
+    """Of those tried on an H200 at the release's shape the fastest: 64 rows; the keys in as many
+    parts as multiprocessors are left, twice as many for decoding's few rows, and 32 at a time; else
+    64 keys. Parts are powers of two, so that few variants of the kernel are compiled."""
     n, T, R, P, S = sizes
     half = size == 2
     BM = min(64 if half else 32, max(16, triton.next_power_of_2(n * R)))
-    BN = 32
+    rows = min(R, BM)
+    blocks = triton.cdiv(n, BM // rows) * triton.cdiv(R, rows)
+    if not splits:
+        many = (2 if BM < 64 else 1) * programs // (blocks * B * G)
+        splits = min(max(1, many), triton.cdiv(P + 1, 64))
+        splits = 2 ** int(math.log2(splits))
+    splits = triton.next_power_of_2(splits)
+    BN = 64 if splits == 1 and BM == 64 and chip in (80, 90, 100) else 32
     options = dict(num_warps=4, num_stages=3 if half else 2)
     if not half and (d > 64 or d % 16):  # no matrix unit: the keys lie in registers, too
         BN = 16
         options = dict(num_warps=8, num_stages=2)
     if d % 16 and chip not in (90, 100):  # nano's 40: left alone, the compiler saves and spills
         options["maxnreg"] = 240
-    rows = min(R, BM)
-    blocks = triton.cdiv(n, BM // rows) * triton.cdiv(R, rows)
-    if not splits:  # powers of two, so that few variants of the kernel are compiled
-        fill = 2 ** int(math.log2(max(1, 2 * programs // (blocks * B * G))))
-        splits = min(fill, triton.next_power_of_2(max(1, triton.cdiv(P, BN))))
-    splits = triton.next_power_of_2(splits)
     options |= dict(G=G, D=d, SPLITS=splits, BM=BM, BN=BN)
     options |= dict(BD=max(16, triton.next_power_of_2(d)))
     return (n, T, R, P, S, rows, d**-0.5 * LOG2E), (blocks, splits, B * G), options
@@ -359,8 +361,10 @@ def attention_scratch(q, plan):
     """Buffers of a launch, which may serve again: log2-sum-exp2 of the rows, results of the parts
     and their log2-sum-exp2."""
     _, (blocks, splits, groups), options = plan
-    parts = blocks * splits * groups * options["BM"] if splits > 1 else 1
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if splits == 1:
+        return lse, None, None
+    parts = blocks * splits * groups * options["BM"]
     part = q.new_empty(parts, options["BD"], dtype=torch.float32)
     return lse, part, q.new_empty(parts, dtype=torch.float32)
 

@@ -93,15 +93,6 @@ def _my_part(K, BK: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _is_last(DONE, SPLITS: tl.constexpr):
-    """Whether all other parts of the tile are there. DONE: the counter of those that are."""
-    tl.debug_barrier()  # all threads of this program have stored before one of them says so
-    last = tl.atomic_add(DONE, 1, sem="acq_rel") == SPLITS - 1
-    tl.store(DONE, 0, mask=last)  # ready for the next launch
-    return last
-
-
-@triton.jit
 def _sum_of(PART, size, SPLITS: tl.constexpr):
     """Sum over the parts. PART: a tile's addresses in the first; the next is `size` further."""
     total = tl.load(PART, cache_modifier=".cg")  # not from this multiprocessor's own cache
@@ -128,10 +119,14 @@ def _two_products(Z, A, B, row, n, N, C, start, stop, BK: tl.constexpr):
 
 
 @triton.jit
-def _over_rms(SQUARE, row, C, BLOCKS: tl.constexpr):
-    """1 / rms of these rows of h, whose sums of squares are in BLOCKS parts."""
+def _squares(SQUARE, row, BLOCKS: tl.constexpr):
+    """These rows' sums of squares, in BLOCKS parts. To be read before what takes long."""
     j = tl.arange(0, triton.next_power_of_2(BLOCKS))
-    square = tiles.read_block(SQUARE, row, j, None, BLOCKS)
+    return tiles.read_block(SQUARE, row, j, None, BLOCKS)
+
+
+@triton.jit
+def _over_rms(square, C):
     return tl.rsqrt(tl.sum(square, 1) / C + 1e-6)[:, None]
 
 
@@ -160,7 +155,14 @@ def _heads(Z, SQUARE, WQ, WK, WV, GQ, GK, COS, SIN, Q, K, V, PART, DONE, C, S,
         out = V + ((n * G + j - H - G) * (S + T) + S + t) * D
     start, stop = _my_part(C, BK, SPLITS)
     second = W + D // 2 * C
-    r = _over_rms(SQUARE, row, C, BLOCKS)
+    square = _squares(SQUARE, row, BLOCKS)
+    turned = j < H + G  # q and k
+    GAIN = GQ if j < H else GK
+    gain_a = tl.load(GAIN + c, mask=is_c & turned, other=0.0)
+    gain_b = tl.load(GAIN + D // 2 + c, mask=is_c & turned, other=0.0)
+    at = row[:, None] * (D // 2) + c[None, :]
+    cos = tl.load(COS + at, mask=is_c[None, :] & turned, other=0.0)
+    sin = tl.load(SIN + at, mask=is_c[None, :] & turned, other=0.0)
     a, b = _two_products(Z, W, second, row, c, D // 2, C, start, stop, BK)
     if SPLITS > 1:
         tile = tl.program_id(0) * (H + 2 * G) + j
@@ -170,19 +172,18 @@ def _heads(Z, SQUARE, WQ, WK, WV, GQ, GK, COS, SIN, Q, K, V, PART, DONE, C, S,
         mine = tl.program_id(2) * size
         tl.store(A + mine, a)
         tl.store(B + mine, b)
-        if not _is_last(DONE + tile, SPLITS):
+        if not tiles.is_last(DONE + tile, SPLITS):
             return
         a = _sum_of(A, size, SPLITS)
         b = _sum_of(B, size, SPLITS)
+    r = _over_rms(square, C)
     a, b = a * r, b * r
-    if j < H + G:  # q and k: normalised, then turned
-        GAIN = GQ if j < H else GK
+    if turned:
         r = tl.rsqrt(tl.sum(a * a + b * b, 1) / D + 1e-6)[:, None]
-        a = a * r * tl.load(GAIN + c, mask=is_c, other=0.0).to(tl.float32)[None, :]
-        b = b * r * tl.load(GAIN + D // 2 + c, mask=is_c, other=0.0).to(tl.float32)[None, :]
-        cos = tiles.read_block(COS, row, c, None, D // 2).to(tl.float32)
-        sin = tiles.read_block(SIN, row, c, None, D // 2).to(tl.float32)
-        a, b = a * cos - b * sin, b * cos + a * sin
+        a = a * r * gain_a.to(tl.float32)[None, :]
+        b = b * r * gain_b.to(tl.float32)[None, :]
+        right, up = cos.to(tl.float32), sin.to(tl.float32)
+        a, b = a * right - b * up, b * right + a * up
     tl.store(out[:, None] + c[None, :], a.to(Q.dtype.element_ty), mask=is_c[None, :])
     tl.store(out[:, None] + D // 2 + c[None, :], b.to(Q.dtype.element_ty), mask=is_c[None, :])
 
@@ -195,19 +196,20 @@ def _add(X, Y, W, GAIN, Z, SQUARE, PART, DONE, C, K, SPLITS: tl.constexpr, BM: t
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.program_id(1) * BN + tl.arange(0, BN)
     start, stop = _my_part(K, BK, SPLITS)
-    total = tiles.linear(Y, None, W, row, None, c, C, K, start, stop, BK)
+    x = tiles.read_block(X, row, c, None, C)
+    gain = tl.load(GAIN + c, mask=c < C, other=0.0)
+    total = tiles.linear(Y, W, row, None, c, C, K, start, stop, BK)
     if SPLITS > 1:
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         size = BM * BN
         PART += tile * SPLITS * size + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
         tl.store(PART + tl.program_id(2) * size, total)
-        if not _is_last(DONE + tile, SPLITS):
+        if not tiles.is_last(DONE + tile, SPLITS):
             return
         total = _sum_of(PART, size, SPLITS)
-    x = tiles.read_block(X, row, c, None, C).to(tl.float32) + total
-    x = x.to(X.dtype.element_ty)
+    x = (x.to(tl.float32) + total).to(X.dtype.element_ty)
     tiles.write_block(X, row, c, None, C, x)
-    tiles.write_block(Z, row, c, None, C, x * tl.load(GAIN + c, mask=c < C, other=0.0)[None, :])
+    tiles.write_block(Z, row, c, None, C, x * gain[None, :])
     square = tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
     tl.store(SQUARE + row * tl.num_programs(1) + tl.program_id(1), square)
 
@@ -219,8 +221,9 @@ def _gate_up(Z, SQUARE, WG, WU, Y, C, M, BLOCKS: tl.constexpr, BM: tl.constexpr,
     z = rmsnorm(x)."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     m = tl.program_id(1) * BN + tl.arange(0, BN)
-    r = _over_rms(SQUARE, row, C, BLOCKS)
+    square = _squares(SQUARE, row, BLOCKS)
     gate, up = _two_products(Z, WG, WU, row, m, M, C, 0, C, BK)
+    r = _over_rms(square, C)
     gate, up = gate * r, up * r
     tiles.write_block(Y, row, m, None, M, gate * tl.sigmoid(gate) * up)
 

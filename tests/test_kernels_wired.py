@@ -75,7 +75,7 @@ def test_losses_and_gradients_of_a_pruned_model(scene, both):
     (losses, grads), (ours, our_grads), used = both(learn)
     assert used == {
         "row_sums", "column_sums", "attend_patches", "backward_queries", "backward_keys", "_attend",
-        "_join", "_grad_q", "_grad_kv", "_roll_out", "_roll_back",
+        "_grad_q", "_grad_kv", "_roll_out", "_roll_back",
     }  # fmt: skip
     assert ours == pytest.approx(losses, rel=1e-5)
     for name, grad in grads.items():
@@ -139,6 +139,6 @@ def test_driving_without_thinking(both, eta):
     prefix = alpamayo.Prefix(layers, layers, None, 12)
     run = torch.no_grad()(lambda: model.drive(prefix, thought, 2, x, eta, seeded()))
     flow, ours, used = both(run)
-    assert used == {"_attend", "_join", "_heads", "_gate_up", "_add", "_step"}
+    assert used == {"_attend", "_heads", "_gate_up", "_add", "_step"}
     assert torch.equal(flow[0], x) and (flow[2] - flow[0]).abs().mean() > 0.1
     assert (flow - ours).abs().max() < 1e-3
