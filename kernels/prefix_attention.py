@@ -345,7 +345,7 @@ def _plan(sizes, B, G, d, size, splits, chip, programs):
         splits = min(max(1, many), triton.cdiv(P + 1, 64))
         splits = 2 ** int(math.log2(splits))
     splits = triton.next_power_of_2(splits)
-    BN = 64 if splits == 1 and BM == 64 and chip in (80, 90, 100) else 32
+    BN = 64 if splits == 1 and BM == 64 and chip == 90 else 32
     options = dict(num_warps=4, num_stages=3 if half else 2)
     if not half and (d > 64 or d % 16):  # no matrix unit: the keys lie in registers, too
         BN = 16

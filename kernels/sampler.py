@@ -156,13 +156,6 @@ def _heads(Z, SQUARE, WQ, WK, WV, GQ, GK, COS, SIN, Q, K, V, PART, DONE, C, S,
     start, stop = _my_part(C, BK, SPLITS)
     second = W + D // 2 * C
     square = _squares(SQUARE, row, BLOCKS)
-    turned = j < H + G  # q and k
-    GAIN = GQ if j < H else GK
-    gain_a = tl.load(GAIN + c, mask=is_c & turned, other=0.0)
-    gain_b = tl.load(GAIN + D // 2 + c, mask=is_c & turned, other=0.0)
-    at = row[:, None] * (D // 2) + c[None, :]
-    cos = tl.load(COS + at, mask=is_c[None, :] & turned, other=0.0)
-    sin = tl.load(SIN + at, mask=is_c[None, :] & turned, other=0.0)
     a, b = _two_products(Z, W, second, row, c, D // 2, C, start, stop, BK)
     if SPLITS > 1:
         tile = tl.program_id(0) * (H + 2 * G) + j
@@ -178,12 +171,14 @@ def _heads(Z, SQUARE, WQ, WK, WV, GQ, GK, COS, SIN, Q, K, V, PART, DONE, C, S,
         b = _sum_of(B, size, SPLITS)
     r = _over_rms(square, C)
     a, b = a * r, b * r
-    if turned:
+    if j < H + G:  # q and k: normalised, then turned
+        GAIN = GQ if j < H else GK
         r = tl.rsqrt(tl.sum(a * a + b * b, 1) / D + 1e-6)[:, None]
-        a = a * r * gain_a.to(tl.float32)[None, :]
-        b = b * r * gain_b.to(tl.float32)[None, :]
-        right, up = cos.to(tl.float32), sin.to(tl.float32)
-        a, b = a * right - b * up, b * right + a * up
+        a = a * r * tl.load(GAIN + c, mask=is_c, other=0.0).to(tl.float32)[None, :]
+        b = b * r * tl.load(GAIN + D // 2 + c, mask=is_c, other=0.0).to(tl.float32)[None, :]
+        cos = tiles.read_block(COS, row, c, None, D // 2).to(tl.float32)
+        sin = tiles.read_block(SIN, row, c, None, D // 2).to(tl.float32)
+        a, b = a * cos - b * sin, b * cos + a * sin
     tl.store(out[:, None] + c[None, :], a.to(Q.dtype.element_ty), mask=is_c[None, :])
     tl.store(out[:, None] + D // 2 + c[None, :], b.to(Q.dtype.element_ty), mask=is_c[None, :])
 
