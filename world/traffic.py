@@ -228,13 +228,23 @@ class World:
         """The accelerations (n, things), m/s^2, of things that wish for `change` on their way to
         the speed `target` (m/s). Cars slow for the nearest thing in their lane, or for the ego."""
         t = self.things
-        car = SimpleNamespace(**{name: value[:, :, None] for name, value in vars(t).items()})
-        other = SimpleNamespace(**{name: value[:, None] for name, value in vars(t).items()})
-        slow = _slow_for(car, other, self.solid(other.kind)).amin(2)  # (n, things)
+        cars = (t.kind == CAR).nonzero(as_tuple=True)  # scene and thing of each: two (cars,)
+        car = SimpleNamespace()  # (cars, 1) each
+        other = SimpleNamespace()  # (cars, things) each: all that is in the scene of each
+        for name in ("s", "d", "v", "way", "length", "width"):
+            value = getattr(t, name)
+            setattr(car, name, value[cars][:, None])
+            setattr(other, name, value[cars[0]])
+        slow = torch.zeros_like(change)  # (n, things)
+        slow[cars] = _slow_for(car, other, self.solid(t.kind)[cars[0]]).amin(1)
         s, d, heading = locate(self.x, self.y, self.scene.road)
         heading = self.yaw - heading
         x, y = turn(MIDDLE, 0, heading)  # from the rear axle to the middle
-        ego = SimpleNamespace(way=1, length=LENGTH, width=WIDTH)
+        cos = heading.cos().abs()
+        sin = heading.sin().abs()
+        ego = SimpleNamespace(way=1)
+        ego.length = (cos * LENGTH + sin * WIDTH)[:, None]  # along the road, and across it
+        ego.width = (sin * LENGTH + cos * WIDTH)[:, None]
         ego.s = (s + x)[:, None]
         ego.d = (d + y)[:, None]
         ego.v = (self.speed * heading.cos())[:, None]
@@ -334,15 +344,17 @@ class World:
         return accel.where(where, MAX_ACCEL)
 
     def _steer(self, s, d, heading, lateral):
-        """The curvature (n,), 1/m: the line's a moment ahead, the nudge's, and a pull back to where
-        the ego should be (lateral: its wandering, m)."""
+        """The curvature (n,), 1/m: the line's a moment ahead, the nudge's once the driver is aware,
+        and a pull back to where the ego should be (lateral: its wandering, m)."""
         v = self.speed
+        aware = self.time >= self.scene.react
         start, k, length = self.scene.route.unbind(-1)
         soon = s + 0.3 * v  # hands take time
         bends = (soon > start) & (soon < start + length)
         ahead = (k / (1 - k * d)).where(bends, 0)
         target, slope, _ = self._nudge(s)
         _, _, bow = self._nudge(soon)
+        bow = bow.where(aware, 0)  # it begins 0.2 s ahead, and hands look 0.3 s ahead
         reach = (0.7 * v).clamp(min=3)  # m
         pull = (d - target - lateral) / reach ** 2
         align = 2 * (self.yaw - heading - slope) / reach
@@ -409,8 +421,11 @@ class World:
         collision   its rectangle and that of a thing overlap
         close       they would if the ego were NEAR (m) larger on every side: a close encounter. The
                     paper does not define its own; this is ours
-        at_fault    close, unless the thing came from behind or the ego stood still
         off_road    a corner of it is beyond the asphalt
+
+        Every collision is the ego's fault. AlpaSim leaves out those from behind, where the others
+        drive as once recorded. Here who is behind the ego brakes in time, so only an ego that comes
+        into another's way is hit.
         """
         t = self.things
         x, y, yaw = self.poses_to_ego()
@@ -418,10 +433,7 @@ class World:
         solid = self.solid(t.kind)
         hit = solid & _overlap(x, y, yaw, t, 0.0)
         near = solid & _overlap(x, y, yaw, t, NEAR)
-        from_behind = (x < -LENGTH / 2) & (t.v > self.speed[:, None])
-        at_fault = (near & ~from_behind).any(1) & (self.speed > 0.1)
-        return dict(
-            collision=hit.any(1), close=near.any(1), at_fault=at_fault, off_road=self._off_road())
+        return dict(collision=hit.any(1), close=near.any(1), off_road=self._off_road())
 
     def _off_road(self):
         """Whether a corner of the ego is beyond the asphalt, (n,) bool."""
