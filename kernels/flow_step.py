@@ -20,9 +20,9 @@ is three running sums, a tl.cumsum each, and its gradient the same sums from the
 takes about 25 launches forward and 60 backward; these take one and one. The PyTorch that defines it
 is `roll_out` in alpamayo.py, where a reader of the paper looks for Eq. 5; that of the step is here.
 
-By arithmetic, not measured: at the release's shape (64 rows, C = 2048, 512 wide) a step is four
-programs of 16 rows. Each reads the embedding's 2.6 MB, which is 23 us at 64 bytes a clock. The
-expert's bytes take 1160 us.
+At the release's shape (64 rows, C = 2048, 512 wide) a step is four programs of 16 rows. Each reads
+the embedding's 2.6 MB, which would be 23 us at 64 bytes a clock. Measured on an H200: 98 us, of
+2700 that the step takes with the expert. Tiles of 32 columns took 260.
 """
 import math
 

@@ -16,7 +16,7 @@ of them ours:
              (Milakov and Gimelshein, arXiv 1805.02867; "FlashAttention")
   parts      Few queries are few programs, and most of the chip would idle. So the keys are cut into
              parts. Part p leaves its own y_p and l_p = log sum exp(score), and
-             y = sum_p exp(l_p) y_p / sum_p exp(l_p). ("Flash-Decoding")
+             y = sum_p exp(l_p) y_p / sum_p exp(l_p), a launch of its own. ("Flash-Decoding")
 
 Letters: N = B * n samples, H query heads, G key-value heads, T queries of a sample, P keys of the
 prefix, S of the tail, d head dimension, R = H / G * T rows of a sample that read the same key-value

@@ -12,46 +12,31 @@ and replays them without the CPU.
         h += W_down m                                          `_add`
     x += step * W_out rmsnorm(h)                               `flow_step` again
 
-That is 5 launches a layer and 1 a step: 1811 for 10 steps of the release's 36 layers, where PyTorch
-makes about 40 a layer. The weights are read where the modules keep them. Nothing is fused by
-copying, so training may go on between two calls.
+That is 5 launches a layer, 6 where attention's keys are in parts, and 1 a step: 2171 for 10 steps
+of the release's 36 layers and one sample, where PyTorch makes about 40 a layer. The weights are
+read where the modules keep them. Nothing is fused by copying, so training may go on between two
+calls.
 
 A tile's rows are the T = 64 action tokens of a sample, or of two. A norm before a matrix costs no
-launch and no pass: W (g * x / rms) is (W (g * x)) / rms, and the sum of squares is taken of the
-tiles that are multiplied.
+launch: see `_two_products` and what stands above it. Under autocast a 16-bit copy of the expert is
+sampled, and brought up to date before each call.
 
-What one sample costs a layer at the release's shape on an H200, by arithmetic, not measured. Memory
-gives 4.3 TB/s. L2 gives 9.7 TB/s to all (github.com/te42kyfo/gpu-benches, gpu-l2-cache/h200.txt)
-and at most 110 GB/s to one multiprocessor (64 bytes x 1.7 GHz), so too few programs wait for L2.
-`tail` is what follows when K is cut into parts and the last of them is done: 0.7 us (assumed) until
-its program knows, then all parts' sums at 110 GB/s. `us`: the slower of L2 and memory, plus tail.
+One sample at the release's shape: microseconds a launch on an H200 (2026-11-26, in the graph), the
+bytes of weights, keys and values at 4.18 TB/s, and what was predicted by counting bytes in L2 and
+0.7 us for a sum's parts:
 
-               each its whole K         K in parts, as below
-               programs  MB each   us   programs  MB each  L2, us  memory, us  tail, us    us
-    _heads        32      0.79    7.1      128     0.20      2.6       3.9        1.9      5.8
-    _attend      128      0.21    6.0      128     0.21      2.8       2.9        3.1      6.0
-    o_proj        64      0.39    3.6      128     0.13      1.7       2.0        1.3      3.2
-    _gate_up     129      0.79   15.7      129     0.79     10.5      15.7          0     15.7
-    down_proj     64      1.59   14.4      128     0.54      7.1       7.9        1.3      9.2
-    a layer                      46.9                                 32.4        7.5     39.9
-    a step: 36 x (a layer + 5 gaps of 1 us, assumed) + 24 us of `flow_step`
-                              1.89 ms                                                  1.64 ms
+                       bytes   predicted   first version    now
+    _heads               4.0         5.8           16.6    12.1
+    _attend (+ _join)    3.0         6.0           18.1    16.9
+    o_proj + down_proj  10.1        12.4           24.7    21.5
+    _gate_up            16.2        15.7           35.8    21.5
+    a layer             33.3        39.9           95.2    72.0
+    _step, per step                   24            260      98
 
-The floor is 1.16 ms, the bytes alone; the aim is 1.3 times that. On paper this is 1.4 times, from
-1.6. The aim leaves 9 us a layer for gaps and tails, which are assumed to take 12.5. Were both half
-as long, it would be 1.2. Left to try on a GPU: fewer parts in `_attend`, whose tail is longest, and
-launches that begin before the last one has ended.
-
-Six samples are bound by products, 2.66 ms a step. With one sample a tile they would draw 1.42 GB a
-layer from L2, 5.3 ms a step at 9.7 TB/s. Two a tile draw 1.04 GB, 3.8 ms: still L2 before the
-products.
-
-Why there is no persistent kernel, all steps in one launch, for the nano. Its expert fits on the
-chip (0.6 M parameters), and floors are tempting: 5 barriers x 4 layers x 10 steps, 0.2 ms at an
-assumed 1 us each. But the five kernels' bodies would have to be written again around one grid-wide
-barrier. Weights would need one stacked copy that goes stale while training. Triton cannot keep a
-weight in shared memory across a barrier, which is the point of being persistent. And the barrier
-waits for ever unless all programs are resident at once, which only a GPU can tell.
+The launches lie 0.4 us apart, where 1 us was assumed. What was underestimated is latency: a launch
+that reads nothing from memory still takes 5 us, from its first load to its last part's sum. The
+first version lost most where the product's loop made gain * x in registers, which the compiler
+serialises on Hopper. README.md has the whole, its rivals and what was tried in vain.
 """
 import copy
 import math
