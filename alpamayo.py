@@ -53,7 +53,7 @@ import torch.nn.functional as F
 
 import release
 from doors import check_sampling, check_scene, write_atomically
-from kernels import by_hand, stock
+from kernels import by_hand, one_launch, stock
 from kernels.flow_step import roll_out_by_kernel
 from kernels.prefix_attention import prefix_attention
 from kernels.pruned_attention import pruned_attention
@@ -702,12 +702,18 @@ class Alpamayo(nn.Module):
         x = noise.to(device)
         start = prefix.end + thought.length
         dtype = next(self.expert.parameters(), x).dtype
-        fast = eta == 0 and by_hand(device, dtype)
+        small = one_launch.fits(self.cfg, HORIZON, dtype)  # its sampler is one launch
+        fast = (small or eta == 0) and by_hand(device, dtype, even_32_bit=small)
         if fast and stock.is_flow(Alpamayo.drive, self, prefix.layers):  # see kernels/stock.py
             parts = self.expert, self.action_in_proj, self.action_out_proj
             cos, sin = self.rope_of_actions(start, dtype)
             seen = torch.arange(T, device=device) < thought.length[:, None]
-            return sample_flow(*parts, steps, x, cos, sin, prefix.layers, thought.tail, seen)
+            inputs = steps, x, cos, sin, prefix.layers, thought.tail, seen
+            if not small:
+                return sample_flow(*parts, *inputs)
+            fresh = [torch.randn(x.shape, generator=generator, device=device)
+                     for _ in range(steps - 1 if eta else 0)]  # fmt: skip
+            return one_launch.sample_in_one_launch(*parts, *inputs, eta, fresh)
         past = self.expert_past(prefix, thought.tail, T, thought.length)
         flow = [x]
         for i in range(steps):

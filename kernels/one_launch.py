@@ -33,15 +33,19 @@ from kernels import tiles, tl, triton
 MOST_BYTES = 4 * 2**20  # of weights
 
 
-def plain_sample(embed, expert, project, euler_step, steps, noise, eta=0.0, fresh=None):
+def plain_sample(
+    expert, embed, project, euler_step, steps, noise, cos, sin, past, eta=0.0, fresh=()
+):
     """The loop of Alpamayo.drive: all steps from noise (N, T, 2), flow (steps + 1, N, T, 2).
 
-    embed(x, t), expert(tokens), project(hidden), euler_step: the model's. fresh (steps - 1, N, T,
-    2): normal numbers, for eta > 0."""
+    expert, embed, project, euler_step: the model's. past: a `Past` for each layer, which has the
+    prompt's keys and values and the sample's. fresh: for eta > 0, normal numbers (N, T, 2) for each
+    step but the last."""
     flow = [noise]
     for i in range(steps):
         x, t = flow[-1], i / steps
-        velocity = project(expert(embed(x, x.new_full((len(x),), t)))).to(x.dtype)
+        tokens = embed(x, x.new_full((len(x),), t))
+        velocity = project(expert(tokens, cos, sin, past)).to(x.dtype)
         x, std = euler_step(x, velocity, t, 1 / steps, eta)
         flow.append(x + std * fresh[i] if std else x)
     return torch.stack(flow)
@@ -186,16 +190,15 @@ def _sample(X, FRESH, W, FREQS, PREFIX, OWN, SEEN, COS, SIN, FIRST, H, Z, Q, Y, 
     those of the controls."""
     N, s = tl.num_programs(0), tl.program_id(0)
     LAYER: tl.constexpr = 2 * (HEADS + G) * D * C + 3 * M * C + 2 * D + 2 * C
-    EMBED = W + layers * LAYER + C
-    OUT = EMBED + A * 3 * F + (DEPTH - 1) * A * A + 2 * DEPTH * A + C * A + 3 * C
+    EMBED: tl.constexpr = (3 * F + (DEPTH - 1) * A + 2 * DEPTH + C) * A + 3 * C
     t, c, d = tl.arange(0, T), tl.arange(0, BC), tl.arange(0, BD)
     for step in tl.range(steps, disable_licm=True):
         row = tl.multiple_of(tl.load(FIRST + s), T) + t
         a, k = tl.load(X + row * 2), tl.load(X + row * 2 + 1)
-        _embed_into(H, a, k, step / steps, EMBED, FREQS, Z, row, A, F, C, DEPTH, BF, BA, BC, BK)
+        _embed_into(H, a, k, step / steps, W, FREQS, Z, row, A, F, C, DEPTH, BF, BA, BC, BK)
         for layer in tl.range(layers, disable_licm=True):
             row = tl.multiple_of(tl.load(FIRST + s), T) + t
-            WQ = W + layer * LAYER
+            WQ = W + EMBED + layer * LAYER
             WK, WV, WO = WQ + HEADS * D * C, WQ + (HEADS + G) * D * C, WQ + (HEADS + 2 * G) * D * C
             NORM = WO + C * HEADS * D
             GATE, UP, DOWN = NORM + 2 * D, NORM + 2 * D + M * C, NORM + 2 * D + 2 * M * C
@@ -237,7 +240,8 @@ def _sample(X, FRESH, W, FREQS, PREFIX, OWN, SEEN, COS, SIN, FIRST, H, Z, Q, Y, 
                 tiles.write_block(U, row, m, None, M, gate * tl.sigmoid(gate) * up)
             _add_into(H, U, DOWN, row, c, C, M, BK)
 
-        z = _rms_norm(tiles.read_block(H, row, c, None, C), EMBED - C, c, C, 1e-6)
+        OUT = W + EMBED + layers * LAYER + C  # behind the layers and the last norm
+        z = _rms_norm(tiles.read_block(H, row, c, None, C), OUT - C, c, C, 1e-6)
         time, left = step / steps, (steps - 1 - step) / steps  # of the noise, after this step
         for i in tl.static_range(2):  # acceleration, curvature: euler_step
             x = tl.load(X + row * 2 + i)
@@ -255,50 +259,49 @@ def _sample(X, FRESH, W, FREQS, PREFIX, OWN, SEEN, COS, SIN, FIRST, H, Z, Q, Y, 
 # What the model calls
 
 
-def sizes_of(cfg):
-    """The kernel's sizes but T, of a Config."""
-    return dict(
-        C=cfg.e_embd, M=cfg.e_mlp, HEADS=cfg.e_head, G=cfg.n_kv_head, D=cfg.head_dim,
-        A=cfg.a_embd, F=cfg.a_fourier, DEPTH=cfg.a_layer,
-    )  # fmt: skip
+def padded(n):
+    return max(16, triton.next_power_of_2(n))
 
 
-def tiles_of(cfg, half):
-    """Sides of its tiles, powers of two. half: 16-bit weights."""
-    def padded(n):
-        return max(16, triton.next_power_of_2(n))
-
-    return dict(
-        BF=padded(3 * cfg.a_fourier), BA=padded(cfg.a_embd), BC=padded(cfg.e_embd),
-        BH=padded(cfg.head_dim // 2), BD=padded(cfg.head_dim), BM=64, BN=64, BK=64 if half else 32,
-    )  # fmt: skip
-
-
-def fits(cfg, dtype):
-    """Whether the sampler of this Config's expert is one launch: its weights are at most 4 MiB, and
-    its tiles fit in the registers of a program."""
-    layer = (2 * (cfg.e_head + cfg.n_kv_head) * cfg.head_dim + 3 * cfg.e_mlp) * cfg.e_embd
-    embed = (3 * cfg.a_fourier + (cfg.a_layer - 1) * cfg.a_embd + cfg.e_embd) * cfg.a_embd
+def fits(cfg, T, dtype):
+    """Whether one launch samples T controls for this Config's expert: its weights are at most 4
+    MiB, and its tiles fit in a program's registers."""
+    G, H, D, C, A = cfg.n_kv_head, cfg.e_head, cfg.head_dim, cfg.e_embd, cfg.a_embd
+    layer = (2 * (H + G) * D + 3 * cfg.e_mlp) * C
+    embed = (3 * cfg.a_fourier + (cfg.a_layer - 1) * A + C) * A
     if (cfg.n_layer * layer + embed) * dtype.itemsize > MOST_BYTES:
         return False
-    side = tiles_of(cfg, dtype.itemsize == 2)
-    widest = max(side["BC"], side["BA"], side["BF"], side["BD"] * 2, side["BH"] * cfg.e_head)
-    heads = cfg.n_kv_head, cfg.e_head // cfg.n_kv_head
-    return widest <= 128 and heads[1] <= 2 and all(n & (n - 1) == 0 for n in heads)
+    widest = max(C, A, 3 * cfg.a_fourier, 2 * D, padded(D // 2) * H)
+    return widest <= 128 and H <= 2 * G and T in (16, 32, 64) and all(n & (n - 1) == 0 for n in (G, H))
+
+
+def sizes_of(expert, embed, half):
+    """The kernel's constants but T. half: 16-bit weights."""
+    layer = expert.layers[0]
+    attention, trunk = layer.self_attn, embed.encoder.trunk
+    C, A, D = len(expert.norm.weight), trunk[-1].in_features, attention.head_dim
+    F = trunk[0].in_features // 3
+    return dict(
+        C=C, M=layer.mlp.up_proj.out_features, HEADS=attention.n_head, G=attention.n_kv_head, D=D,
+        A=A, F=F, DEPTH=len(trunk) // 3, BF=padded(3 * F), BA=padded(A), BC=padded(C),
+        BH=padded(D // 2), BD=padded(D), BM=64, BN=64, BK=64 if half else 32,
+    )  # fmt: skip
 
 
 @torch.no_grad()
-def sample_in_one_launch(cfg, parts, steps, noise, cos, sin, prefix, tail, seen, eta=0.0, fresh=None):
+def sample_in_one_launch(
+    expert, embed, project, steps, noise, cos, sin, prefix, tail, seen, eta=0.0, fresh=()
+):
     """All steps from noise (N, T, 2) to controls: flow (steps + 1, N, T, 2) in float32.
 
-    parts: expert, action embedding, projection to the velocity. The rest is as in
-    sampler.sample_flow. fresh (steps - 1, N, T, 2): normal numbers in float32, for eta > 0.
+    As sampler.sample_flow. fresh: for eta > 0, normal numbers (N, T, 2) for each step but the last.
     Weights, keys and values are laid side by side first, by a copy each: they may have changed."""
     N, T, _ = noise.shape
     if T not in (16, 32, 64):
         raise ValueError(f"noise: {T} action tokens; the kernel's tiles need 16, 32 or 64")
-    weights = parameters_to_vector([p for part in parts for p in part.parameters()])
-    freqs = parameters_to_vector(parts[1].buffers())
+    ordered = *embed.parameters(), *expert.parameters(), *project.parameters()
+    weights = parameters_to_vector(ordered)
+    freqs = parameters_to_vector(embed.buffers())
     keys = torch.stack([x for kv in prefix for x in kv])  # (2 layers, B, G, P, D)
     _, B, G, P, D = keys.shape
     said = [x for kv in tail if kv for x in kv]
@@ -314,15 +317,14 @@ def sample_in_one_launch(cfg, parts, steps, noise, cos, sin, prefix, tail, seen,
         return weights.new_empty(N * T, width, dtype=dtype)
 
     rows = torch.arange(0, N * T, T, dtype=torch.int32, device=noise.device)
-    hidden = scratch(cfg.e_embd, torch.float32)
-    heads = cfg.e_head * cfg.head_dim
-    half = weights.element_size() == 2
+    sizes = sizes_of(expert, embed, weights.element_size() == 2)
+    heads = sizes["HEADS"] * D
     angle = eta * math.pi / 2
     _sample[(N,)](
-        flow, fresh if eta and steps > 1 else None, weights, freqs, keys, own, seen,
-        cos.contiguous(), sin.contiguous(), rows, hidden, scratch(max(cfg.e_embd, cfg.a_embd)),
-        scratch(heads), scratch(heads), scratch(cfg.e_mlp), steps, cfg.n_layer, N // B, P, S,
-        1 - math.cos(angle), math.sin(angle), T=T, **sizes_of(cfg), **tiles_of(cfg, half),
+        flow, torch.stack(fresh) if fresh else None, weights, freqs, keys, own, seen,
+        cos.contiguous(), sin.contiguous(), rows, scratch(sizes["C"], torch.float32),
+        scratch(max(sizes["C"], sizes["A"])), scratch(heads), scratch(heads), scratch(sizes["M"]),
+        steps, len(prefix), N // B, P, S, 1 - math.cos(angle), math.sin(angle), T=T, **sizes,
         num_warps=8, num_stages=2,
     )  # fmt: skip
     return flow
