@@ -43,6 +43,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import doors
 import store
@@ -244,6 +245,11 @@ def to_device(scene, device):
     """The Scene with its tensors on a device."""
     move = {k: v.to(device, non_blocking=True) for k, v in scene.items() if torch.is_tensor(v)}
     return scene | move
+
+
+def rows_of(scene, keep):
+    """The Scene of some of a Scene's rows, by number."""
+    return {k: v[keep] if torch.is_tensor(v) else [v[i] for i in keep] for k, v in scene.items()}
 
 
 def without_route(scene):
@@ -555,6 +561,40 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
     return tally.result()
 
 
+@torch.no_grad()
+def own_scenes(policy, seeds, seconds=10.0, **view):
+    """Scenes that a policy got itself into, each with the expert's way on from there.
+
+    This is DAgger (Ross et al. 2011), not the paper's: who only saw an expert drive never saw how
+    to mend a mistake of its own. Returns a batched Scene for each replanning after the first. It
+    leaves out whose ego is near something or off the road, or whose expert cannot keep clear."""
+    found = []
+
+    def film(world, scene, plan):
+        if world.time[0] > DT / 2:  # at t0 it has done nothing yet
+            future, safe = way_on(world)
+            found.append(rows_of(scene | future, safe.nonzero()[:, 0].tolist()))
+
+    drive(policy, seeds, seconds, film=film, **view)
+    return found
+
+
+def way_on(world):
+    """What the expert would do from here: a Scene's future, and (n,) bool, whether it is safe."""
+    ahead = world.repeat(1)
+    recorder = Recorder(ahead, View())
+    recorder.note(look=False)
+    met = ahead.judge()
+    harm = met["close"] | met["off_road"]
+    for _ in range(FUTURE):
+        ahead.step(*ahead.expert())
+        recorder.note(look=False)
+        met = ahead.judge()
+        harm |= met["close"] | met["off_road"]
+    xyz, rot = recorder.local(FUTURE, origin=0)
+    return {"ego_future_xyz": xyz, "ego_future_rot": rot}, ~harm
+
+
 # --------------------------------------------------------------------------------------------------
 # The world on disk: made once, memory-mapped ever after
 
@@ -691,6 +731,37 @@ def make_part(folder, row, first, last, view, made_by):
     for key in scene.keys() - set(TEXTS):
         store.write_rows(f"{folder}/{key}.npy", row, scene[key].numpy())
     return {key: scene[key] for key in TEXTS}
+
+
+def own_set(done, policy, first, scenes, **view):
+    """`own_scenes` from the train seed `first` on, as a WorldSet on disk: the folder `done`."""
+    view = View(**view)
+    signs = {"options": asdict(view), "first_seed": first}
+    form = store.Form(scenes, signs, TEXTS, arrays_of(view))
+    if not os.path.exists(done):
+        with store.making(done) as folder:
+            if folder:
+                fill_own_set(folder, form, policy, first, view)
+    return WorldSet(done, [None] * scenes, view, form)  # no seed alone leads to such a scene
+
+
+def fill_own_set(folder, form, policy, first, view):
+    """Let the policy drive until there are as many scenes as the Form has rows, and write them."""
+    store.create_arrays(folder, form.whole())
+    texts = {name: [] for name in TEXTS}
+    name = os.path.basename(folder).partition(".")[0]
+    with tqdm(desc=f"driving for {name}", total=form.rows, unit="scene") as bar:
+        while bar.n < form.rows:
+            for scene in own_scenes(policy, range(first, first + BATCH), **asdict(view)):
+                rows = range(min(len(scene["name"]), form.rows - bar.n))
+                for key, value in rows_of(scene, list(rows)).items():
+                    if key in TEXTS:
+                        texts[key] += value
+                    elif len(rows):
+                        store.write_rows(f"{folder}/{key}.npy", bar.n, value.numpy())
+                bar.update(len(rows))
+            first += BATCH
+    doors.write_json(f"{folder}/set.json", form.signs | {"texts": texts})
 
 
 # --------------------------------------------------------------------------------------------------

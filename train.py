@@ -150,6 +150,8 @@ def add_data_flags(add):
         real(0, 1))
     add("--routes", 0.5, "share of steps that tell the route, so that a model can do without",
         real(0, 1))
+    add("--own", 0, "so many scenes more, twice: the model drives, and the expert says how to go on "
+        "from where it got to (DAgger; not the paper's)", whole())
     add("--blind", False, "grey images: what can be known without looking")
 
 
@@ -241,6 +243,7 @@ class Run:
     # Stage rl:
     reference: Alpamayo = None  # the reference policy, if there is a KL term
     judge: rl.Judge = None  # a language model that grades reasoning
+    rounds: int = 0  # how many sets of its own driving it has
     known: torch.Tensor = None  # (scenes,) how much model and rewards last disagreed, at first 0
 
     def __post_init__(self):
@@ -345,6 +348,7 @@ def loop(run, first):
     bar = tqdm(total=flags.steps, initial=first, disable=run.rank > 0)
     with bar, runs.telling_what_is_saved(flags.out):
         for step in range(first, flags.steps):
+            add_own_scenes(run, step)
             line = rl_step(run, step) if flags.stage == "rl" else supervised_step(run, step)
             tokens += line.pop("tokens") * run.world_size
             speed = round(tokens / (time.time() - begin))
@@ -511,6 +515,33 @@ def world_scenes(flags, cfg):
     return train, load(split="val", scenes=flags.val_scenes)
 
 
+ROUNDS = 0.4, 0.6  # of the steps: when the model drives, and learns from that
+OWN = 1_000_000  # the first train seed that it drives
+
+
+def add_own_scenes(run, step):
+    """From ROUNDS on, scenes that the model got itself into are among those to learn from."""
+    flags = run.flags
+    if not flags.own or run.rounds == len(ROUNDS) or step < ROUNDS[run.rounds] * flags.steps:
+        return
+    run.model.eval()
+
+    def policy(scene):
+        with run.autocast:
+            return rl.likeliest_of(run.model, scene, flags).actions[:, 0]
+
+    folder = os.path.join(flags.out, f"own-{run.rounds}")
+    first = OWN * (run.rounds + 1)
+    view = data.view_of(run.model.cfg, flags.size)
+    for turn in (run.rank == 0, run.rank > 0):
+        with together(run):
+            if turn:
+                own = data.own_set(folder, policy, first, flags.own, **view)
+    run.scenes = data.Together([run.scenes, own])
+    run.rounds += 1
+    add_own_scenes(run, step)  # a resumed run has several to add
+
+
 def clip_scenes(flags, cfg):
     """Scenes of clips; those held out are of other clips, or else of another time (--hold-out)."""
     view = dict(frames=cfg.frames, frame_dt=cfg.frame_dt, camera_ids=flags.cameras)
@@ -602,9 +633,7 @@ def hide_route(scene):
     shown = data.without_route(scene)
     signal = scene["ego_kinematics"][:, -1, 3]
     keep = [i for i, way in enumerate(scene["route"]) if way == data.ROUTES[0] or signal[i]]
-    if not keep:
-        return shown
-    return {k: v[keep] if torch.is_tensor(v) else [v[i] for i in keep] for k, v in shown.items()}
+    return data.rows_of(shown, keep) if keep else shown
 
 
 # --------------------------------------------------------------------------------------------------

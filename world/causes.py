@@ -14,7 +14,7 @@ from alpamayo import DT, HORIZON
 from doors import whole_number
 from world.roads import FAR, FILLET, LANE, NEVER, SIDE_ROAD, STRAIGHT, lane_edges
 
-WORLD_VERSION = 2  # raise it when a seed draws another scene: checkpoints carry it
+WORLD_VERSION = 3  # raise it when a seed draws another scene: checkpoints carry it
 HISTORY = 16  # steps of a Scene up to t0
 FUTURE = HORIZON  # steps after t0
 PAST = 20  # steps that are driven before t0
@@ -593,7 +593,10 @@ DRAW_CAUSE = {
     "turn": _turn,
 }
 SITUATIONS = tuple(DRAW_CAUSE)
-KINDS = {"train": SITUATIONS, "val": SITUATIONS, "tail": tuple(COMBINATIONS), "rare": tuple(RARE)}
+# What is learned last is shown twice as often.
+HARD = ("pedestrian", "waiting pedestrian", "cut-in", "oncoming car", "curve", "turn")
+KINDS = {
+    "train": SITUATIONS + HARD, "val": SITUATIONS, "tail": tuple(COMBINATIONS), "rare": tuple(RARE)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -607,13 +610,15 @@ NO_PARKING = {
 
 
 def _draw_traffic(scene, uniform):
-    """Cars beside us, oncoming, far ahead and behind."""
+    """Cars on the side road, beside us, oncoming, far ahead and behind."""
     v = scene.cruise
     does = scene.combines
     things = scene.things
     left, oncoming, right = scene.lanes
     nudged = scene.nudge[0]
     closed = _closed(scene)
+    if "red light" in does and "cut-in" not in does:  # then a car stands between
+        things += _cross_traffic(scene, uniform)
     moving = not scene.standing and not does & {"cut-in", "gap search"}
     for lane in [LEFT] * left + [RIGHT] * right:
         if uniform() < 0.5 and closed == FAR and lane * nudged <= 0 and moving:
@@ -631,6 +636,25 @@ def _draw_traffic(scene, uniform):
         things.append(_car(scene, s, 0, v))
     if moving and "lane closed" not in does and uniform() < 0.35:  # behind us, unseen
         things.append(_car(scene, uniform(-26, -14), 0, v))
+
+
+def _cross_traffic(scene, uniform):
+    """Cars that cross while our light is red: who does not stop may meet one of them.
+
+    A car across the road is one that drifts and does not move along it. As part of the cause, none
+    is known to the driver before `react`."""
+    light = next(thing for thing in scene.things if thing.kind == LIGHT)
+    v = uniform(8, 11)
+    when = uniform(-1, 1.5)  # s after t0 at which the next one crosses our lane
+    cars = []
+    while when < light.t_signal - 1.5:
+        side = _pick(scene.rng, (LEFT, RIGHT))  # where it comes from; it keeps to its right
+        s = scene.crossing - side * LANE / 2
+        d = side * v * (when + PAST * DT)
+        script = dict(drift=-side * v, t_drift=-PAST * DT, d_end=-side * FAR)
+        cars.append(_car(scene, s, d, 0, cause=1.0, **script))
+        when += uniform(1.2, 3.5)
+    return cars
 
 
 def _closed(scene):
@@ -701,14 +725,21 @@ def _draw_lesson(scene, uniform):
     An expert who never errs does not teach to correct an error, and one who is only seen at t0 does
     not teach what follows. So some scenes are shown later, and in most the driver drifts aside for
     a while, by 1.3 m at most. At t0 he is back on his line or on the way to it. Closed loop needs
-    this, where a learner's own small errors add up."""
+    this, where a learner's own small errors add up. Where the cause begins at t0, the lapse before
+    must tell nothing of it: it is of the same kind in all situations."""
     if uniform() < 0.4:
         scene.late = round(uniform(0.5, 9), 1)
     if uniform() < 0.75:
         aside = scene.nudge[0]
         most = 0.4 if abs(scene.route[1] * scene.route[2]) > 0.5 else 1.3  # m; less in a turn
-        if aside:  # only further away from what one goes around
+        if not scene.late:
+            offset = uniform(-0.8, 0.8)
+        elif aside:  # only further away from what one goes around, if nobody parks there
             offset = math.copysign(uniform(0.1, 0.5), aside)
+            parked = any(
+                thing.kind == CAR and not (thing.v or thing.cause) for thing in scene.things)
+            if parked and aside < 0:
+                offset = 0.0
         else:
             offset = uniform(-most, most)
         since = scene.late - uniform(0.5, 3)

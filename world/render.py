@@ -343,9 +343,7 @@ def rays_of(camera_ids, H, W, device):
     cone (cameras, 1): angle (rad) between a picture's middle and its corners."""
     intrinsics, pose, direction = rig_rays(camera_ids, H, W)
     rays = Columns(intrinsics=intrinsics, edge=torch.tensor([W, H]))
-    # More than 1.2 rad would find boxes that version 2 drops in the corners of pictures more than
-    # about 0.55 times as high as wide: other pixels, so it waits for the next WORLD_VERSION.
-    rays.cone = (math.hypot(H, W) / 2 / intrinsics[:, 6, None]).clamp(max=1.2)
+    rays.cone = math.hypot(H, W) / 2 / intrinsics[:, 6, None]
     rays.position = pose[:, :3, 3]
     rays.turn = pose[:, :3, :3]
     rays.direction = direction.flatten(0, 2).T.contiguous()

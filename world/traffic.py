@@ -334,15 +334,17 @@ class World:
         return accel.where(where, MAX_ACCEL)
 
     def _steer(self, s, d, heading, lateral):
-        """The curvature (n,), 1/m: the line's a moment ahead, the nudge's, and a pull back to where
-        the ego should be (lateral: its wandering, m)."""
+        """The curvature (n,), 1/m: the line's a moment ahead, the nudge's once the driver is aware,
+        and a pull back to where the ego should be (lateral: its wandering, m)."""
         v = self.speed
+        aware = self.time >= self.scene.react
         start, k, length = self.scene.route.unbind(-1)
         soon = s + 0.3 * v  # hands take time
         bends = (soon > start) & (soon < start + length)
         ahead = (k / (1 - k * d)).where(bends, 0)
         target, slope, _ = self._nudge(s)
         _, _, bow = self._nudge(soon)
+        bow = bow.where(aware, 0)  # it begins 0.2 s ahead, and hands look 0.3 s ahead
         reach = (0.7 * v).clamp(min=3)  # m
         pull = (d - target - lateral) / reach ** 2
         align = 2 * (self.yaw - heading - slope) / reach
