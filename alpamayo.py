@@ -708,12 +708,10 @@ class Alpamayo(nn.Module):
             parts = self.expert, self.action_in_proj, self.action_out_proj
             cos, sin = self.rope_of_actions(start, dtype)
             seen = torch.arange(T, device=device) < thought.length[:, None]
-            inputs = steps, x, cos, sin, prefix.layers, thought.tail, seen
-            if not small:
-                return sample_flow(*parts, *inputs)
-            fresh = [torch.randn(x.shape, generator=generator, device=device)
-                     for _ in range(steps - 1 if eta else 0)]  # fmt: skip
-            return one_launch.sample_in_one_launch(*parts, *inputs, eta, fresh)
+            inputs = *parts, steps, x, cos, sin, prefix.layers, thought.tail, seen
+            if small:
+                return one_launch.sample_in_one_launch(*inputs, eta, generator)
+            return sample_flow(*inputs)
         past = self.expert_past(prefix, thought.tail, T, thought.length)
         flow = [x]
         for i in range(steps):

@@ -19,16 +19,16 @@ In sampler.py, for a large expert, a launch is one matrix product, cut over all 
 Here a sample has one multiprocessor, which reads from L2 at most 64 bytes a clock: weights of 4 MiB
 in 38 us, and so often as there are steps. `fits` draws the line there.
 
-By arithmetic for nano in 16 bits, not measured: 1.2 MB of weights are 11 us a step, and its products
-as long at a tenth of what a multiprocessor can multiply. But a layer is 20 products of which each
-waits for the one before, and at 1 us each that is 80 us a step, for one sample as for 132.
+By arithmetic for nano in 16 bits, not measured: its 1.2 MB of weights are 11 us a step, and its
+products as long at a tenth of what a multiprocessor can multiply. But a layer is some 25 products
+of which each waits for the one before. At 0.8 us each that is 80 us a step, for one sample or 132.
 """
 import math
 
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from kernels import tiles, tl, triton
+from kernels import capability, tiles, tl, triton
 
 MOST_BYTES = 4 * 2**20  # of weights
 
@@ -179,16 +179,17 @@ def _look(q, K, V, SEEN, keys, best, total, y, D: tl.constexpr, BN: tl.constexpr
 
 
 @triton.jit
-def _sample(X, FRESH, W, FREQS, PREFIX, OWN, SEEN, COS, SIN, FIRST, H, Z, Q, Y, U, steps, layers, n, P, S,
-            redraw, spread, T: tl.constexpr, C: tl.constexpr, M: tl.constexpr, HEADS: tl.constexpr,
-            G: tl.constexpr, D: tl.constexpr, A: tl.constexpr, F: tl.constexpr,
-            DEPTH: tl.constexpr, BF: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr,
-            BH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-            BK: tl.constexpr):  # fmt: skip
+def _sample(X, FRESH, W, FREQS, PREFIX, OWN, SEEN, COS, SIN, FIRST, H, Z, Q, Y, U, steps, layers,
+            n, P, S, redraw, spread, T: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
+            HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, A: tl.constexpr,
+            F: tl.constexpr, DEPTH: tl.constexpr, BF: tl.constexpr, BA: tl.constexpr,
+            BC: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+            BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (N,). X (steps + 1, N, T, 2): noise, and room for each step. PREFIX (layers, 2, B, G, P,
     D): the prompt's keys and values. OWN (layers, 2, N, G, S, D): the sample's, the last T of S are
     those of the controls."""
     N, s = tl.num_programs(0), tl.program_id(0)
+    R: tl.constexpr = HEADS // G  # heads that share keys
     LAYER: tl.constexpr = 2 * (HEADS + G) * D * C + 3 * M * C + 2 * D + 2 * C
     EMBED: tl.constexpr = (3 * F + (DEPTH - 1) * A + 2 * DEPTH + C) * A + 3 * C
     t, c, d = tl.arange(0, T), tl.arange(0, BC), tl.arange(0, BD)
@@ -206,17 +207,19 @@ def _sample(X, FRESH, W, FREQS, PREFIX, OWN, SEEN, COS, SIN, FIRST, H, Z, Q, Y, 
             V = K + N * G * S * D
 
             _norm_into(Z, H, DOWN + C * M, row, c, C)
-            at = (row[:, None] * HEADS + tl.arange(0, HEADS)[None, :]) * D
-            _turn_into(Q, at, Z, WQ, NORM, COS, SIN, row, C, D, HEADS, BH, BK)
-            at = ((tl.arange(0, G) * S + S - T)[None, :] + t[:, None]) * D
-            _turn_into(K, at, Z, WK, NORM + D, COS, SIN, row, C, D, G, BH, BK)
-            for g in range(G):
+            last = row + (S - T - s * T)  # of S keys and values
+            for g in tl.range(G, disable_licm=True):
+                head = (row * HEADS + g * R)[:, None] + tl.arange(0, R)[None, :]
+                _turn_into(Q, head * D, Z, WQ + g * R * D * C, NORM, COS, SIN, row, C, D, R, BH, BK)
+                at = (g * S + last)[:, None] * D
+                _turn_into(K, at, Z, WK + g * D * C, NORM + D, COS, SIN, row, C, D, 1, BH, BK)
                 v = _linear(Z, WV + g * D * C, row, d, d < D, C, BK)
-                tiles.write_block(V + (g * S + S - T) * D, t, d, None, D, v)
+                tiles.write_block(V + g * S * D, last, d, None, D, v)
             tl.debug_barrier()
             for g in tl.range(G, disable_licm=True):  # its heads' queries are the rows of one tile
-                i = tl.arange(0, HEADS // G * T)
-                query = (tl.multiple_of(tl.load(FIRST + s), T) + i % T) * HEADS + g * (HEADS // G) + i // T
+                i = tl.arange(0, R * T)
+                row_i = tl.multiple_of(tl.load(FIRST + s), T) + i % T
+                query = row_i * HEADS + g * R + i // T
                 q = tiles.read_block(Q, query, d, None, D)
                 best = tl.full(i.shape, float("-inf"), tl.float32)
                 total = tl.zeros(i.shape, tl.float32)
@@ -233,7 +236,7 @@ def _sample(X, FRESH, W, FREQS, PREFIX, OWN, SEEN, COS, SIN, FIRST, H, Z, Q, Y, 
             _add_into(H, Y, WO, row, c, C, HEADS * D, BK)
 
             _norm_into(Z, H, DOWN + C * M + C, row, c, C)
-            for start in range(0, M, BM):
+            for start in tl.range(0, M, BM, disable_licm=True):
                 m = start + tl.arange(0, BM)
                 gate = _linear(Z, GATE, row, m, m < M, C, BK)
                 up = _linear(Z, UP, row, m, m < M, C, BK)
@@ -271,12 +274,15 @@ def fits(cfg, T, dtype):
     embed = (3 * cfg.a_fourier + (cfg.a_layer - 1) * A + C) * A
     if (cfg.n_layer * layer + embed) * dtype.itemsize > MOST_BYTES:
         return False
-    widest = max(C, A, 3 * cfg.a_fourier, 2 * D, padded(D // 2) * H)
-    return widest <= 128 and H <= 2 * G and T in (16, 32, 64) and all(n & (n - 1) == 0 for n in (G, H))
+    widest = max(C, A, 3 * cfg.a_fourier, 2 * D)
+    return widest <= 128 and H in (G, 2 * G) and T in (16, 32, 64)
 
 
-def sizes_of(expert, embed, half):
-    """The kernel's constants but T. half: 16-bit weights."""
+def sizes_of(expert, embed, like):
+    """The kernel's constants but T. like: the weights. The blocks of keys and of the MLP are as
+    large as registers allow: where products take their factors from them, or in 32 bits, less."""
+    half = like.element_size() == 2
+    block = 64 if half and capability(like.device) in (90, 100) else 32
     layer = expert.layers[0]
     attention, trunk = layer.self_attn, embed.encoder.trunk
     C, A, D = len(expert.norm.weight), trunk[-1].in_features, attention.head_dim
@@ -284,19 +290,21 @@ def sizes_of(expert, embed, half):
     return dict(
         C=C, M=layer.mlp.up_proj.out_features, HEADS=attention.n_head, G=attention.n_kv_head, D=D,
         A=A, F=F, DEPTH=len(trunk) // 3, BF=padded(3 * F), BA=padded(A), BC=padded(C),
-        BH=padded(D // 2), BD=padded(D), BM=64, BN=64, BK=64 if half else 32,
+        BH=padded(D // 2), BD=padded(D), BM=block, BN=block, BK=64 if half else 16,
     )  # fmt: skip
 
 
 @torch.no_grad()
 def sample_in_one_launch(
-    expert, embed, project, steps, noise, cos, sin, prefix, tail, seen, eta=0.0, fresh=()
+    expert, embed, project, steps, noise, cos, sin, prefix, tail, seen, eta=0.0, generator=None
 ):
     """All steps from noise (N, T, 2) to controls: flow (steps + 1, N, T, 2) in float32.
 
-    As sampler.sample_flow. fresh: for eta > 0, normal numbers (N, T, 2) for each step but the last.
+    As sampler.sample_flow. eta: the share of noise that a step draws anew, see alpamayo.euler_step;
+    the numbers are those that the loop draws from the generator, but all at once.
     Weights, keys and values are laid side by side first, by a copy each: they may have changed."""
     N, T, _ = noise.shape
+    device = noise.device
     if T not in (16, 32, 64):
         raise ValueError(f"noise: {T} action tokens; the kernel's tiles need 16, 32 or 64")
     ordered = *embed.parameters(), *expert.parameters(), *project.parameters()
@@ -316,15 +324,18 @@ def sample_in_one_launch(
     def scratch(width, dtype=weights.dtype):
         return weights.new_empty(N * T, width, dtype=dtype)
 
-    rows = torch.arange(0, N * T, T, dtype=torch.int32, device=noise.device)
-    sizes = sizes_of(expert, embed, weights.element_size() == 2)
+    rows = torch.arange(0, N * T, T, dtype=torch.int32, device=device)
+    half = weights.element_size() == 2
+    sizes = sizes_of(expert, embed, weights)
     heads = sizes["HEADS"] * D
     angle = eta * math.pi / 2
+    draws = range(steps - 1 if eta else 0)  # none after the last step
+    fresh = [torch.randn(noise.shape, generator=generator, device=device) for _ in draws]
     _sample[(N,)](
         flow, torch.stack(fresh) if fresh else None, weights, freqs, keys, own, seen,
         cos.contiguous(), sin.contiguous(), rows, scratch(sizes["C"], torch.float32),
         scratch(max(sizes["C"], sizes["A"])), scratch(heads), scratch(heads), scratch(sizes["M"]),
         steps, len(prefix), N // B, P, S, 1 - math.cos(angle), math.sin(angle), T=T, **sizes,
-        num_warps=8, num_stages=2,
+        num_warps=8, **(dict(num_stages=2) if half else dict(num_stages=1, maxnreg=255)),
     )  # fmt: skip
     return flow

@@ -8,6 +8,7 @@ Where there is a GPU the same tests run on it, except those that compile for oth
 """
 import copy
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,8 @@ from cpu_triton import compiling, poisoned, programs  # noqa: E402
 
 import alpamayo  # noqa: E402
 import kernels  # noqa: E402
-from kernels import one_launch  # noqa: E402
+from kernels import one_launch, roll_out_cuda  # noqa: E402
+from kernels.compiled import ask  # noqa: E402
 
 # Triton's interpreter computes in masked-off lanes too
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -96,9 +98,10 @@ def test_in_32_bits(cfg, S):
     parts = parts_of(cfg)
     inputs = left_behind(cfg, torch.float32, B, n, T, random.randint(1, 150), S)
     eta = random.choice([0.0, 0.5])
-    fresh = [torch.randn(B * n, T, 2)] if eta else []
+    drawn, again = (torch.Generator(DEVICE).manual_seed(0) for _ in range(2))
     with poisoned(), programs("shuffled"):
-        flow = one_launch.sample_in_one_launch(*parts, 2, *inputs, eta, fresh)
+        flow = one_launch.sample_in_one_launch(*parts, 2, *inputs, eta, drawn)
+    fresh = [torch.randn(B * n, T, 2, generator=again)]
     expected = plainly(in_float64(parts), 2, *map(double, inputs), eta, fresh)
     assert torch.equal(flow[0], inputs[0])
     close(flow[1] - flow[0], expected[1] - expected[0], 2e-5)
@@ -164,7 +167,7 @@ def test_which_experts_are_small():
     assert not one_launch.fits(alpamayo.PRESETS["mini"], 64, half)
     assert not one_launch.fits(alpamayo.Config(), 64, half)
     assert not one_launch.fits(replace(NANO, e_mlp=2048), 64, single)
-    for odd in (dict(e_embd=160), dict(a_embd=136), dict(e_head=8), dict(n_head=3, n_kv_head=3, e_head=3)):
+    for odd in (dict(e_embd=160), dict(a_embd=136), dict(e_head=8)):
         assert not one_launch.fits(replace(NANO, **odd), 64, half)
     assert not one_launch.fits(NANO, 128, half)
 
@@ -190,21 +193,60 @@ def test_it_compiles(chip):
 
 
 @cross_compiled
-@pytest.mark.parametrize("cfg, dtype", [(WIDEST, torch.float16), (NANO, torch.float32)])
-def test_other_sizes_compile(cfg, dtype):
-    assert one_launch.fits(cfg, 64, dtype)
-    gate(90, cfg, dtype)
+def test_the_widest_compiles():
+    assert one_launch.fits(WIDEST, 64, torch.float16)
+    gate(90, WIDEST, torch.float16)
 
 
-def gate(chip, cfg, dtype, eta=0.0):
+@cross_compiled
+def test_32_bits_compile():
+    """Three products each, by the matrix units. A few addresses are kept outside registers."""
+    gate(90, NANO, torch.float32, spilled=256)
+
+
+def gate(chip, cfg, dtype, eta=0.0, spilled=0):
     inputs = left_behind(cfg, dtype, 1, 6, 64, 150, 33)
-    fresh = [torch.zeros(6, 64, 2)] if eta else ()
     with compiling(chip) as builds:
-        one_launch.sample_in_one_launch(*parts_of(cfg, dtype), 2, *inputs, eta, fresh)
+        one_launch.sample_in_one_launch(*parts_of(cfg, dtype), 2, *inputs, eta)
     (build,) = builds
     said = f"sm_{chip}: {build.registers} registers, {build.spilled} B spilled, {build.shared} B "
     said += f"shared, {build.matrix()}, {sum(build.instructions.values())} instructions"
     print(said)
     assert build.grid == (6,)
-    assert build.spilled == 0 and build.fits, said
+    assert build.spilled <= spilled and build.fits, said
     assert build.matrix() == MATRIX[chip], said
+
+
+# --------------------------------------------------------------------------------------------------
+# The roll-out in CUDA C++
+
+
+@pytest.mark.parametrize("chip", [80, 90, 100, 120])
+def test_the_cuda_twin_compiles(chip):
+    """By NVRTC, which needs neither a GPU nor the toolkit; nothing spills."""
+    usage = ask("cuobjdump", "-res-usage", data=roll_out_cuda.compiled(chip))
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    assert "roll_out" in usage and registers <= 64 and stack <= 32, usage
+
+
+def test_what_the_compiler_says(tmp_path, monkeypatch):
+    (tmp_path / "broken.cu").write_text("__global__ void roll_out() { speed = 1; }")
+    monkeypatch.setattr(roll_out_cuda, "SOURCE", str(tmp_path / "broken.cu"))
+    with pytest.raises(RuntimeError, match="speed"):
+        roll_out_cuda.compiled.__wrapped__(90)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA C++ runs on a GPU alone")
+def test_the_cuda_twin():
+    for shape in ((5, 64), (2, 3, 90), (1,)):
+        actions = torch.randn(*shape, 2) * torch.tensor([1, 0.05])
+        v0 = 12 * torch.rand(shape[:-1])
+        with poisoned():
+            got = roll_out_cuda.roll_out(actions, v0)
+        for a, b in zip(got, alpamayo.roll_out(actions.double(), v0.double())):
+            close(a, b, 1e-6)
+
+
+def test_the_cuda_twin_wants_a_gpu():
+    with pytest.raises(ValueError, match="expected float32 on cuda"):
+        roll_out_cuda.roll_out(torch.zeros(1, 4, 2, device="cpu"), torch.zeros(1, device="cpu"))
