@@ -312,7 +312,7 @@ def sample_in_one_launch(
     freqs = parameters_to_vector(embed.buffers())
     keys = torch.stack([x for kv in prefix for x in kv])  # (2 layers, B, G, P, D)
     _, B, G, P, D = keys.shape
-    said = [x for kv in tail if kv for x in kv]
+    said = [x for kv in tail if kv is not None for x in kv]
     S = T + (said[0].shape[2] if said else 0)
     own = keys.new_empty(len(keys), N, G, S, D)
     if said:
