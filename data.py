@@ -450,6 +450,7 @@ def require_finite(name, seeds, *values):
 
 HOUR = 36_000  # steps: the longest drive
 GRACE = 1.0  # s: how long after a scenario's end a collision still counts as its
+ENOUGH = 0.8  # of the expert's way: who gets so far has the full score (AlpaSim's)
 
 
 class Tally:
@@ -459,19 +460,20 @@ class Tally:
         self.alive = torch.ones_like(world.x, dtype=torch.bool)
         self.ended = torch.full_like(world.x, seconds)  # s
         self.metres = torch.zeros_like(world.x)
-        self.ideal = torch.zeros_like(world.x)  # metres that the expert makes in the same time
+        self.start = world.on_route()[0]  # m along the route
+        self.s = self.start
         self.met = {}
         self.driven = []  # a tick each: speed, accel, curvature, alive (n, 4)
         self.time = 0.0  # s since t0
 
-    def add(self, now, world, expert):
+    def add(self, now, world):
         """Count one tick more, at which {name: (n,) bool} is met."""
         watched = self.alive | (self.time < self.ended + GRACE)
         for name, value in now.items():
             counts = watched if name == "collision" else self.alive
             self.met[name] = (value & counts) | self.met.get(name, False)
         self.metres += DT * world.speed * self.alive
-        self.ideal += DT * expert.speed * self.alive
+        self.s = world.on_route()[0].where(self.alive, self.s)
         felt = [world.speed, world.accel, world.curvature, self.alive.float()]
         self.driven.append(torch.stack(felt, -1))
         self.time = len(self.driven) * DT
@@ -483,18 +485,30 @@ class Tally:
         """Whether there is nothing more to watch."""
         return (self.time >= self.ended + GRACE).all()
 
-    def result(self):
-        """What `drive` returns."""
+    def result(self, whole):
+        """What `drive` returns. whole (n,): the expert's way in all the time, see `way_of_expert`."""
         speed, accel, curvature, alive = torch.stack(self.driven, 1).unbind(-1)  # (n, T) each
         bounds = comfort_of(speed, accel, curvature).values()
         held = torch.stack([(ok | (alive == 0)).all(1) for ok in bounds])  # (6, n)
-        progress = self.metres / self.ideal.clamp(min=1)
+        progress = ((self.s - self.start) / whole).clamp(0, 1)
+        progress = progress.where(whole >= 1, 1)  # where the expert waits, nobody has to go on
+        failed = self.met["collision"] | self.met["off_road"]
         return self.met | {
+            "score": (progress / ENOUGH).clamp(max=1) * ~failed,
+            "progress": progress,
             "km": self.metres / 1000,
-            "progress": progress.clamp(max=1),
             "comfort": held.float().mean(0),
             "seconds": self.ended,
         }
+
+
+def way_of_expert(world, ticks):
+    """How far the expert gets along the routes of a World in so many ticks, (n,) m."""
+    expert = world.repeat(1)
+    start = expert.on_route()[0]
+    for _ in range(ticks):
+        expert.step(*expert.expert())
+    return expert.on_route()[0] - start
 
 
 @torch.no_grad()
@@ -510,11 +524,14 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
     of `View`.
 
     Returns {name: (n,)}:
-        collision, close, at_fault, off_road    bool, see World.judge
-        ran         bool: crossed a stop line at a red light, or at a sign without having stood. It
-                    ends nothing, as there is no cross traffic
+        score       AlpaSim's: 0 after a collision or off the road, else progress / ENOUGH, at most
+                    1. A close encounter alone does not make it 0, but ends the way
+        collision, close, off_road    bool, see World.judge
+        ran         bool: crossed a stop line at a red light, or at a sign without having stood. By
+                    itself it ends nothing
+        progress    along the route until the end, as a share, from 0 to 1, of the expert's way in
+                    all the `seconds`; 1 where that is less than a metre
         km          driven until the end
-        progress    metres as a share, at most 1, of what the expert makes in the same time
         comfort     share of the six motion.COMFORT_BOUNDS that held until the end
         seconds     when it ended
     ValueError where steps or controls do not fit, FloatingPointError where these are not finite."""
@@ -534,7 +551,7 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
         recorder.note(look=policy and tick % pace == 0)
         world.step(*world.expert())
 
-    expert = world.repeat(1)  # the same traffic, driven by the expert
+    whole = way_of_expert(world, ticks)
     tally = Tally(world, seconds)
     for tick in range(ticks):
         # Look
@@ -551,14 +568,13 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
         # Step
         waits = world.held & (world.bumper() < world.scene.stop)
         world.step(*controls)
-        expert.step(*expert.expert())
         # Judge
         ran = waits & (world.bumper() >= world.scene.stop)
-        tally.add(world.judge() | {"ran": ran}, world, expert)
+        tally.add(world.judge() | {"ran": ran}, world)
         if tally.is_over():
             break
     require_finite("policy: the ego", seeds, world.x, world.y, world.yaw, world.speed)
-    return tally.result()
+    return tally.result(whole)
 
 
 @torch.no_grad()
@@ -752,7 +768,8 @@ def fill_own_set(folder, form, policy, first, view):
     name = os.path.basename(folder).partition(".")[0]
     with tqdm(desc=f"driving for {name}", total=form.rows, unit="scene") as bar:
         while bar.n < form.rows:
-            for scene in own_scenes(policy, range(first, first + BATCH), **asdict(view)):
+            seeds = range(first, first + min(BATCH, form.rows - bar.n))
+            for scene in own_scenes(policy, seeds, **asdict(view)):
                 rows = range(min(len(scene["name"]), form.rows - bar.n))
                 for key, value in rows_of(scene, list(rows)).items():
                     if key in TEXTS:
@@ -760,7 +777,7 @@ def fill_own_set(folder, form, policy, first, view):
                     elif len(rows):
                         store.write_rows(f"{folder}/{key}.npy", bar.n, value.numpy())
                 bar.update(len(rows))
-            first += BATCH
+            first = seeds.stop
     doors.write_json(f"{folder}/set.json", form.signs | {"texts": texts})
 
 

@@ -116,23 +116,37 @@ def test_closed_loop(checkpoint, tmp_path, again):  # noqa: F811
     rows = record.pop("rows")
     assert record == {
         "checkpoint": checkpoint, "keep": 0.5, "retrieve": 0.8, "split": "tail", "seed": 0}
-    assert list(rows) == ["expert", "constant velocity", "model"]
+    assert list(rows) == ["expert", "go straight", "stand still", "model"]
     assert said[: len(rows) + 2] == evaluate.drive_table(rows).splitlines()
     expert = rows["expert"]
     assert expert["close"] == expert["off_road"] == expert["events"] == expert["ran"] == 0
-    assert expert["progress"] == 1 and expert["km"] > 0.01
+    assert expert["score"] == expert["progress"] == 1 and expert["km"] > 0.01
     for row in rows.values():
-        shares = [row[key] for key in ("close", "at_fault", "collision", "comfort")]
+        shares = [row[key] for key in ("score", "close", "collision", "comfort")]
         assert min(shares) >= 0 and max(shares) <= 1
     assert again(evaluate, flags) == said
 
 
-def test_the_score_is_kilometres_between_events():
-    row = {"scenarios": 4, "km": 3.0, "events": 2, "events_at_fault": 0}
+def test_the_score_stands_first_and_kilometres_between_ends_last():
+    row = {"scenarios": 4, "km": 3.0, "events": 2, "score": 0.75, "score_se": 0.05}
     for name in evaluate.DRIVES:
-        row |= {name: 0.25, name + "_se": 0.1}
-    line = evaluate.drive_table({"model": row}).splitlines()[-1]
-    assert line.startswith("| model | 25.0 ± 10.0 |") and line.endswith("| 1.50 | > 3.0 |")
+        row = {name: 0.25, name + "_se": 0.1} | row
+    lines = evaluate.drive_table({"model": row, "clean": row | {"events": 0}}).splitlines()
+    assert lines[0].startswith("| policy | score | close encounter |")
+    assert lines[2].startswith("| model | 75.0 ± 5.0 | 25.0 ± 10.0 |") and lines[2].endswith("| 1.50 |")
+    assert lines[3].endswith("| > 3.0 |")
+
+
+def test_who_stands_still_brakes_in_comfort():
+    seeds = range(world.SEEDS["val"], world.SEEDS["val"] + 12)
+    options = dict(size=(2, 4), frames=1, camera_ids=(1,))
+    met = data.drive(evaluate.stand_still, seeds, seconds=10, **options)
+    speeds = []
+    data.drive(
+        lambda scene: speeds.append(scene["ego_kinematics"][:, -1, 0]) or evaluate.stand_still(scene),
+        seeds, seconds=10, **options)  # fmt: skip
+    assert speeds[0].max() > 5 and speeds[-1].max() == 0
+    assert met["comfort"].mean() > 0.98 and met["progress"].mean() < 0.6
 
 
 WRONG = {

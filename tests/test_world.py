@@ -355,19 +355,13 @@ def test_the_expert_does_what_the_label_says(split):
             ), where  # those go on later
 
 
-def test_at_fault_is_not_who_was_struck_from_behind():
-    traffic = alone(causes.CAR, s=-3.3, size=causes.CAR_SIZE, v=12.0)
-    traffic.x[:], traffic.y[:], traffic.yaw[:], traffic.speed[:] = 0.0, 0.0, 0.0, 8.0
-    now = traffic.judge()
-    assert now["close"] and not now["at_fault"]
-    traffic.things.v[0, 0] = (
-        2.0  # slower than we: then we have changed into its lane, or reversed into it
-    )
-    assert traffic.judge()["at_fault"]
-    traffic.things.s[0, 0], traffic.speed[:] = world.FRONT + 2.3, 8.0  # 0.1 m ahead
-    assert traffic.judge()["at_fault"] and not traffic.judge()["collision"]
-    traffic.speed[:] = 0.0
-    assert traffic.judge()["close"] and not traffic.judge()["at_fault"]
+def test_near_is_a_quarter_of_a_metre():
+    traffic = alone(causes.CAR, s=world.FRONT + 2.3, size=causes.CAR_SIZE)
+    traffic.x[:], traffic.y[:], traffic.yaw[:] = 0.0, 0.0, 0.0
+    for metres, close, collision in ((0.3, 0, 0), (0.2, 1, 0), (-0.1, 1, 1)):
+        traffic.things.s[0, 0] = world.FRONT + causes.CAR_SIZE[0] / 2 + metres
+        now = traffic.judge()
+        assert (bool(now["close"]), bool(now["collision"])) == (close, collision), metres
 
 
 def test_training_is_also_shown_what_comes_later():
@@ -463,7 +457,7 @@ def test_the_expert_hits_nothing_and_stays_on_the_road(split, count):
     """20 s each: no collision, no close encounter, not off the road, and it gets somewhere."""
     first = world.SEEDS[split]
     met = data.drive(None, range(first, first + count))
-    for name in ("collision", "close", "at_fault", "off_road"):
+    for name in ("collision", "close", "off_road"):
         assert not met[name].any(), (
             name,
             [
@@ -527,6 +521,32 @@ def test_a_policy_sees_what_a_scene_would_show_and_drives_what_it_says():
     assert torch.equal(shown[1]["images"][:, :, -2], shown[0]["images"][:, :, -1])
 
 
+def test_own_scenes_say_how_to_go_on_from_a_mistake():
+    """A policy that drifts aside: the Scenes are of where it got to, and the way on, which the
+    expert drives, leads back. A policy that leaves the road leaves no Scene of that."""
+    first = world.SEEDS["val"]
+    drawn = {seed: world.draw(seed) for seed in range(first, first + 400)}
+    free = [s for s, one in drawn.items() if one.situation == "free" and one.road == roads.STRAIGHT]
+    free = free[:4]
+    shown = dict(size=(2, 4), frames=2)
+
+    def aside(scene):
+        plan = torch.zeros(len(scene["name"]), 64, 2)
+        plan[..., 1] = 4e-3  # 1/m: 0.2 m more to the left in the first second, then faster
+        return plan
+
+    scenes = data.own_scenes(aside, free, seconds=2.0, **shown)
+    assert [len(scene["name"]) for scene in scenes[:2]] == [4, 4]
+    assert all(scene["images"].shape == (4, 4, 2, 3, 2, 4) for scene in scenes[:2])
+    speed = scenes[1]["ego_kinematics"][:, -1, 0]
+    end = scenes[1]["ego_future_xyz"][:, -1]
+    assert (end[:, 0] > 4 * speed).all()
+    turned = scenes[1]["ego_history_rot"][:, 0, 1, 0]  # at t0 it heads to the left of that
+    assert (turned < -0.02).all() and (end[:, 1] < -1).all()  # so the way on bends to the right
+    off = data.own_scenes(lambda scene: 10 * aside(scene), free, seconds=4.0, **shown)
+    assert sum(len(scene["name"]) for scene in off[3:]) < 4
+
+
 def test_progress_is_a_share_of_the_experts_way():
     seeds = [
         s
@@ -544,6 +564,29 @@ def test_progress_is_a_share_of_the_experts_way():
         data.drive(half, seeds, replan=0.25)
     with pytest.raises(ValueError, match="policy"):
         data.drive(lambda scene: torch.zeros(3, 64, 2), seeds, seconds=1, size=(2, 4), frames=1)
+
+
+def test_the_score_is_progress_along_the_route_and_nothing_after_a_crash():
+    """Who turns where the route turns has a full score, who goes straight on there a small one."""
+    first = world.SEEDS["val"]
+    seeds = [s for s in range(first, first + 400) if world.draw(s).situation == "turn"][:12]
+    small = dict(size=(2, 4), frames=1, camera_ids=(1,))
+
+    def straight_on(scene):
+        return torch.zeros(len(seeds), 64, 2)
+
+    turned, missed = data.drive(None, seeds), data.drive(straight_on, seeds, **small)
+    clean = ~(missed["collision"] | missed["off_road"])
+    assert (turned["score"] == 1).all() and clean.sum() > 6
+    assert torch.equal(missed["score"], missed["progress"].div(0.8).clamp(max=1) * clean)
+    assert missed["progress"][clean].max() < 0.7 and missed["km"][clean].min() > 0.1
+
+    met = data.drive(lambda scene: torch.zeros(100, 64, 2), range(first, first + 100), **small)
+    failed = met["collision"] | met["off_road"]
+    near = met["close"] & ~failed  # not failed, but its way ends there
+    assert failed.any() and near.any()
+    assert (met["score"][failed] == 0).all()
+    assert met["score"][near].mean() < 0.9 < met["score"][~met["close"] & ~failed].mean()
 
 
 def test_cars_keep_their_distance_from_an_ego_that_brakes():
@@ -1169,3 +1212,17 @@ def test_rain_falls():
     assert (sky[0] != sky[1]).any() and (sky.amax((2, 3)) - sky.amin((2, 3))).min() > 10
     first.time += alpamayo.DT
     assert not torch.equal(images_of(first, (1,), (64, 128))[..., :16, :], image[..., :16, :])
+
+
+def test_nobody_runs_into_an_ego_that_stops_across_its_lane():
+    """It stops in the middle of a turn: why every collision counts as the ego's fault."""
+    first = world.SEEDS["val"]
+    seeds = [s for s in range(first, first + 1500) if world.draw(s).situation == "turn"]
+    traffic = world.World(seeds)
+    for _ in range(world.PAST):
+        traffic.step(*traffic.expert())
+    struck = 0
+    for _ in range(120):
+        traffic.step(torch.full((len(seeds),), -2.0), traffic.expert()[1])
+        struck += (traffic.judge()["collision"] & (traffic.speed < 0.1)).sum()
+    assert struck == 0 and ((traffic.yaw.abs() > 0.4) & (traffic.speed == 0)).any()

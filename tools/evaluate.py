@@ -14,7 +14,7 @@ import torch
 import data
 import doors
 import world
-from alpamayo import HORIZON, load_model
+from alpamayo import DT, HORIZON, load_model
 from doors import whole
 from tools import markdown
 from tools.common import (
@@ -157,27 +157,42 @@ def open_table(rows):
 # Closed loop: driving
 
 DRIVES = {  # shares
+    "score": "score",
     "close": "close encounter",
-    "at_fault": "at fault",
     "collision": "collision",
     "off_road": "off the road",
-    "ran": "ran a red light or stop sign",
+    "ran": "ran a light or sign",
     "progress": "progress",
     "comfort": "comfort",
 }
 DRIVE_NOTE = """\
 % of {drive} scenarios of {seconds:g} s, mean ± standard error; a new plan from new images every
-{replan:g} s. Close encounter: something solid within 0.25 m of the car. At fault excludes rear-end
-hits, and a car that stood; others brake, so few differ. A scenario ends at its first close
-encounter or off the road; a collision counts until 1 s later. A light or sign that is run is
-counted, but does not end the run: there is no cross traffic. Progress: metres driven, in % (at most
-100) of the expert's in the same time. Comfort: how many of the release's six bounds held. Score:
-kilometres between ends (> all that were driven, if none)."""
+{replan:g} s. Score, AlpaSim's: 0 after a collision or off the road, else progress / 0.8, at most 1
+(100 %). A scenario ends at its first close encounter, something solid within 0.25 m of the car, or
+off the road; a collision counts until 1 s later. Progress: along the route until then, in % (at
+most 100) of the expert's way in {seconds:g} s. Comfort: how many of the release's six bounds held.
+The last column is kilometres driven for each end (> all that were driven, if none)."""
+
+BRAKING = 2.0  # m/s^2, of who comes to a stand
+BRAKING_JERK = 3.0  # m/s^3
 
 
 def straight_on(scene):
     """The policy of constant velocity."""
     return torch.zeros(len(scene["name"]), HORIZON, 2)
+
+
+def stand_still(scene):
+    """The policy that brakes in comfort, without steering, and then stands."""
+    speed, accel, _, _ = scene["ego_kinematics"][:, -1].unbind(-1)  # (B,) each
+    most = BRAKING_JERK * DT
+    plan = []
+    for _ in range(HORIZON):
+        braking = (BRAKING_JERK * speed).sqrt().clamp(max=BRAKING)  # eases off before the end
+        accel = accel + (-braking - accel).clamp(-most, most)
+        speed = (speed + DT * accel).clamp(min=0)
+        plan.append(torch.stack([accel, torch.zeros_like(accel)], -1))
+    return torch.stack(plan, 1)
 
 
 def closed_loop(model, args):
@@ -187,7 +202,12 @@ def closed_loop(model, args):
     options = dict(seconds=args.seconds, replan=args.replan, device=model.device)
     options |= data.view_of(model.cfg, args.size)
     rows = {}
-    policies = {"expert": None, "constant velocity": straight_on, "model": Policy(model, args)}
+    policies = {
+        "expert": None,
+        "go straight": straight_on,
+        "stand still": stand_still,
+        "model": Policy(model, args),
+    }
     for policy, driver in policies.items():
         met = drive_scenes(driver, seeds, args.batch, **options)
         row = rows[policy] = {"scenarios": args.drive}
@@ -195,13 +215,7 @@ def closed_loop(model, args):
             row[name], row[name + "_se"] = mean_and_error(met[name].double())
         row["km"] = met["km"].double().sum().item()
         row["events"] = int((met["close"] | met["off_road"]).sum())
-        row["events_at_fault"] = int((met["at_fault"] | met["off_road"]).sum())
     return rows
-
-
-def score(km, events):
-    """Kilometres between events."""
-    return f"{km / events:.2f}" if events else f"> {km:.1f}"
 
 
 def drive_table(rows):
@@ -209,10 +223,10 @@ def drive_table(rows):
     lines = []
     for policy, row in rows.items():
         cells = [with_error(row, name, 100, 1) for name in DRIVES]
-        cells.append(score(row["km"], row["events"]))
-        cells.append(score(row["km"], row["events_at_fault"]))
+        km, events = row["km"], row["events"]
+        cells.append(f"{km / events:.2f}" if events else f"> {km:.1f}")
         lines.append([policy, *cells])
-    return markdown(lines, ["policy", *DRIVES.values(), "score, km", "score at fault"])
+    return markdown(lines, ["policy", *DRIVES.values(), "km between ends"])
 
 
 # --------------------------------------------------------------------------------------------------

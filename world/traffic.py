@@ -228,13 +228,23 @@ class World:
         """The accelerations (n, things), m/s^2, of things that wish for `change` on their way to
         the speed `target` (m/s). Cars slow for the nearest thing in their lane, or for the ego."""
         t = self.things
-        car = SimpleNamespace(**{name: value[:, :, None] for name, value in vars(t).items()})
-        other = SimpleNamespace(**{name: value[:, None] for name, value in vars(t).items()})
-        slow = _slow_for(car, other, self.solid(other.kind)).amin(2)  # (n, things)
+        cars = (t.kind == CAR).nonzero(as_tuple=True)  # scene and thing of each: two (cars,)
+        car = SimpleNamespace()  # (cars, 1) each
+        other = SimpleNamespace()  # (cars, things) each: all that is in the scene of each
+        for name in ("s", "d", "v", "way", "length", "width"):
+            value = getattr(t, name)
+            setattr(car, name, value[cars][:, None])
+            setattr(other, name, value[cars[0]])
+        slow = torch.zeros_like(change)  # (n, things)
+        slow[cars] = _slow_for(car, other, self.solid(t.kind)[cars[0]]).amin(1)
         s, d, heading = locate(self.x, self.y, self.scene.road)
         heading = self.yaw - heading
         x, y = turn(MIDDLE, 0, heading)  # from the rear axle to the middle
-        ego = SimpleNamespace(way=1, length=LENGTH, width=WIDTH)
+        cos = heading.cos().abs()
+        sin = heading.sin().abs()
+        ego = SimpleNamespace(way=1)
+        ego.length = (cos * LENGTH + sin * WIDTH)[:, None]  # along the road, and across it
+        ego.width = (sin * LENGTH + cos * WIDTH)[:, None]
         ego.s = (s + x)[:, None]
         ego.d = (d + y)[:, None]
         ego.v = (self.speed * heading.cos())[:, None]
@@ -411,8 +421,11 @@ class World:
         collision   its rectangle and that of a thing overlap
         close       they would if the ego were NEAR (m) larger on every side: a close encounter. The
                     paper does not define its own; this is ours
-        at_fault    close, unless the thing came from behind or the ego stood still
         off_road    a corner of it is beyond the asphalt
+
+        Every collision is the ego's fault. AlpaSim leaves out those from behind, where the others
+        drive as once recorded. Here who is behind the ego brakes in time, so only an ego that comes
+        into another's way is hit.
         """
         t = self.things
         x, y, yaw = self.poses_to_ego()
@@ -420,10 +433,7 @@ class World:
         solid = self.solid(t.kind)
         hit = solid & _overlap(x, y, yaw, t, 0.0)
         near = solid & _overlap(x, y, yaw, t, NEAR)
-        from_behind = (x < -LENGTH / 2) & (t.v > self.speed[:, None])
-        at_fault = (near & ~from_behind).any(1) & (self.speed > 0.1)
-        return dict(
-            collision=hit.any(1), close=near.any(1), at_fault=at_fault, off_road=self._off_road())
+        return dict(collision=hit.any(1), close=near.any(1), off_road=self._off_road())
 
     def _off_road(self):
         """Whether a corner of the ego is beyond the asphalt, (n,) bool."""
