@@ -53,7 +53,7 @@ import torch.nn.functional as F
 
 import release
 from doors import check_sampling, check_scene, write_atomically
-from kernels import by_hand, stock
+from kernels import by_hand, one_launch, stock
 from kernels.flow_step import roll_out_by_kernel
 from kernels.prefix_attention import prefix_attention
 from kernels.pruned_attention import pruned_attention
@@ -707,8 +707,10 @@ class Alpamayo(nn.Module):
             parts = self.expert, self.action_in_proj, self.action_out_proj
             cos, sin = self.rope_of_actions(start, dtype)
             seen = torch.arange(T, device=device) < thought.length[:, None]
-            cache = prefix.layers, thought.tail, seen
-            return sample_flow(*parts, steps, x, cos, sin, *cache, eta, generator)
+            inputs = *parts, steps, x, cos, sin, prefix.layers, thought.tail, seen, eta, generator
+            if one_launch.fits(self.cfg, HORIZON, dtype):
+                return one_launch.sample_in_one_launch(*inputs)
+            return sample_flow(*inputs)
         past = self.expert_past(prefix, thought.tail, T, thought.length)
         flow = [x]
         for i in range(steps):

@@ -6,6 +6,8 @@ What costs most on a GPU, written by hand in Triton, each kernel beside the PyTo
     prefix_attention.py   attention of n samples over the prompt they share and a tail each
     flow_step.py          Euler step of the flow with the embedding of the new controls; roll-out
     sampler.py            all steps of the flow over the expert, recorded as one CUDA graph
+    one_launch.py         the same for a small expert, nano's, in one launch
+    roll_out.cu           the roll-out once more, in CUDA C++, to compare (roll_out_cuda.py)
     stock.py              whether the model is still what sampler and flow_step write out again
     tiles.py              reading and multiplying tiles; vectors whose length is no power of two
     bench.py              each kernel timed, or without a GPU counted and compiled (compiled.py)
