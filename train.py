@@ -111,6 +111,8 @@ def add_run_flags(add):
     add("--save-every", 200, "steps between checkpoints", whole(1))
     add("--seed", 0, "of weights, order and noise", whole())
     add("--device", None, "cpu | cuda | mps (default: cuda, where there is one)", device_of)
+    add("--compile", False, "PyTorch's compiler for the layers, in stages action and reason: a few "
+        "minutes to begin with, then faster; on a CPU it needs a C++ compiler")
     add("--threads", 0, "CPU threads of each process; 0: PyTorch's choice", whole(0, 1024))
     add("--plan", None, "print the memory that these flags need, of a GPU (bfloat16 arithmetic) or "
         "a CPU (float32), and stop", choices=("gpu", "cpu"), nargs="?", const="gpu")
@@ -197,6 +199,8 @@ def check_flags(flags, error):
         error(f"--lora {flags.lora} --train expert: the vlm must be among what learns")
     if flags.stage == "rl":
         rl.check_flags(flags, error)
+    if flags.compile and flags.stage == "rl":
+        error("--compile: of stages action and reason, not rl")
     if flags.plan:
         return
     if flags.own and (flags.data != "world" or flags.stage not in ("reason", "all")):
@@ -436,6 +440,10 @@ def prepare(run):
         memory.add_adapters(run.model, flags.lora, seeded(flags.seed))
     if flags.checkpointing:
         memory.checkpoint_activations(run.model)
+    if flags.compile:
+        vlm = run.model.vlm.model
+        for layer in (*vlm.visual.blocks, *vlm.language_model.layers, *run.model.expert.layers):
+            layer.compile()
     for name, p in run.model.named_parameters():
         if name.startswith(OF_EXPERT):
             p.requires_grad_(flags.train != "vlm")
@@ -530,7 +538,7 @@ def add_own_scenes(run, step):
     run.model.eval()
 
     def policy(scene):
-        with run.autocast:
+        with run.autocast, torch.compiler.set_stance("force_eager"):
             return rl.likeliest_of(run.model, scene, flags).actions[:, 0]
 
     folder = os.path.join(flags.out, f"own-{run.rounds}")
@@ -774,6 +782,7 @@ def rl_step(run, step):
 # Validation
 
 
+@torch.compiler.set_stance("force_eager")  # sampling has too many shapes to compile for
 @torch.no_grad()
 def validate(run, stage):
     """{name: mean}: losses, ADE (m) of one greedy sample, shares of right decisions, exact texts.

@@ -237,6 +237,8 @@ def launch_of(kind, N, T, columns, K, like, BN=64):
     splits = max(1, min(parts[kind][1 + many - few], K // (4 * BK)))
     options = dict(BM=BM, BN=BN, BK=BK, num_warps=8 if BM >= 128 else 4)
     options |= dict(num_stages=stages if half else 2)
+    if adds and chip == 100 and BM < 128:  # left alone, the compiler saves registers and spills
+        options["maxnreg"] = 128
     return (rows // BM, triton.cdiv(columns, BN), splits), options
 
 

@@ -401,6 +401,23 @@ def test_sampler_in_16_bits(dtype, tolerance, monkeypatch):
     close(after - noise, plainly(1, exact, *map(double, inputs))[0], tolerance)
 
 
+@torch.no_grad()
+def test_autocast_samples_a_copy_that_follows(monkeypatch):
+    """32-bit weights that learn under autocast: a 16-bit copy is sampled, with the weights of
+    now."""
+    cut(monkeypatch, 1)
+    parts, *inputs = sampling(torch.float32, B=1, n=1)
+    for _ in range(2):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            noise, after = sampler.sample_flow(*parts, 1, *inputs)
+        exact = [copy.deepcopy(part).double() for part in parts]
+        for p in (p for part in exact for p in part.parameters()):
+            p.data = p.data.bfloat16().double()
+        close(after - noise, plainly(1, exact, *map(double, inputs))[0], 2e-2)
+        parts[2].weight.mul_(3)
+    assert len(sampler.copies) and parts[2].weight.dtype == torch.float32
+
+
 class Junk:
     """A kernel that finds nan in its scratch."""
 
@@ -487,7 +504,7 @@ def test_prefix_attention_compiles(chip):
 @cross_compiled
 @pytest.mark.parametrize("chip", [80, 90, 100, 120])
 def test_sampler_compiles(chip):
-    """A step of one sample over a layer of the release, in at most 5 launches, between two steps of
+    """A step of one sample over a layer of the release, in at most 6 launches, between two steps of
     the flow; and the layer again for six samples."""
     cfg = replace(alpamayo.Config(), n_layer=1)
     with torch.device("meta"):
@@ -538,9 +555,9 @@ def test_other_sizes_compile(preset, dtype):
         for build in builds:
             few_rows = build.kernel == "_step" or "decoding" in case.shape
             expected = None if dtype == torch.float32 else "HMMA" if few_rows else "HGMMA"
-            if build.kernel == "_step" and not build.matrix():
+            if build.kernel == "_join" or build.kernel == "_step" and not build.matrix():
                 expected = None
             gate(build, expected, 1)
-            assert build.async16 >= 8 or build.kernel in ("_step", "_grad_kv")
+            assert build.async16 >= 8 or build.kernel in ("_step", "_grad_kv", "_join")
             seen.add(build.kernel)
-    assert seen == {"_attend", "_grad_q", "_grad_kv", "_step", "_heads", "_add", "_gate_up"}
+    assert seen == {"_attend", "_join", "_grad_q", "_grad_kv", "_step", "_heads", "_add", "_gate_up"}
