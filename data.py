@@ -486,7 +486,7 @@ class Tally:
         return self.alive | (self.time < self.ended + GRACE)
 
     def result(self, whole):
-        """What `drive` returns. whole (n,): the expert's way in all the time, see `way_of_expert`."""
+        """What `drive` returns. whole (n,): how far the expert gets in all the time, m."""
         speed, accel, curvature, alive = torch.stack(self.driven, 1).unbind(-1)  # (n, T) each
         bounds = comfort_of(speed, accel, curvature).values()
         held = torch.stack([(ok | (alive == 0)).all(1) for ok in bounds])  # (6, n)
