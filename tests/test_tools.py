@@ -382,7 +382,9 @@ def test_the_table_trains_what_is_missing(short, cache, tmp_path, command, monke
     assert pruned["flops"]["prefill"] < image["flops"]["prefill"] / 1.5
     assert image["parameters"] == pruned["parameters"]
     header = next(i for i, line in enumerate(said) if line.startswith("| encoder"))
-    assert said[header + 2].count("|") == 12 and "61.6 M" in "".join(said)
+    assert said[header].startswith("| encoder | both right, % | ADE, m | tokens a picture |")
+    assert said[header + 2].count("|") == 13 and "61.6 M" in "".join(said)
+    assert "blind network ADE" in "".join(said)
 
 
 def test_a_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
