@@ -53,7 +53,7 @@ import torch.nn.functional as F
 
 import release
 from doors import check_sampling, check_scene, write_atomically
-from kernels import by_hand, stock
+from kernels import by_hand, one_launch, stock
 from kernels.flow_step import roll_out_by_kernel
 from kernels.prefix_attention import prefix_attention
 from kernels.pruned_attention import pruned_attention
@@ -702,12 +702,15 @@ class Alpamayo(nn.Module):
         x = noise.to(device)
         start = prefix.end + thought.length
         dtype = next(self.expert.parameters(), x).dtype
-        fast = eta == 0 and by_hand(device, dtype)
+        fast = by_hand(device, dtype)
         if fast and stock.is_flow(Alpamayo.drive, self, prefix.layers):  # see kernels/stock.py
             parts = self.expert, self.action_in_proj, self.action_out_proj
             cos, sin = self.rope_of_actions(start, dtype)
             seen = torch.arange(T, device=device) < thought.length[:, None]
-            return sample_flow(*parts, steps, x, cos, sin, prefix.layers, thought.tail, seen)
+            inputs = *parts, steps, x, cos, sin, prefix.layers, thought.tail, seen, eta, generator
+            if one_launch.fits(self.cfg, HORIZON, dtype):
+                return one_launch.sample_in_one_launch(*inputs)
+            return sample_flow(*inputs)
         past = self.expert_past(prefix, thought.tail, T, thought.length)
         flow = [x]
         for i in range(steps):
@@ -867,7 +870,7 @@ def roll_out(actions, v0):  # kernels/flow_step.py has it too
     """Drive a unicycle from the origin of the ego frame, in Euler steps of 0.1 s (Eq. 5).
     actions (..., 64, 2): acceleration m/s^2, curvature 1/m (left-positive); v0 (...): m/s at t0.
     Returns xyz (..., 64, 3) in metres, with z = 0, and rot (..., 64, 3, 3)."""
-    if by_hand(actions.device, actions.dtype, even_32_bit=True) and stock.is_roll_out(roll_out):
+    if by_hand(actions.device, actions.dtype) and stock.is_roll_out(roll_out):
         return roll_out_by_kernel(actions, v0)
     accel, curvature = actions.unbind(-1)
     v0 = v0[..., None]
@@ -1683,7 +1686,7 @@ def flow_time(n, generator=None, device=None):
     return 0.999 * (1 - u ** (1 / 1.5))
 
 
-def euler_step(x, velocity, t, dt, eta=0.0):  # kernels/flow_step.py has it too, for eta = 0
+def euler_step(x, velocity, t, dt, eta=0.0):  # kernels/flow_step.py has it too
     """An Euler step of the flow from x_t (..., 64, 2) at time t by dt: the next controls' mean and
     standard deviation, which is 0 for eta = 0.
 

@@ -779,7 +779,8 @@ def fill_own_set(folder, form, policy, first, view):
     name = os.path.basename(folder).partition(".")[0]
     with tqdm(desc=f"driving for {name}", total=form.rows, unit="scene") as bar:
         while bar.n < form.rows:
-            for scene in own_scenes(policy, range(first, first + BATCH), **asdict(view)):
+            seeds = range(first, first + min(BATCH, form.rows - bar.n))
+            for scene in own_scenes(policy, seeds, **asdict(view)):
                 rows = range(min(len(scene["name"]), form.rows - bar.n))
                 for key, value in rows_of(scene, list(rows)).items():
                     if key in TEXTS:
@@ -787,7 +788,7 @@ def fill_own_set(folder, form, policy, first, view):
                     elif len(rows):
                         store.write_rows(f"{folder}/{key}.npy", bar.n, value.numpy())
                 bar.update(len(rows))
-            first += BATCH
+            first = seeds.stop
     doors.write_json(f"{folder}/set.json", form.signs | {"texts": texts})
 
 

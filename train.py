@@ -150,7 +150,7 @@ def add_data_flags(add):
         real(0, 1))
     add("--routes", 0.5, "share of steps that tell the route, so that a model can do without",
         real(0, 1))
-    add("--own", 0, "so many scenes more, twice: the model drives, and the expert says how to go on "
+    add("--own", 0, "so many scenes more, twice: the model drives, the expert says how to go on "
         "from where it got to (DAgger; not the paper's)", whole())
     add("--blind", False, "grey images: what can be known without looking")
 
@@ -199,6 +199,9 @@ def check_flags(flags, error):
         rl.check_flags(flags, error)
     if flags.plan:
         return
+    if flags.own and (flags.data != "world" or flags.stage not in ("reason", "all")):
+        error(f"--own {flags.own}: the model drives in the world, thinking: it takes --data world "
+              "and --stage reason or all")
     if flags.preset == "alpamayo-r1-10b":
         error(f"--preset {flags.preset}: this can only be planned, with --plan; start from the "
               "release with --init")

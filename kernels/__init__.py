@@ -6,6 +6,8 @@ What costs most on a GPU, written by hand in Triton, each kernel beside the PyTo
     prefix_attention.py   attention of n samples over the prompt they share and a tail each
     flow_step.py          Euler step of the flow with the embedding of the new controls; roll-out
     sampler.py            all steps of the flow over the expert, recorded as one CUDA graph
+    one_launch.py         the same for a small expert, nano's, in one launch
+    roll_out.cu           the roll-out once more, in CUDA C++, to compare (roll_out_cuda.py)
     stock.py              whether the model is still what sampler and flow_step write out again
     tiles.py              reading and multiplying tiles; vectors whose length is no power of two
     bench.py              each kernel timed, or without a GPU counted and compiled (compiled.py)
@@ -15,15 +17,15 @@ A kernel changes how fast something is computed, never what. Each file has the P
 `by_hand` here which of the two runs. Two write a piece of the model itself out again. Where that
 piece was edited PyTorch runs, whatever was chosen: see stock.py.
 
-    ALPAMAYO_KERNELS=auto     Triton on an NVIDIA GPU for 16-bit tensors, and for the roll-out
-                              32-bit ones too; else PyTorch (default)
+    ALPAMAYO_KERNELS=auto     Triton on an NVIDIA GPU, else PyTorch (default)
     ALPAMAYO_KERNELS=torch    PyTorch
-    ALPAMAYO_KERNELS=triton   Triton, for 32-bit tensors too, or an error that says why it cannot
+    ALPAMAYO_KERNELS=triton   Triton, or an error that says why it cannot
 
 `kernels.use("torch")` does the same within a program, and `with kernels.using("torch"):` within a
 block. 64-bit tensors, which only tests have, always go to PyTorch.
 """
 import contextlib
+import functools
 import os
 import sys
 from types import SimpleNamespace
@@ -70,15 +72,20 @@ def capability(device):
     RTX 5090 or RTX PRO 6000."""
     if device.type != "cuda":
         return chip
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return _properties(device)[0]
 
 
 def multiprocessors(device):
     """How many there are; each runs one program or several at a time."""
     if device.type != "cuda":
         return processors
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _properties(device)[1]
+
+
+@functools.cache
+def _properties(device):
+    found = torch.cuda.get_device_properties(device)
+    return 10 * found.major + found.minor, found.multi_processor_count
 
 
 def say(line):
@@ -88,7 +95,7 @@ def say(line):
         print(f"kernels: {line}", file=sys.stderr)
 
 
-def _decide(device, dtype, even_32_bit):
+def _decide(device, dtype):
     """Whether Triton runs, and why or why not."""
     on_gpu = device.type == "cuda"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -105,27 +112,37 @@ def _decide(device, dtype, even_32_bit):
         return False, f"{where} {device}: call torch.cuda.set_device first"
     if _choice == "triton":
         return True, "ALPAMAYO_KERNELS=triton"
-    if not on_gpu or dtype == torch.float32 and not even_32_bit:
-        return False, "16-bit tensors on a GPU gain by them, and these are not"
+    if not on_gpu:
+        return False, "tensors on a GPU gain by them"
     return True, f"capability {capability(device)}"
 
 
+def call(op, *inputs):
+    """op(*inputs), an operator of torch.library. Where nobody would notice, its function without
+    the operator, which costs the CPU more than a launch: nothing traces, no gradients, no subclass
+    of tensors."""
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    plain = not torch.compiler.is_compiling() and all(type(x) is torch.Tensor for x in tensors)
+    if plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return op._init_fn(*inputs)
+    return op(*inputs)
+
+
 @torch.compiler.assume_constant_result  # torch.compile asks once, while it traces
-def by_hand(device, dtype, even_32_bit=False):
+def by_hand(device, dtype):
     """Whether Triton, and not PyTorch, works on tensors of this device and dtype.
 
-    even_32_bit: `auto` takes Triton for 32-bit tensors too, where one launch replaces many.
     A first decision is told on stderr, except `auto` on a CPU, where there is nothing to decide.
     ValueError if Triton was asked for and cannot run."""
     if _choice is None:
         use(os.environ.get("ALPAMAYO_KERNELS", "auto"))
-    answer, why = _decide(device, dtype, even_32_bit)
+    answer, why = _decide(device, dtype)
     if dtype == torch.float64:
         return answer
     if _choice == "triton" and not answer:
         raise ValueError(f"ALPAMAYO_KERNELS=triton: the kernels cannot run: {why}")
     decision = (_choice, device.type, dtype, answer)
-    nothing_to_decide = even_32_bit or _choice == "auto" and device.type == "cpu"
+    nothing_to_decide = _choice == "auto" and device.type == "cpu"
     if decision not in _said and not nothing_to_decide:
         _said.add(decision)
         which = f"Triton {triton.__version__}" if answer else "PyTorch"

@@ -1,16 +1,19 @@
 """
 The kernels against PyTorch and against what the hardware allows.
 
-    python -m kernels.bench
+    python -m kernels.bench --out bench.jsonl
 
-prints a table, and as its last line the same as JSON. With a GPU: milliseconds (median) of each
-kernel and of its rivals, which compute the same (SDPA, compiled FlexAttention, flash-attn where
-installed); the largest error against float64 on the same inputs; operations and bytes a second; and
-how far that is from the floor. No kernel can take less time than its products at the rate of a
-large matrix product, nor than its inputs and outputs at the rate of a copy. Both rates are measured
-first. What n samples share is counted once. Attention and salience are one layer's. `sample_flow`
-is the whole sampler, all layers and steps; its floor reads the expert's weights and the prefix once
-a step.
+With a GPU: milliseconds (median) of each kernel and of its rivals, which compute the same (SDPA,
+compiled FlexAttention, flash-attn where installed, the plain loop compiled and in a CUDA graph);
+microseconds that the CPU takes to launch it; the largest error against float64 on the same inputs;
+operations and bytes a second; and how far that is from the floor. No kernel can take less time than
+its products at the rate of a large matrix product, nor than its inputs and outputs at the rate of a
+copy. Both rates are measured first. What n samples share is counted once. Attention and salience
+are one layer's. `sample_flow` is the whole sampler, all layers and steps; its floor reads the
+expert's weights and the prefix once a step.
+
+Each result is a line of JSON in --out at once, and what is there is not timed again. Rivals that
+compile first come last. One that fails says so in its line and stops nobody.
 
 Without a GPU nothing is measured. The table then has the counted operations and bytes, their floors
 on an H200, and what each launch compiles to for four chips. All of that is arithmetic and says
@@ -19,9 +22,11 @@ nothing of speed.
 import argparse
 import copy
 import json
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +46,8 @@ except ImportError:
 # there is no GPU.
 H200 = 4.3e12, 788e12
 CHIPS = (80, 90, 100, 120)  # A100; H100 and H200; B200; RTX 5090 and RTX PRO 6000
+COMPILED = "copied, compiled"  # torch.compile of the loop over copies of the prefix
+SLOW = COMPILED, "FlexAttention"  # rivals that are compiled first
 UNPRUNED = "SDPA, nothing pruned"  # pruning is to be faster; the answer is another
 LAYERS = """Attention and salience are of one layer. The release has 27 in the tower, 36 in language
 model and expert. The nano's data stay in a GPU's L2 cache, and a launch alone takes microseconds,
@@ -100,9 +107,9 @@ class Problem:
         return exact.run(self.plain)()
 
     def others(self):
-        """{name: function of nothing}, not run yet."""
+        """{name: what makes a function of nothing}."""
         found = self.rivals(*self.inputs) if self.rivals else {"PyTorch": (None, self.plain)}
-        return {name: self.run(f, prepare) for name, (prepare, f) in found.items()}
+        return {name: partial(self.run, f, prepare) for name, (prepare, f) in found.items()}
 
 
 def in_float64(x):
@@ -131,6 +138,9 @@ class Case:
         with torch.device(device):
             made = self.make(dtype)
         return made if self.kernel.endswith("gradients") else replace(made, grads=None)
+
+    def key(self):
+        return self.kernel, self.shape
 
     def counts(self):
         return {name: value for name, value in vars(self).items() if name != "make"}
@@ -199,10 +209,10 @@ def pruned_rivals(q, k, v, offsets, patches, rows):
     found = {UNPRUNED: (dense, unpruned), "SDPA, image by image": (gathered, image_by_image)}
     if q.is_cuda:
         image = rows // patches
-        attend = flex(lambda i, j: image[i] == image[j], len(rows), len(rows))
+        attend = cache(lambda: flex(lambda i, j: image[i] == image[j], len(rows), len(rows)))
 
         def flexible(*qkv):
-            return attend(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1)
+            return attend()(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1)
 
         found["FlexAttention"] = gathered, flexible
     if q.is_cuda and flash_attn:
@@ -271,10 +281,10 @@ def prefix_rivals(q, k0, v0, k1, v1, mask0, mask1):
 
     found = {"SDPA, prefix copied": (copied, sdpa)}
     if q.is_cuda:
-        attend = flex(sees, n * T, P + n * S)
+        attend = cache(lambda: flex(sees, n * T, P + n * S))
 
         def flexible(q, k, v):
-            return attend(in_a_row(q), k, v)[0].unflatten(1, (n, T)).transpose(0, 1)
+            return attend()(in_a_row(q), k, v)[0].unflatten(1, (n, T)).transpose(0, 1)
 
         found["FlexAttention, one prefix"] = once, flexible
     return found
@@ -391,7 +401,8 @@ def roll_out_cases(shape):
 
 def plain_loop(parts, steps, noise, cos, sin, past, read=alpamayo.Expert.forward):
     """The loop of Alpamayo.drive: after each step, how far x is from the noise, (steps, n, T, 2).
-    x itself has the noise in common with all others, which would hide their errors."""
+    x itself has the noise in common with all others, which would hide their errors. read: the
+    expert over `past`."""
     expert, embed, project = parts
     x, moved = noise, []
     for i in range(steps):
@@ -401,35 +412,82 @@ def plain_loop(parts, steps, noise, cos, sin, past, read=alpamayo.Expert.forward
     return torch.stack(moved)
 
 
-def read_copies(expert, x, cos, sin, caches):
-    """The expert as the release runs it. A layer's cache (keys, values), (n, G, P + S + T, d) each,
-    has the prefix once a sample and room for the T action tokens."""
+def read_copy(layer, x, cos, sin, keys, values):
+    """A layer as the release runs it. Its cache (n, G, P + S + T, d) has the prefix once a sample
+    and room for the T action tokens."""
     T = x.shape[1]
+    a, z = layer.self_attn, layer.input_layernorm(x)
+    q, k, v = (w(z).unflatten(2, (-1, a.head_dim)) for w in (a.q_proj, a.k_proj, a.v_proj))
+    q = alpamayo.rotate(a.q_norm(q).transpose(1, 2), cos, sin)
+    keys[:, :, -T:] = alpamayo.rotate(a.k_norm(k).transpose(1, 2), cos, sin)
+    values[:, :, -T:] = v.transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+    x = x + a.o_proj(y.transpose(1, 2).flatten(2))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def read_copies(expert, x, cos, sin, caches, read=read_copy):
     for layer, (keys, values) in zip(expert.layers, caches):
-        a, z = layer.self_attn, layer.input_layernorm(x)
-        q, k, v = (w(z).unflatten(2, (-1, a.head_dim)) for w in (a.q_proj, a.k_proj, a.v_proj))
-        q = alpamayo.rotate(a.q_norm(q).transpose(1, 2), cos, sin)
-        keys[:, :, -T:] = alpamayo.rotate(a.k_norm(k).transpose(1, 2), cos, sin)
-        values[:, :, -T:] = v.transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
-        x = x + a.o_proj(y.transpose(1, 2).flatten(2))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        x = read(layer, x, cos, sin, keys, values)
     return expert.norm(x)
+
+
+@torch.no_grad()
+def recorded(loop, *inputs):
+    """A loop's launches as a CUDA graph, and what gives its output."""
+    loop(*inputs)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = loop(*inputs)
+    return graph, lambda: output
+
+
+def recorded_by_us(expert):
+    """The same of what `sample_flow` recorded last for this expert."""
+    *_, buffers = sampler.kept[expert][1].values()
+    return buffers.graph, lambda: buffers.flow[1:] - buffers.flow[0]
+
+
+def replayed(graph, output):
+    graph.replay()
+    return output()
 
 
 def sampler_rivals(parts, steps, noise, cos, sin, prefix, tail, seen):
     """prefix (layers, 2, 1, G, P, d), tail (layers, 2, n, G, S, d)."""
+    inputs = parts, steps, noise, cos, sin
 
     def shared():
-        past = [alpamayo.Past(tuple(kv), tuple(own)) for kv, own in zip(prefix, tail)]
-        return parts, steps, noise, cos, sin, past
+        return *inputs, [alpamayo.Past(tuple(kv), tuple(own)) for kv, own in zip(prefix, tail)]
 
     def copied():
         room = F.pad(tail, (0, 0, 0, noise.shape[1]))  # (layers, 2, n, G, S + T, d)
         caches = torch.cat([prefix.expand(-1, -1, len(noise), -1, -1, -1), room], 4)
-        return parts, steps, noise, cos, sin, caches, read_copies
+        return *inputs, caches, read_copies
 
-    return {"PyTorch": (shared, plain_loop), "PyTorch, prefix copied": (copied, plain_loop)}
+    def compiled(mode):
+        """A layer is compiled once for all; so are the embedding and what follows the layers."""
+        torch.compiler.reset()
+        make = partial(torch.compile, mode=mode, dynamic=False)
+        (expert, embed, project), *rest, caches, _ = copied()
+        few = expert, make(lambda x, t: embed(x, t)), make(lambda x: project(expert.norm(x)))
+        layer = make(read_copy)
+
+        def read(expert, x, cos, sin, caches):
+            for one, (keys, values) in zip(expert.layers, caches):
+                x = layer(one, x, cos, sin, keys, values)
+            return x
+
+        return recorded(plain_loop, few, *rest, caches, read)
+
+    found = {"PyTorch": (shared, plain_loop), "PyTorch, prefix copied": (copied, plain_loop)}
+    if noise.is_cuda:
+        found["ours, a replay alone"] = lambda: recorded_by_us(parts[0]), replayed
+        found[f"{COMPILED} and in a graph"] = partial(compiled, "default"), replayed
+        mode = "max-autotune-no-cudagraphs"
+        found[f"{COMPILED}, max-autotune, in a graph"] = partial(compiled, mode), replayed
+    return found
 
 
 def sampler_cases(shape):
@@ -462,12 +520,12 @@ def sampler_cases(shape):
 
 
 CASES = {
-    "salience": salience_cases,
-    "pruned_attention": pruned_attention_cases,
-    "prefix_attention": prefix_attention_cases,
-    "flow_step": flow_step_cases,
-    "roll_out": roll_out_cases,
     "sampler": sampler_cases,
+    "prefix_attention": prefix_attention_cases,
+    "pruned_attention": pruned_attention_cases,
+    "roll_out": roll_out_cases,
+    "flow_step": flow_step_cases,
+    "salience": salience_cases,
 }
 
 
@@ -475,12 +533,12 @@ def cases_of(flags, small=False):
     """The cases asked for. small: for the compiler, with one layer and two steps. What is launched
     depends on neither."""
     cases = {}
-    for kernel in flags.kernel:
-        for shape in map(SHAPES.get, flags.shape):
+    for shape in map(SHAPES.get, flags.shape):
+        for kernel in flags.kernel:
             if small:
                 shape = replace(shape, cfg=replace(shape.cfg, n_layer=1), steps=2)
             for case in CASES[kernel](shape):
-                cases[case.kernel, case.shape] = case  # the roll-out is the same in all shapes
+                cases[case.key()] = case  # the roll-out is the same in all shapes
     return list(cases.values())
 
 
@@ -502,56 +560,114 @@ def error_of(result, truth):
     return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def time_case(case, device, clock, dtype=torch.bfloat16):
-    """{name: error and seconds} of ours and of the rivals; or what kept a rival from running."""
+def time_case(case, device, clock, dtype=torch.bfloat16, wanted=lambda who: True):
+    """(who, result) of ours and of the rivals that are wanted. A result is the error, seconds, and
+    seconds of the CPU to launch it; or what kept it from running."""
     problem = case.problem(device, dtype)
-    truth = problem.truth()
+    try:
+        truth = problem.truth()
+    except torch.OutOfMemoryError:  # a reference that does not fit keeps nobody from being timed
+        truth = None
 
-    def look(name, f):
+    def look(who, prepare):
+        f = prepare()
         f()  # compiles, and records a graph; what is compared and timed comes after
-        return dict(error=None if name == UNPRUNED else error_of(f(), truth), seconds=clock(f))
+        y = f()
+        comparable = truth is not None and who != UNPRUNED
+        error = error_of(y, truth) if comparable else None
+        return dict(error=error, seconds=clock(f), host=host_time(f))
 
-    with kernels.using("triton"):
-        result = {"ours": look("ours", problem.run(problem.ours))}
-    with kernels.using("torch"):
-        for name, f in problem.others().items():
-            try:
-                result[name] = look(name, f)
-            except Exception as e:
-                result[name] = dict(failed=repr(e))
-    return result
+    ours = {"ours": partial(problem.run, problem.ours)}
+    for choice, whose in ("triton", ours), ("torch", problem.others()):
+        for who, prepare in whose.items():
+            if wanted(who):
+                try:
+                    with kernels.using(choice):
+                        yield who, look(who, prepare)
+                except Exception as e:
+                    yield who, dict(failed=f"{type(e).__name__}: {e}"[:500])
 
 
-def on_gpu(cases):
+def host_time(f, calls=10):
+    """Seconds until f returns, while the GPU is still at work, or not (median)."""
+    if not torch.cuda.is_available():
+        return None
+    seconds = []
+    while len(seconds) < calls and sum(seconds) < 0.2:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        f()
+        seconds.append(time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def told_before(path):
+    """The lines of an earlier run on the same card, if there are any."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        rows = [json.loads(line) for line in f]
+    return rows if rows and rows[0]["device"] == torch.cuda.get_device_name() else []
+
+
+def on_gpu(cases, flags):
     from triton.testing import do_bench
 
     def clock(f):
-        return do_bench(f, return_mode="median") / 1e3
+        return do_bench(f, warmup=20, rep=150, return_mode="median") / 1e3
 
-    copied, product = ceilings(clock)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, "
-          f"triton {kernels.triton.__version__}: a copy {copied / 1e12:.2f} TB/s, "
-          f"a large bf16 product {product / 1e12:.0f} TFLOP/s\n{LAYERS}\n\n{'':62}{'ms':>10}"
-          f"{'error':>9}{'TFLOP/s':>9}{'TB/s':>7}{'x floor':>9}{'x ours':>8}")  # fmt: skip
-    rows = []
-    for case in cases:
-        least, _ = case.floor(copied, product)
-        try:
-            result = time_case(case, "cuda", clock)
-        except Exception as e:  # of ours, or of its reference; the other cases may run
-            result = {"ours": dict(failed=repr(e))}
-        for name, r in result.items():
-            head = f"{case.kernel:30}{case.shape:32}" if name == "ours" else f"{'':32}{name:30}"
-            if "failed" in r:
-                print(f"{head}  {r['failed'][:100]}", flush=True)
-                continue
-            s = r["seconds"]
-            error = "-" if r["error"] is None else f"{r['error']:.1e}"
-            print(f"{head}{s * 1e3:10.4f}{error:>9}{case.operations / s / 1e12:9.1f}"
-                  f"{case.traffic / s / 1e12:7.2f}{s / least:9.2f}"
-                  f"{s / result['ours']['seconds']:8.2f}", flush=True)  # fmt: skip
-        rows.append(case.counts() | dict(floor=least, **result))
-    return dict(copy=copied, product=product, cases=rows)
+    begin = time.time()
+    rows = told_before(flags.out)
+    out = open(flags.out, "a" if rows else "w")
+
+    def tell(row):
+        rows.append(row)
+        out.write(json.dumps(row) + "\n")
+        out.flush()
+
+    if not rows:
+        copied, product = ceilings(clock)
+        tell(dict(device=torch.cuda.get_device_name(), torch=torch.__version__, copy=copied,
+                  triton=kernels.triton.__version__, product=product))  # fmt: skip
+    chip = rows[0]
+    print(f"{chip['device']}, torch {chip['torch']}, triton {chip['triton']}: a copy "
+          f"{chip['copy'] / 1e12:.2f} TB/s, a large bf16 product {chip['product'] / 1e12:.0f} "
+          f"TFLOP/s\n{LAYERS}\n\n{'':64}{'ms':>9}{'CPU us':>8}{'error':>9}{'TFLOP/s':>9}"
+          f"{'TB/s':>7}{'x floor':>9}{'x ours':>8}")  # fmt: skip
+    for slow in False, True:
+        for case in cases:
+            known = {r["who"]: r for r in rows[1:] if (r["kernel"], r["shape"]) == case.key()}
+
+            def wanted(who, known=known, slow=slow):
+                return who not in known and who.startswith(SLOW) == slow
+
+            if time.time() - begin > flags.seconds:
+                return
+            try:
+                for who, result in time_case(case, "cuda", clock, wanted=wanted):
+                    least, _ = case.floor(chip["copy"], chip["product"])
+                    row = case.counts() | dict(floor=least, who=who, **result)
+                    if who not in known:
+                        tell(row)
+                    known.setdefault(who, row)
+                    print(line_of(row, known["ours"]), flush=True)
+            except Exception as e:  # the case's inputs do not fit
+                print(f"{case.kernel} {case.shape}: {e!r}"[:200], flush=True)
+            sampler.kept.clear()
+
+
+def line_of(row, ours):
+    head = f"{row['kernel'][:28]:29}{row['shape']:32}" if row["who"] == "ours" else ""
+    head = f"{head or '':29}"[:61] if head else f"{'':24}{row['who']:38}"
+    if "failed" in row:
+        return f"{head}  {row['failed'][:100]}"
+    s = row["seconds"]
+    error = "-" if row["error"] is None else f"{row['error']:.1e}"
+    times = f"{s / ours['seconds']:8.2f}" if "seconds" in ours else ""
+    return (f"{head:62}{s * 1e3:11.4f}{row['host'] * 1e6:8.0f}{error:>9}"
+            f"{row['operations'] / s / 1e12:9.1f}{row['traffic'] / s / 1e12:7.2f}"
+            f"{s / row['floor']:9.2f}{times}")  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -604,17 +720,18 @@ def main():
         parser.add_argument(flag, nargs="+", choices=every, default=[*every], help="default: all")
     parser.add_argument("--no-compile", action="store_true",
                         help="without a GPU: leave out the compile report")  # fmt: skip
+    parser.add_argument("--out", default="bench.jsonl", help="lines of JSON; gone on with")
+    parser.add_argument("--seconds", type=float, default=600, help="begin no case after these")
     flags = parser.parse_args()
     cases = cases_of(flags)
-    report = dict(torch=torch.__version__, triton=kernels.triton.__version__)
     if torch.cuda.is_available():
-        report |= dict(device=torch.cuda.get_device_name(), measured=True, **on_gpu(cases))
-    else:
-        report |= dict(device="none", measured=False, cases=analytic(cases))
-        if kernels.triton.__version__ is None:
-            print("\nTriton is not installed: nothing was compiled.")
-        elif not flags.no_compile:
-            report["builds"] = compile_report(cases_of(flags, small=True))
+        return on_gpu(cases, flags)
+    report = dict(torch=torch.__version__, triton=kernels.triton.__version__)
+    report |= dict(device="none", measured=False, cases=analytic(cases))
+    if kernels.triton.__version__ is None:
+        print("\nTriton is not installed: nothing was compiled.")
+    elif not flags.no_compile:
+        report["builds"] = compile_report(cases_of(flags, small=True))
     print(json.dumps(report))
 
 

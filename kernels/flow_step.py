@@ -20,9 +20,9 @@ is three running sums, a tl.cumsum each, and its gradient the same sums from the
 takes about 25 launches forward and 60 backward; these take one and one. The PyTorch that defines it
 is `roll_out` in alpamayo.py, where a reader of the paper looks for Eq. 5; that of the step is here.
 
-By arithmetic, not measured: at the release's shape (64 rows, C = 2048, 512 wide) a step is four
-programs of 16 rows. Each reads the embedding's 2.6 MB, which is 23 us at 64 bytes a clock. The
-expert's bytes take 1160 us.
+At the release's shape (64 rows, C = 2048, 512 wide) a step is four programs of 16 rows. Each reads
+the embedding's 2.6 MB, which would be 23 us at 64 bytes a clock. Measured on an H200: 98 us, of
+2700 that the step takes with the expert. Tiles of 32 columns took 260.
 """
 import math
 
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from kernels import tiles, tl, triton
+from kernels import call, capability, tiles, tl, triton
 
 
 def fourier(x, freqs):
@@ -66,7 +66,7 @@ def plain_flow_step(x, hidden, out, step, t, embed):
 # layer's output is wider than the registers hold, so it goes through memory, BN columns at a time.
 # `tl.debug_barrier` makes all threads of the program wait until each can read what the others
 # stored. The root mean square of a row is known only with all its columns, so a norm is applied one
-# layer later: W (g * z / rms) = (W (g * z)) / rms.
+# layer later: W (g * z / rms) = (W (g * z)) / rms. Memory holds g * z.
 
 
 @triton.jit
@@ -76,13 +76,13 @@ def _row(X, i, n):
 
 
 @triton.jit
-def _velocity(H, NORM, OUT_W, OUT_B, row, ok, C, BK: tl.constexpr):
+def _velocity(H, NORM, OUT_W, OUT_B, row, ok, C, BC: tl.constexpr):
     """W_out rmsnorm(h) + b_out: of acceleration and of curvature, one number for each row."""
     va = tl.zeros(row.shape, tl.float32)
     vk = tl.zeros(row.shape, tl.float32)
     square = tl.zeros(row.shape, tl.float32)
-    for c in range(0, C, BK):
-        c = c + tl.arange(0, BK)
+    for c in range(0, C, BC):
+        c = c + tl.arange(0, BC)
         h = tiles.read_block(H, row, c, ok, C).to(tl.float32)
         square += tl.sum(h * h, 1)
         h = h * _row(NORM, c, C)
@@ -107,29 +107,34 @@ def _features(a, k, ACCEL, CURVATURE, j, F):
 
 
 @triton.jit
-def _silu_into(Z, row, n, ok, A, y):
-    """Store silu(y) as columns n of Z. Returns the rows' sums of squares."""
+def _silu_into(Z, row, n, ok, A, GAIN, y):
+    """Store gain * silu(y) as columns n of Z. Returns the rows' sums of squares of silu(y)."""
     y = (y * tl.sigmoid(y)).to(Z.dtype.element_ty)
-    tiles.write_block(Z, row, n, ok, A, y)
+    tiles.write_block(Z, row, n, ok, A, y * tl.load(GAIN + n, mask=n < A, other=0.0)[None, :])
     return tl.sum(y.to(tl.float32) * y.to(tl.float32), 1)
 
 
 @triton.jit
 def _step(X, NEXT, H, NORM, OUT_W, OUT_B, TIME, ACCEL, CURVATURE, LAYERS, W, B, GAIN, OFFSET, Z, Y,
-          TOKENS, rows, T, C, A, F, step, time_, MOVE: tl.constexpr, EMBED: tl.constexpr,
-          DEPTH: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-          BK: tl.constexpr):  # fmt: skip
+          TOKENS, FIRST, GAINED, SQUARE, KICK, rows, T, C, A, F, stay, step, time_,
+          MOVE: tl.constexpr, EMBED: tl.constexpr, DEPTH: tl.constexpr, BLOCKS: tl.constexpr,
+          BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+          BC: tl.constexpr):  # fmt: skip
     """Grid (blocks of BM rows,). Z (2, rows, A) and Y (rows, C) float32 are scratch. TIME: each
     sample's share of the first layer, time_ apart (0: all have the same). F: features of a number.
-    """
+    FIRST, or None: GAINED = FIRST * tokens and SQUARE (rows, BLOCKS) as sampler.py's `_add` has
+    them."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     ok = row < rows
     a = tl.load(X + 2 * row, mask=ok, other=0.0)
     k = tl.load(X + 2 * row + 1, mask=ok, other=0.0)
     if MOVE:
-        va, vk = _velocity(H, NORM, OUT_W, OUT_B, row, ok, C, BK)
-        a += step * va
-        k += step * vk
+        va, vk = _velocity(H, NORM, OUT_W, OUT_B, row, ok, C, BC)
+        a = stay * a + step * va
+        k = stay * k + step * vk
+        if KICK is not None:
+            a += tl.load(KICK + 2 * row, mask=ok, other=0.0)
+            k += tl.load(KICK + 2 * row + 1, mask=ok, other=0.0)
         tl.store(NEXT + 2 * row, a, mask=ok)
         tl.store(NEXT + 2 * row + 1, k, mask=ok)
     if EMBED:
@@ -144,7 +149,7 @@ def _step(X, NEXT, H, NORM, OUT_W, OUT_B, TIME, ACCEL, CURVATURE, LAYERS, W, B, 
             share = TIME + (row // T)[:, None] * time_ + n[None, :]
             share = tl.load(share, mask=there, other=0.0)
             y = tl.dot(z, tl.trans(w), share, input_precision="ieee")
-            square += _silu_into(Z, row, n, ok, A, y)
+            square += _silu_into(Z, row, n, ok, A, LAYERS[2], y)
         r = tl.rsqrt(square / A + 1e-5)
         tl.debug_barrier()
         for i in tl.static_range(1, DEPTH):
@@ -152,32 +157,40 @@ def _step(X, NEXT, H, NORM, OUT_W, OUT_B, TIME, ACCEL, CURVATURE, LAYERS, W, B, 
             square = tl.zeros([BM], tl.float32)
             for n in range(0, A, BN):
                 n = n + tl.arange(0, BN)
-                norm, weight, bias = LAYERS[3 * i - 1], LAYERS[3 * i], LAYERS[3 * i + 1]
-                y = tiles.linear(before, norm, weight, row, ok, n, A, A, 0, A, BK)
-                y = y * r[:, None] + _row(bias, n, A)
-                square += _silu_into(Z + i % 2 * rows * A, row, n, ok, A, y)
+                y = tiles.linear(before, LAYERS[3 * i], row, ok, n, A, A, 0, A, BK)
+                y = y * r[:, None] + _row(LAYERS[3 * i + 1], n, A)
+                square += _silu_into(Z + i % 2 * rows * A, row, n, ok, A, LAYERS[3 * i + 2], y)
             r = tl.rsqrt(square / A + 1e-5)
             tl.debug_barrier()
         before = Z + (DEPTH - 1) % 2 * rows * A
         total = tl.zeros([BM], tl.float32)
         for n in range(0, C, BN):
             n = n + tl.arange(0, BN)
-            y = tiles.linear(before, LAYERS[3 * DEPTH - 1], W, row, ok, n, C, A, 0, A, BK)
+            y = tiles.linear(before, W, row, ok, n, C, A, 0, A, BK)
             y = y * r[:, None] + _row(B, n, C)
             total += tl.sum(y, 1)
             tiles.write_block(Y, row, n, ok, C, y)
         mean = (total / C)[:, None]
         square = tl.zeros([BM], tl.float32)
         tl.debug_barrier()
-        for n in range(0, C, BK):
-            n = n + tl.arange(0, BK)
+        for n in range(0, C, BC):
+            n = n + tl.arange(0, BC)
             y = tiles.read_block(Y, row, n, ok, C) - mean
             square += tl.sum(tl.where((n < C)[None, :], y * y, 0.0), 1)
         r = tl.rsqrt(square / C + 1e-5)[:, None]
-        for n in range(0, C, BK):
-            n = n + tl.arange(0, BK)
+        square = tl.zeros([BM], tl.float32)
+        for n in range(0, C, BC):
+            n = n + tl.arange(0, BC)
             y = (tiles.read_block(Y, row, n, ok, C) - mean) * r
-            tiles.write_block(TOKENS, row, n, ok, C, y * _row(GAIN, n, C) + _row(OFFSET, n, C))
+            y = (y * _row(GAIN, n, C) + _row(OFFSET, n, C)).to(TOKENS.dtype.element_ty)
+            tiles.write_block(TOKENS, row, n, ok, C, y)
+            if FIRST is not None:
+                square += tl.sum(y.to(tl.float32) * y.to(tl.float32), 1)
+                tiles.write_block(GAINED, row, n, ok, C, y * _row(FIRST, n, C).to(y.dtype))
+        if FIRST is not None:
+            j = tl.arange(0, triton.next_power_of_2(BLOCKS))
+            square = tl.where(j[None, :] == 0, square[:, None], 0.0)
+            tiles.write_block(SQUARE, row, j, ok, BLOCKS, square)
 
 
 def time_share(t, embed):
@@ -187,6 +200,15 @@ def time_share(t, embed):
     return z @ weight[:, -z.shape[1] :].float().T + bias.float()
 
 
+def step_numbers(i, steps, eta):
+    """Step i of the flow is x' = stay * x + step * v + std * n with n drawn anew: stay, step, std.
+    alpamayo.euler_step, its mean put in order of x and v."""
+    t, a = i / steps, eta * math.pi / 2
+    left = 1 - (t + 1 / steps)
+    back = left * (1 - math.cos(a))
+    return 1 - back, 1 / steps + back * t, left * math.sin(a) if left > 1e-9 else 0.0
+
+
 def step_scratch(x, weight):
     """What `step_into` needs for controls x and the embedding's last weight: layers, tokens."""
     rows = x.shape[:-1].numel()
@@ -194,26 +216,29 @@ def step_scratch(x, weight):
     return weight.new_empty(2, rows, A), weight.new_empty(rows, C, dtype=torch.float32)
 
 
-def step_into(after, tokens, x, hidden, out, step, share, embed, scratch):
+def step_into(after, tokens, x, hidden, out, step, share, embed, scratch, norm=(None,) * 3,
+              stay=1.0, kick=None):  # fmt: skip
     """`plain_flow_step` by the kernel: x's successor into `after`, if there is a `hidden`, and the
     tokens into `tokens` (or None). share: the `time_share` of the step, one row or N; scratch: see
-    `step_scratch`."""
+    `step_scratch`; norm: the first layer's gain, and where gain * tokens and the rows' sums of
+    squares go, or None each; stay, and kick = std * n (N, T, 2) or None: see `step_numbers`."""
     accel, curvature, _, *layers, weight, bias, gain, offset = embed
     N, T, _ = x.shape
     rows = N * T
     C, A = weight.shape
     features = 2 * accel.numel()
-    # maxnreg: left alone the compiler saves registers for programs that are not there, and spills a
-    # few bytes on some chips.
-    half = weight.element_size() == 2
-    options = dict(num_stages=4, maxnreg=168) if half else dict(num_stages=2, maxnreg=255)
+    # Few programs, each alone on its multiprocessor: wide tiles, which wait less often.
+    options = dict(BN=32, BC=64, num_warps=4, num_stages=2, maxnreg=255)  # float32
+    if weight.element_size() == 2:
+        wide = 256 if capability(x.device) in (80, 90, 100) else 128
+        options = dict(BN=wide, BC=512, num_warps=8, num_stages=4)
     apart = 0 if share is None or len(share) == 1 else A
     _step[(triton.cdiv(rows, 16),)](
         x, after, hidden, *out, share, accel, curvature, tuple(layers), weight, bias, gain, offset,
-        *scratch, tokens, rows, T, C, A, features, step, apart,
+        *scratch, tokens, *norm, kick, rows, T, C, A, features, stay, step, apart,
         MOVE=hidden is not None, EMBED=tokens is not None, DEPTH=len(layers) // 3,
-        BF=max(16, triton.next_power_of_2(2 * features)), BM=16, BN=32, BK=64, num_warps=4,
-        **options)  # fmt: skip
+        BLOCKS=1 if norm[2] is None else norm[2].shape[1],
+        BF=max(16, triton.next_power_of_2(2 * features)), BM=16, BK=64, **options)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -353,4 +378,4 @@ roll_out_op.register_autograd(gradients_of_actions, setup_context=keep_actions)
 
 def roll_out_by_kernel(actions, v0):
     """alpamayo.roll_out in one launch: actions (..., T, 2), v0 (...) to xyz and rot."""
-    return roll_out_op(actions, v0.expand(actions.shape[:-2]))
+    return call(roll_out_op, actions, v0.expand(actions.shape[:-2]))

@@ -16,7 +16,7 @@ of them ours:
              (Milakov and Gimelshein, arXiv 1805.02867; "FlashAttention")
   parts      Few queries are few programs, and most of the chip would idle. So the keys are cut into
              parts. Part p leaves its own y_p and l_p = log sum exp(score), and
-             y = sum_p exp(l_p) y_p / sum_p exp(l_p). ("Flash-Decoding")
+             y = sum_p exp(l_p) y_p / sum_p exp(l_p), a launch of its own. ("Flash-Decoding")
 
 Letters: N = B * n samples, H query heads, G key-value heads, T queries of a sample, P keys of the
 prefix, S of the tail, d head dimension, R = H / G * T rows of a sample that read the same key-value
@@ -26,11 +26,14 @@ The backward pass computes the weights again from the row's log-sum-exp (FlashAt
 kernels: by rows for the gradient of q, by keys for that of k and v. The second kernel treats a tail
 as the prefix of a one-sample scene.
 """
+import math
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from kernels import by_hand, capability, multiprocessors, tiles, tl, triton
+from kernels import by_hand, call, capability, multiprocessors, tiles, tl, triton
 
 LOG2E = 1.4426950408889634  # exp(x) = exp2(LOG2E * x), and exp2 is what the chip has
 
@@ -78,11 +81,10 @@ def plain_prefix_attention(q, k0, v0, k1=None, v1=None, mask0=None, mask1=None):
 
 
 @triton.jit
-def _rows(block, n, T, R, rows, BM: tl.constexpr):
-    """Of a block's BM rows: (sample, head of the group, query), and which there are. A block has
-    `rows` rows of each of its samples. A small R fills it with several samples, a large R takes
+def _rows(block, i, n, T, R, rows, BM: tl.constexpr):
+    """Of rows i of a block's BM: (sample, head of the group, query), and which there are. A block
+    has `rows` rows of each of its samples. A small R fills it with several samples, a large R takes
     several blocks a sample."""
-    i = tl.arange(0, BM)
     chunks, several = tl.cdiv(R, rows), BM // rows
     sample = block // chunks * several + i // rows
     r = block % chunks * rows + i % rows
@@ -105,8 +107,10 @@ def _place(row, T, R, G: tl.constexpr):
 
 @triton.jit
 def _tile(X, far, near, ok, D: tl.constexpr, BD: tl.constexpr):
-    """These vectors as the rows of a tile, zeros where not ok and beyond d."""
+    """These vectors as the rows of a tile, zeros where not ok (None: all are) and beyond d."""
     first, more = _number(X, far, near)
+    if ok is None and D == BD:
+        return tl.load(X[0] + first * D + more[:, None] * D + tl.arange(0, BD)[None, :])
     return tiles.read_block(X[0] + first * D, more, tl.arange(0, BD), ok, D)
 
 
@@ -154,25 +158,28 @@ def _finite(x):
 
 @triton.jit
 def _look(q, k, v, seen, scale, best, total, y):
-    """Take in one more block of keys. What was summed relative to the old largest score is scaled
-    to the new. float32 stays float32, not TF32."""
-    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BM, BN), base 2
-    score = tl.where(seen, score, float("-inf"))
-    new = tl.maximum(best, tl.max(score, 1))
-    w, fade = tl.exp2(score - _finite(new)[:, None]), tl.exp2(best - _finite(new))
+    """Take in one more block of keys, of which a row sees all (None) or some. What was summed
+    relative to the old largest score is scaled to the new. float32 stays float32, not TF32."""
+    score = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BM, BN)
+    if seen is not None:
+        score = tl.where(seen, score, float("-inf"))
+    new = tl.maximum(best, tl.max(score, 1) * scale)  # base 2
+    w, fade = tl.exp2(score * scale - _finite(new)[:, None]), tl.exp2(best - _finite(new))
     y = tl.dot(w.to(v.dtype), v, y * fade[:, None], input_precision="ieee")
     return new, total * fade + tl.sum(w, 1), y
 
 
 @triton.jit
-def _attend(Q, K0, V0, M0, K1, V1, M1, Y, L, PART, PART_L, DONE, n, T, R, P, S, rows, scale,
+def _attend(Q, K0, V0, M0, K1, V1, M1, Y, L, PART, PART_L, n, T, R, P, S, rows, scale,
             G: tl.constexpr, D: tl.constexpr, EACH: tl.constexpr, SPLITS: tl.constexpr,
             BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """Grid (row blocks of a scene, SPLITS, B * G). A block's keys, in blocks of BN: those of the
-    prefix, then those of the tails of its samples. Each part takes an equal run of them."""
+    prefix, then those of the tails of its samples. Each part takes an equal run of them, and leaves
+    its own result in PART and PART_L; a single part's is the result."""
     block, part = tl.program_id(0), tl.program_id(1)
     b, g = (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
-    row, ok = _rows(block, n, T, R, rows, BM)
+    i = tl.arange(0, BM)
+    row, ok = _rows(block, i, n, T, R, rows, BM)
     q = _tile(Q, (b * n, g * (R // T)), row, ok, D, BD)
     best = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -183,7 +190,15 @@ def _attend(Q, K0, V0, M0, K1, V1, M1, Y, L, PART, PART_L, DONE, n, T, R, P, S, 
     every = prefix + tl.minimum(BM // rows, n - first) * tail
     share = tl.cdiv(every, SPLITS)
     start, stop = part * share, tl.minimum((part + 1) * share, every)
-    for j in range(start, tl.minimum(stop, prefix)):
+    whole = 0  # blocks of the prefix that need no mask
+    if M0 is None:
+        whole = tl.minimum(P // BN, stop)
+    for j in range(start, whole):
+        key = j * BN + tl.arange(0, BN)
+        k = _tile(K0, (b, g), (0, 0, key), None, D, BD)
+        v = _tile(V0, (b, g), (0, 0, key), None, D, BD)
+        best, total, y = _look(q, k, v, None, scale, best, total, y)
+    for j in range(tl.maximum(start, whole), tl.minimum(stop, prefix)):
         k, v, _, seen = _keys(K0, V0, M0, b, g, j, P, D, BN, BD)
         best, total, y = _look(q, k, v, seen[None, :], scale, best, total, y)
     if K1 is not None:
@@ -193,31 +208,36 @@ def _attend(Q, K0, V0, M0, K1, V1, M1, Y, L, PART, PART_L, DONE, n, T, R, P, S, 
             )
             best, total, y = _look(q, k, v, seen, scale, best, total, y)
 
-    if SPLITS > 1:  # leave the part's result; who finds all other parts there combines them
-        i = tl.arange(0, BM)
+    lse = best + tl.log2(total)
+    if SPLITS > 1:
         unit = tl.program_id(2) * tl.num_programs(0) + block
         at = (unit * SPLITS + part).to(tl.int64) * BM
-        own = y / tl.where(total == 0, 1.0, total)[:, None]
-        tiles.write_block(PART + at * BD, i, tl.arange(0, BD), None, BD, own)
-        tl.store(PART_L + at + i, best + tl.log2(total))
-        tl.debug_barrier()  # all threads of this program have stored before one of them says so
-        last = tl.atomic_add(DONE + unit, 1, sem="acq_rel") == SPLITS - 1
-        best = tl.full([BM], float("-inf"), tl.float32)
-        total = tl.zeros([BM], tl.float32)
-        y = tl.zeros([BM, BD], tl.float32)
-        for p in range(0, tl.where(last, SPLITS, 0)):
-            at = (unit * SPLITS + p).to(tl.int64) * BM
-            lse = tl.load(PART_L + at + i, cache_modifier=".cg")  # not from the own cache
-            new = tl.maximum(best, lse)
-            w, fade = tl.exp2(lse - _finite(new)), tl.exp2(best - _finite(new))
-            place = PART + at * BD + i[:, None] * BD + tl.arange(0, BD)[None, :]
-            y = y * fade[:, None] + w[:, None] * tl.load(place, cache_modifier=".cg")
-            best, total = new, total * fade + w
-        tl.store(DONE + unit, 0, mask=last)  # ready for the next launch
-        ok = ok & last
-    _put(Y, (b * n, g * (R // T)), row, ok, y / total[:, None], D, BD)
-    at = (b * n * G + g) * R + _place(row, T, R, G)
-    tl.store(L + at, best + tl.log2(total), mask=ok)
+        y = y / tl.where(total == 0, 1.0, total)[:, None]
+        tiles.write_block(PART + at * BD, i, tl.arange(0, BD), None, BD, y)
+        tl.store(PART_L + at + i, lse)
+    else:
+        _put(Y, (b * n, g * (R // T)), row, ok, y / total[:, None], D, BD)
+        tl.store(L + (b * n * G + g) * R + _place(row, T, R, G), lse, mask=ok)
+
+
+@triton.jit
+def _join(Y, L, PART, PART_L, n, T, R, rows, G: tl.constexpr, D: tl.constexpr,
+          SPLITS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    """Grid (parts of a block, row blocks of a scene, B * G): BR rows of all SPLITS parts."""
+    block = tl.program_id(1)
+    b, g = (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
+    i = tl.program_id(0) * BR + tl.arange(0, BR)
+    row, ok = _rows(block, i, n, T, R, rows, BM)
+    unit = tl.program_id(2) * tl.num_programs(1) + block
+    at = (unit * SPLITS + tl.arange(0, SPLITS)).to(tl.int64)[:, None] * BM + i[None, :]
+    lse = tl.load(PART_L + at)  # (SPLITS, BR)
+    best = _finite(tl.max(lse, 0))
+    w = tl.exp2(lse - best[None, :])
+    total = tl.sum(w, 0)
+    y = tl.load(PART + at[:, :, None] * BD + tl.arange(0, BD)[None, None, :])
+    y = tl.sum(y * w[:, :, None], 0) / total[:, None]  # (BR, BD)
+    _put(Y, (b * n, g * (R // T)), row, ok, y, D, BD)
+    tl.store(L + (b * n * G + g) * R + _place(row, T, R, G), best + tl.log2(total), mask=ok)
 
 
 @triton.jit
@@ -236,7 +256,7 @@ def _grad_q(Q, K0, V0, M0, K1, V1, M1, DY, L, DOT, DQ, n, T, R, P, S, rows, scal
     """Grid (row blocks of a scene, B * G): the same walk over the keys. DOT (N, H, T): dy * y."""
     block = tl.program_id(0)
     b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
-    row, ok = _rows(block, n, T, R, rows, BM)
+    row, ok = _rows(block, tl.arange(0, BM), n, T, R, rows, BM)
     scene = (b * n, g * (R // T))
     q = _tile(Q, scene, row, ok, D, BD)
     dy = _tile(DY, scene, row, ok, D, BD)
@@ -304,46 +324,49 @@ def sizes_of(q, k0, k1):
 
 
 def attention_plan(q, k0, k1, splits=0):
-    """Numbers, grid and options of a launch.
+    """Numbers, grid and options of a launch. splits: parts of the keys, 0: as many as fill the
+    chip."""
+    same = sizes_of(q, k0, k1), k0.shape[0], k0.shape[1], q.shape[3], q.element_size(), splits
+    return _plan(*same, capability(q.device), multiprocessors(q.device))
 
-    64 rows while they are too few to fill the chip, 128 where there are enough and the chip
-    multiplies 128 at once. 32 keys, and three blocks of them under way while one is worked on.
-    Compiled for d = 128 in bf16: nothing spilled, 2 programs a multiprocessor (1 of 128 rows, 4 of
-    16). splits: parts of the keys, 0: as many as fill the chip."""
-    n, T, R, P, S = sizes_of(q, k0, k1)
-    groups, d = k0.shape[0] * k0.shape[1], q.shape[3]  # B * G
-    half = q.element_size() == 2
-    chip, programs = capability(q.device), multiprocessors(q.device)
+
+@cache
+def _plan(sizes, B, G, d, size, splits, chip, programs):
+    """Of those tried on an H200 at the release's shape the fastest: 64 rows; the keys in as many
+    parts as multiprocessors are left, twice as many for decoding's few rows, and 32 at a time; else
+    64 keys. Parts are powers of two, so that few variants of the kernel are compiled."""
+    n, T, R, P, S = sizes
+    half = size == 2
     BM = min(64 if half else 32, max(16, triton.next_power_of_2(n * R)))
-    BN = 32
+    rows = min(R, BM)
+    blocks = triton.cdiv(n, BM // rows) * triton.cdiv(R, rows)
+    if not splits:
+        many = (2 if BM < 64 else 1) * programs // (blocks * B * G)
+        splits = min(max(1, many), triton.cdiv(P + 1, 64))
+        splits = 2 ** int(math.log2(splits))
+    splits = triton.next_power_of_2(splits)
+    BN = 64 if splits == 1 and BM == 64 and chip == 90 else 32
     options = dict(num_warps=4, num_stages=3 if half else 2)
-    if BM == 64 and R >= 128 and n * R // 128 * groups >= programs and chip in (90, 100):
-        BM, BN = 128, 64
-        options = dict(num_warps=8, num_stages=2)
     if not half and (d > 64 or d % 16):  # no matrix unit: the keys lie in registers, too
         BN = 16
         options = dict(num_warps=8, num_stages=2)
     if d % 16 and chip not in (90, 100):  # nano's 40: left alone, the compiler saves and spills
         options["maxnreg"] = 240
-    rows = min(R, BM)
-    blocks = triton.cdiv(n, BM // rows) * triton.cdiv(R, rows)
-    if not splits:  # powers of two, so that few variants of the kernel are compiled
-        fill = triton.next_power_of_2(max(1, programs // (blocks * groups)))
-        splits = min(fill, triton.next_power_of_2(max(1, triton.cdiv(P, BN))))
-    options |= dict(G=k0.shape[1], D=d, SPLITS=splits, BM=BM, BN=BN)
+    options |= dict(G=G, D=d, SPLITS=splits, BM=BM, BN=BN)
     options |= dict(BD=max(16, triton.next_power_of_2(d)))
-    return (n, T, R, P, S, rows, d**-0.5 * LOG2E), (blocks, splits, groups), options
+    return (n, T, R, P, S, rows, d**-0.5 * LOG2E), (blocks, splits, B * G), options
 
 
 def attention_scratch(q, plan):
-    """Buffers of a launch, which may serve again: log2-sum-exp2 of the rows, of the parts, the
-    parts, and who is done."""
+    """Buffers of a launch, which may serve again: log2-sum-exp2 of the rows, results of the parts
+    and their log2-sum-exp2."""
     _, (blocks, splits, groups), options = plan
-    parts = blocks * splits * groups * options["BM"] if splits > 1 else 1
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if splits == 1:
+        return lse, None, None
+    parts = blocks * splits * groups * options["BM"]
     part = q.new_empty(parts, options["BD"], dtype=torch.float32)
-    part_l = q.new_empty(parts, dtype=torch.float32)
-    return lse, part, part_l, q.new_zeros(blocks * groups, dtype=torch.int32)
+    return lse, part, q.new_empty(parts, dtype=torch.float32)
 
 
 def _vectors(*tensors):
@@ -358,20 +381,32 @@ def _bytes(mask):
 
 
 def attend_into(y, q, k0, v0, k1, v1, mask0, mask1, plan, scratch):
-    """`plain_prefix_attention` by the kernel into y. Returns y and the rows' log2-sum-exp2
+    """`plain_prefix_attention` by the kernels into y. Returns y and the rows' log2-sum-exp2
     (N, H, T)."""
-    numbers, grid, options = plan
-    q, k0, v0, k1, v1 = _vectors(q, k0, v0, k1, v1)
+    (n, T, R, P, S, rows, scale), grid, options = plan
+    q, k0, v0, k1, v1, to = _vectors(q, k0, v0, k1, v1, y)
     each = mask1 is not None and mask1.shape[1] > 1
-    _attend[grid](q, k0, v0, _bytes(mask0), k1, v1, _bytes(mask1), tiles.in_vectors(y), *scratch,
-                  *numbers, EACH=each, **options)  # fmt: skip
+    _attend[grid](
+        q, k0, v0, _bytes(mask0), k1, v1, _bytes(mask1), to, *scratch, n, T, R, P, S, rows, scale,
+        EACH=each, **options)  # fmt: skip
+    blocks, splits, groups = grid
+    if splits > 1:
+        tile = {name: options[name] for name in ("G", "D", "SPLITS", "BM", "BD")}
+        BR = max(1, min(tile["BM"], 64 // splits))
+        parts = tile["BM"] // BR, blocks, groups
+        _join[parts](to, *scratch, n, T, R, rows, BR=BR, num_warps=4, **tile)
     return y, scratch[0]
 
 
-def empty_attention(q, *_):
-    """y, in memory as o_proj will read it, (N, T, H, d), and the rows' log2-sum-exp2 (N, H, T)."""
+def empty_output(q):
+    """y (N, H, T, d), in memory as o_proj will read it, (N, T, H, d)."""
     N, H, T, d = q.shape
-    return q.new_empty(N, T, H, d).transpose(1, 2), q.new_empty(N, H, T, dtype=torch.float32)
+    return q.new_empty(N, T, H, d).transpose(1, 2)
+
+
+def empty_attention(q, *_):
+    """y, and the rows' log2-sum-exp2 (N, H, T)."""
+    return empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @custom_op("alpamayo::prefix_attention", mutates_args=())
@@ -380,8 +415,8 @@ def prefix_attention_op(
     mask1: Tensor | None, splits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     plan = attention_plan(q, k0, k1, splits)
-    y, _ = empty_attention(q)
-    return attend_into(y, q, k0, v0, k1, v1, mask0, mask1, plan, attention_scratch(q, plan))
+    scratch = attention_scratch(q, plan)
+    return attend_into(empty_output(q), q, k0, v0, k1, v1, mask0, mask1, plan, scratch)
 
 
 prefix_attention_op.register_fake(empty_attention)
@@ -458,4 +493,4 @@ def prefix_attention(q, k0, v0, k1=None, v1=None, mask0=None, mask1=None):
     """See `plain_prefix_attention`."""
     if not by_hand(q.device, q.dtype):
         return plain_prefix_attention(q, k0, v0, k1, v1, mask0, mask1)
-    return prefix_attention_op(q, k0, v0, k1, v1, mask0, mask1, 0)[0]
+    return call(prefix_attention_op, q, k0, v0, k1, v1, mask0, mask1, 0)[0]

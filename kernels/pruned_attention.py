@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from kernels import by_hand, capability, tiles, tl, triton
+from kernels import by_hand, call, capability, tiles, tl, triton
 
 
 def plain_pruned_attention(q, k, v, offsets, longest, rows=None):
@@ -290,5 +290,5 @@ def pruned_attention(q, k, v, offsets, longest, rows=None):
         said = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in tensors)
         raise ValueError(f"pruned_attention: {said}: expected (T, H, d) of one shape and dtype")
     if by_hand(q.device, q.dtype):
-        return pruned_attention_op(q, k, v, offsets, longest, rows)[0]
+        return call(pruned_attention_op, q, k, v, offsets, longest, rows)[0]
     return plain_pruned_attention(q, k, v, offsets, longest, rows)

@@ -12,47 +12,33 @@ and replays them without the CPU.
         h += W_down m                                          `_add`
     x += step * W_out rmsnorm(h)                               `flow_step` again
 
-That is 5 launches a layer and 1 a step: 1811 for 10 steps of the release's 36 layers, where PyTorch
-makes about 40 a layer. The weights are read where the modules keep them. Nothing is fused by
-copying, so training may go on between two calls.
+That is 5 launches a layer, 6 where attention's keys are in parts, and 1 a step: 2171 for 10 steps
+of the release's 36 layers and one sample, where PyTorch makes about 40 a layer. The weights are
+read where the modules keep them. Nothing is fused by copying, so training may go on between two
+calls.
 
 A tile's rows are the T = 64 action tokens of a sample, or of two. A norm before a matrix costs no
-launch and no pass: W (g * x / rms) is (W (g * x)) / rms, and the sum of squares is taken of the
-tiles that are multiplied.
+launch: see `_two_products` and what stands above it. Under autocast a 16-bit copy of the expert is
+sampled, and brought up to date before each call.
 
-What one sample costs a layer at the release's shape on an H200, by arithmetic, not measured. Memory
-gives 4.3 TB/s. L2 gives 9.7 TB/s to all (github.com/te42kyfo/gpu-benches, gpu-l2-cache/h200.txt)
-and at most 110 GB/s to one multiprocessor (64 bytes x 1.7 GHz), so too few programs wait for L2.
-`tail` is what follows when K is cut into parts and the last of them is done: 0.7 us (assumed) until
-its program knows, then all parts' sums at 110 GB/s. `us`: the slower of L2 and memory, plus tail.
+One sample at the release's shape: microseconds a launch on an H200 (2026-11-26, in the graph), the
+bytes of weights, keys and values at 4.18 TB/s, and what was predicted by counting bytes in L2 and
+0.7 us for a sum's parts:
 
-               each its whole K         K in parts, as below
-               programs  MB each   us   programs  MB each  L2, us  memory, us  tail, us    us
-    _heads        32      0.79    7.1      128     0.20      2.6       3.9        1.9      5.8
-    _attend      128      0.21    6.0      128     0.21      2.8       2.9        3.1      6.0
-    o_proj        64      0.39    3.6      128     0.13      1.7       2.0        1.3      3.2
-    _gate_up     129      0.79   15.7      129     0.79     10.5      15.7          0     15.7
-    down_proj     64      1.59   14.4      128     0.54      7.1       7.9        1.3      9.2
-    a layer                      46.9                                 32.4        7.5     39.9
-    a step: 36 x (a layer + 5 gaps of 1 us, assumed) + 24 us of `flow_step`
-                              1.89 ms                                                  1.64 ms
+                       bytes   predicted   first version    now
+    _heads               4.0         5.8           16.6    12.1
+    _attend (+ _join)    3.0         6.0           18.1    16.9
+    o_proj + down_proj  10.1        12.4           24.7    21.5
+    _gate_up            16.2        15.7           35.8    21.5
+    a layer             33.3        39.9           95.2    72.0
+    _step, per step                   24            260      98
 
-The floor is 1.16 ms, the bytes alone; the aim is 1.3 times that. On paper this is 1.4 times, from
-1.6. The aim leaves 9 us a layer for gaps and tails, which are assumed to take 12.5. Were both half
-as long, it would be 1.2. Left to try on a GPU: fewer parts in `_attend`, whose tail is longest, and
-launches that begin before the last one has ended.
-
-Six samples are bound by products, 2.66 ms a step. With one sample a tile they would draw 1.42 GB a
-layer from L2, 5.3 ms a step at 9.7 TB/s. Two a tile draw 1.04 GB, 3.8 ms: still L2 before the
-products.
-
-Why there is no persistent kernel, all steps in one launch, for the nano. Its expert fits on the
-chip (0.6 M parameters), and floors are tempting: 5 barriers x 4 layers x 10 steps, 0.2 ms at an
-assumed 1 us each. But the five kernels' bodies would have to be written again around one grid-wide
-barrier. Weights would need one stacked copy that goes stale while training. Triton cannot keep a
-weight in shared memory across a barrier, which is the point of being persistent. And the barrier
-waits for ever unless all programs are resident at once, which only a GPU can tell.
+The launches lie 0.4 us apart, where 1 us was assumed. What was underestimated is latency: a launch
+that reads nothing from memory still takes 5 us, from its first load to its last part's sum. The
+first version lost most where the product's loop made gain * x in registers, which the compiler
+serialises on Hopper. README.md has the whole, its rivals and what was tried in vain.
 """
+import copy
 import math
 import weakref
 
@@ -61,7 +47,6 @@ import torch
 from kernels import (
     capability,
     flow_step,
-    multiprocessors,
     prefix_attention,
     stock,
     tiles,
@@ -73,6 +58,11 @@ from kernels import (
 # and leaves its sums, in float32, in PART. The program that finds all other parts there adds them
 # up and goes on alone. It always adds from the first to the last, so the result does not depend on
 # which program it was.
+#
+# A norm needs its row's sum of squares, and a tile has only some of the row's columns. So who
+# writes h writes z = gain * h too, with the next norm's gain, and for each tile the sums of squares
+# of its columns. Who reads z multiplies it as it is and scales the product:
+# W rmsnorm(h) = (W z) / rms.
 
 
 @triton.jit
@@ -88,15 +78,6 @@ def _my_part(K, BK: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _is_last(DONE, SPLITS: tl.constexpr):
-    """Whether all other parts of the tile are there. DONE: the counter of those that are."""
-    tl.debug_barrier()  # all threads of this program have stored before one of them says so
-    last = tl.atomic_add(DONE, 1, sem="acq_rel") == SPLITS - 1
-    tl.store(DONE, 0, mask=last)  # ready for the next launch
-    return last
-
-
-@triton.jit
 def _sum_of(PART, size, SPLITS: tl.constexpr):
     """Sum over the parts. PART: a tile's addresses in the first; the next is `size` further."""
     total = tl.load(PART, cache_modifier=".cg")  # not from this multiprocessor's own cache
@@ -106,30 +87,39 @@ def _sum_of(PART, size, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _two_products(X, GAIN, A, B, row, n, N, C, start, stop, BK: tl.constexpr):
-    """Columns n < N of (gain * x) A^T and (gain * x) B^T, and the rows' sums of squares of x: sums
-    over x's columns from start to stop."""
+def _two_products(Z, A, B, row, n, N, C, start, stop, BK: tl.constexpr):
+    """Columns n < N of z A^T and z B^T: sums over z's columns from start to stop."""
     a = tl.zeros([row.shape[0], n.shape[0]], tl.float32)
     b = tl.zeros([row.shape[0], n.shape[0]], tl.float32)
-    square = tl.zeros(row.shape, tl.float32)
     for k in range(start, stop, BK):
         k = k + tl.arange(0, BK)
-        x = tiles.read_block(X, row, k, None, C)
-        square += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
-        x = (x * tl.load(GAIN + k, mask=k < C, other=0.0)[None, :]).to(x.dtype)
+        z = tiles.read_block(Z, row, k, None, C)
         at = n[:, None] * C + k[None, :]
         there = (n < N)[:, None] & (k < C)[None, :]
         w = tl.load(A + at, mask=there, other=0.0)
-        a = tl.dot(x, tl.trans(w), a, input_precision="ieee")
+        a = tl.dot(z, tl.trans(w), a, input_precision="ieee")
         w = tl.load(B + at, mask=there, other=0.0)
-        b = tl.dot(x, tl.trans(w), b, input_precision="ieee")
-    return a, b, square
+        b = tl.dot(z, tl.trans(w), b, input_precision="ieee")
+    return a, b
 
 
 @triton.jit
-def _heads(X, GAIN, WQ, WK, WV, GQ, GK, COS, SIN, Q, K, V, PART, DONE, C, S,
-           H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-           T: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def _squares(SQUARE, row, BLOCKS: tl.constexpr):
+    """These rows' sums of squares, in BLOCKS parts. To be read before what takes long."""
+    j = tl.arange(0, triton.next_power_of_2(BLOCKS))
+    return tiles.read_block(SQUARE, row, j, None, BLOCKS)
+
+
+@triton.jit
+def _over_rms(square, C):
+    return tl.rsqrt(tl.sum(square, 1) / C + 1e-6)[:, None]
+
+
+@triton.jit
+def _heads(Z, SQUARE, WQ, WK, WV, GQ, GK, COS, SIN, Q, K, V, PART, DONE, C, S,
+           BLOCKS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+           SPLITS: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
+           BK: tl.constexpr):  # fmt: skip
     """Grid (blocks of BM rows, H + 2 G, SPLITS): one head of q, k or v. Its two halves, which rope
     turns into one another, are two tiles. Q (N, T, H, D); K, V (N, G, S + T, D), of which the last
     T are written."""
@@ -150,23 +140,21 @@ def _heads(X, GAIN, WQ, WK, WV, GQ, GK, COS, SIN, Q, K, V, PART, DONE, C, S,
         out = V + ((n * G + j - H - G) * (S + T) + S + t) * D
     start, stop = _my_part(C, BK, SPLITS)
     second = W + D // 2 * C
-    a, b, square = _two_products(X, GAIN, W, second, row, c, D // 2, C, start, stop, BK)
+    square = _squares(SQUARE, row, BLOCKS)
+    a, b = _two_products(Z, W, second, row, c, D // 2, C, start, stop, BK)
     if SPLITS > 1:
         tile = tl.program_id(0) * (H + 2 * G) + j
-        size = BM * (2 * BH + 1)
+        size = BM * 2 * BH
         A = PART + tile * SPLITS * size + i[:, None] * BH + c[None, :]
         B = A + BM * BH
-        SQUARE = PART + tile * SPLITS * size + 2 * BM * BH + i
         mine = tl.program_id(2) * size
         tl.store(A + mine, a)
         tl.store(B + mine, b)
-        tl.store(SQUARE + mine, square)
-        if not _is_last(DONE + tile, SPLITS):
+        if not tiles.is_last(DONE + tile, SPLITS):
             return
         a = _sum_of(A, size, SPLITS)
         b = _sum_of(B, size, SPLITS)
-        square = _sum_of(SQUARE, size, SPLITS)
-    r = tl.rsqrt(square / C + 1e-6)[:, None]
+    r = _over_rms(square, C)
     a, b = a * r, b * r
     if j < H + G:  # q and k: normalised, then turned
         GAIN = GQ if j < H else GK
@@ -181,34 +169,41 @@ def _heads(X, GAIN, WQ, WK, WV, GQ, GK, COS, SIN, Q, K, V, PART, DONE, C, S,
 
 
 @triton.jit
-def _add(X, Y, W, PART, DONE, C, K, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-         BK: tl.constexpr):  # fmt: skip
+def _add(X, Y, W, GAIN, Z, SQUARE, PART, DONE, C, K, SPLITS: tl.constexpr, BM: tl.constexpr,
+         BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (blocks of BM rows, blocks of BN columns, SPLITS): X (N, T, C) += Y (N, T, K) W^T, W
-    (C, K)."""
+    (C, K). Z (N, T, C) = GAIN * X, SQUARE (N * T, column blocks)."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.program_id(1) * BN + tl.arange(0, BN)
     start, stop = _my_part(K, BK, SPLITS)
-    total = tiles.linear(Y, None, W, row, None, c, C, K, start, stop, BK)
+    x = tiles.read_block(X, row, c, None, C)
+    gain = tl.load(GAIN + c, mask=c < C, other=0.0)
+    total = tiles.linear(Y, W, row, None, c, C, K, start, stop, BK)
     if SPLITS > 1:
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         size = BM * BN
         PART += tile * SPLITS * size + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
         tl.store(PART + tl.program_id(2) * size, total)
-        if not _is_last(DONE + tile, SPLITS):
+        if not tiles.is_last(DONE + tile, SPLITS):
             return
         total = _sum_of(PART, size, SPLITS)
-    x = tiles.read_block(X, row, c, None, C).to(tl.float32) + total
+    x = (x.to(tl.float32) + total).to(X.dtype.element_ty)
     tiles.write_block(X, row, c, None, C, x)
+    tiles.write_block(Z, row, c, None, C, x * gain[None, :])
+    square = tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+    tl.store(SQUARE + row * tl.num_programs(1) + tl.program_id(1), square)
 
 
 @triton.jit
-def _gate_up(X, GAIN, WG, WU, Y, C, M, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def _gate_up(Z, SQUARE, WG, WU, Y, C, M, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+             BK: tl.constexpr):  # fmt: skip
     """Grid (blocks of BM rows, blocks of BN columns): Y (N, T, M) = silu(W_gate z) * (W_up z), with
     z = rmsnorm(x)."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     m = tl.program_id(1) * BN + tl.arange(0, BN)
-    gate, up, square = _two_products(X, GAIN, WG, WU, row, m, M, C, 0, C, BK)
-    r = tl.rsqrt(square / C + 1e-6)[:, None]
+    square = _squares(SQUARE, row, BLOCKS)
+    gate, up = _two_products(Z, WG, WU, row, m, M, C, 0, C, BK)
+    r = _over_rms(square, C)
     gate, up = gate * r, up * r
     tiles.write_block(Y, row, m, None, M, gate * tl.sigmoid(gate) * up)
 
@@ -221,20 +216,30 @@ def weights_of(expert, embed, project):
     return [expert.norm.weight, project.weight, project.bias], embed
 
 
-def tiles_of(N, T, C, like):
-    """Sides of the tiles and options of the launches. Rows are one sample's. Where the chip
-    multiplies 128 at once and N is even they are two samples': a weight is read from L2 once, not
-    twice."""
-    two = N % 2 == 0 and T <= 64 and capability(like.device) in (90, 100)
+def launch_of(kind, N, T, columns, K, like, BN=64):
+    """Grid and options of a product of N * T rows of K numbers and a matrix with so many columns.
+    kind: heads (BN: their width), o_proj, gate_up or down_proj. The sizes were the fastest of those
+    tried on an H200 at the release's shape, for 1, 6 and 16 samples.
+
+    A tile's rows are a sample's. Where the chip multiplies 128 at once they may be two samples': a
+    weight is then read from L2 once, not twice. With few rows K is cut into parts, and many blocks
+    are under way."""
+    rows, chip, adds = N * T, capability(like.device), kind in ("o_proj", "down_proj")
+    few, many = rows <= 128, rows > 512
+    two = N % 2 == 0 and T <= 64 and chip in (90, 100) and (many if adds else not few)
     BM = 2 * T if two else T
+    if adds:
+        BN = 32 if few else 128 if many and two else 64
+    stages = 6 if few and chip in (80, 90, 100) else 3 if kind == "gate_up" and many else 4
+    parts = dict(heads=(2, 1, 1), o_proj=(2, 1, 1), gate_up=(1, 1, 1), down_proj=(4, 2, 1))
     half = like.element_size() == 2  # float32's tiles lie in registers, so they are smaller
-    BK = min(64 if half else 32, triton.next_power_of_2(C))
-    return dict(BM=BM, BK=BK, num_warps=8 if BM >= 128 else 4, num_stages=4 if half else 2)
-
-
-def splits_of(tiles, K, BK, device):
-    """Parts of K: as many as there are multiprocessors for, if each has at least 4 blocks."""
-    return max(1, min(multiprocessors(device) // tiles, K // (4 * BK)))
+    BK = min(64 if half else 32, triton.next_power_of_2(K))
+    splits = max(1, min(parts[kind][1 + many - few], K // (4 * BK)))
+    options = dict(BM=BM, BN=BN, BK=BK, num_warps=8 if BM >= 128 else 4)
+    options |= dict(num_stages=stages if half else 2)
+    if adds and chip == 100 and BM < 128:  # left alone, the compiler saves registers and spills
+        options["maxnreg"] = 128
+    return (rows // BM, triton.cdiv(columns, BN), splits), options
 
 
 class Buffers:
@@ -243,48 +248,50 @@ class Buffers:
     expert, embed, project: the model's modules of the expert's layers, the action embedding and the
     projection to the velocity. prefix: that of other buffers, of the same B and P."""
 
-    def __init__(self, expert, embed, project, steps, B, N, T, P, S, prefix=None):
+    def __init__(self, expert, embed, project, steps, B, N, T, P, S, eta=0.0, prefix=None):
         weight, layers = embed.norm.weight, list(expert.layers)
         new = weight.new_zeros
         attention = layers[0].self_attn
         H, G, D = attention.n_head, attention.n_kv_head, attention.head_dim
         C, M = expert.norm.weight.numel(), layers[0].mlp.up_proj.out_features
         self.layers, self.steps, self.S, self.graph = layers, steps, S, None
+        self.gains = [x.input_layernorm.weight for x in layers[1:]] + [expert.norm.weight]
         self.sizes = T, C, M, H, G, D
         self.out, self.embed = weights_of(expert, embed, project)
 
         self.flow = new(steps + 1, N, T, 2, dtype=torch.float32)
+        self.numbers = [flow_step.step_numbers(i, steps, eta) for i in range(steps)]
+        self.kicks = torch.zeros_like(self.flow[1:]) if eta else None
         self.times = torch.arange(steps, device=weight.device) / steps
         self.h = new(N, T, C)
+        self.z = new(N, T, C)
         self.q = new(N, T, H, D)
         self.y = new(N, T, H, D)
         self.m = new(N, T, M)
         self.cos = new(N, T, D // 2)
         self.sin = new(N, T, D // 2)
         self.prefix = prefix or [new(2, B, G, P, D).unbind(0) for _ in layers]
-        self.tail = [new(2, N, G, S + T, D).unbind(0) for _ in layers]
+        self.tails = new(len(layers), 2, N, G, S + T, D)
+        self.tail = [kv.unbind(0) for kv in self.tails]
         self.mask = torch.ones(N, 1, S + T, dtype=torch.bool, device=weight.device)
 
         q = self.q.transpose(1, 2)
         self.plan = prefix_attention.attention_plan(q, self.prefix[0][0], self.tail[0][0])
         self.attention = prefix_attention.attention_scratch(q, self.plan)
         self.scratch = flow_step.step_scratch(self.flow[0], self.embed[-4])
-        self.tiles = tiles_of(N, T, C, weight)
         self.BH = max(16, triton.next_power_of_2(D // 2))
-        rows = N * T // self.tiles["BM"]
-
-        def grid(columns, K):
-            splits = splits_of(rows * columns, K, self.tiles["BK"], weight.device)
-            return rows, columns, splits
-
-        self.heads = grid(H + 2 * G, C)
-        self.o_proj = grid(triton.cdiv(C, 64), H * D)
-        self.gate_up = rows, triton.cdiv(M, 64)
-        self.down_proj = grid(triton.cdiv(C, 64), M)
-        columns = (2 * self.BH + 1) * math.prod(self.heads)
-        columns = max(columns, 64 * math.prod(self.o_proj), 64 * math.prod(self.down_proj))
-        self.part = weight.new_empty(self.tiles["BM"] * columns, dtype=torch.float32)
-        self.done = new(rows * max(self.heads[1], self.o_proj[1]), dtype=torch.int32)
+        self.heads = launch_of("heads", N, T, (H + 2 * G) * D, C, weight, D)
+        self.o_proj = launch_of("o_proj", N, T, C, H * D, weight)
+        self.gate_up = launch_of("gate_up", N, T, M, C, weight)
+        self.down_proj = launch_of("down_proj", N, T, C, M, weight)
+        del self.heads[1]["BN"]
+        self.square = weight.new_zeros(N * T, self.o_proj[0][1], dtype=torch.float32)
+        self.blocks = self.square.shape[1]
+        launches = self.heads, self.o_proj, self.down_proj
+        sides = 2 * self.BH, self.o_proj[1]["BN"], self.down_proj[1]["BN"]
+        part = max(o["BM"] * side * math.prod(grid) for (grid, o), side in zip(launches, sides))
+        self.part = weight.new_empty(part, dtype=torch.float32)
+        self.done = new(max(grid[0] * grid[1] for grid, _ in launches), dtype=torch.int32)
 
     def fill(self, noise, cos, sin, prefix, tail, seen):
         """What changes from scene to scene. The prefix is copied once, not once a sample; a tail
@@ -292,63 +299,71 @@ class Buffers:
         self.flow[0] = noise
         self.cos[:] = cos[:, 0]
         self.sin[:] = sin[:, 0]
-        for (k0, v0), (k, v) in zip(self.prefix, prefix):
-            k0[:] = k
-            v0[:] = v
+        there, here = [x for kv in self.prefix for x in kv], [x for kv in prefix for x in kv]
+        torch._foreach_copy_(there, here)
         s = 0
-        for (k1, v1), (k, v) in zip(self.tail, tail):
-            if k is not None:
-                s = k.shape[2]
-                k1[:, :, :s] = k
-                v1[:, :, :s] = v
-            v1[:, :, s : self.S] = 0  # not seen, but 0 times a NaN of another scene would be NaN
+        if tail[0] is not None:
+            s = tail[0][0].shape[2]
+            there = self.tails[:, :, :, :, :s].flatten(0, 1).unbind(0)
+            torch._foreach_copy_(there, [x for kv in tail for x in kv])
+        self.tails[:, 1, :, :, s : self.S] = 0  # unseen, but 0 times another scene's NaN were NaN
         self.mask[:, :, : self.S] = False
         self.mask[:, 0, :s] = seen
+
+    def draw(self, generator):
+        """What each step draws anew."""
+        for kick, (_, _, std) in zip(self.kicks, self.numbers):
+            if std:
+                kick.normal_(generator=generator).mul_(std)
 
     def run(self):
         """All launches, from flow[0] to flow[steps]."""
         share = flow_step.time_share(self.times, self.embed)  # (steps, width)
         self.step(0, None, share)
         for i in range(self.steps):
-            for layer, prefix, tail in zip(self.layers, self.prefix, self.tail):
-                self.run_layer(layer, prefix, tail)
+            for layer, *kv, gain in zip(self.layers, self.prefix, self.tail, self.gains):
+                self.run_layer(layer, *kv, gain)
             self.step(i + 1, self.h, share)
 
     def step(self, i, hidden, share):
         """The controls flow[i] from those before, and their tokens, except after the last step."""
         last = i == self.steps
+        stay, step, _ = self.numbers[max(i - 1, 0)]
+        kick = None if self.kicks is None or i == 0 else self.kicks[i - 1]
+        gain = self.layers[0].input_layernorm.weight
         flow_step.step_into(
             self.flow[i], None if last else self.h, self.flow[max(i - 1, 0)], hidden, self.out,
-            1 / self.steps, None if last else share[i : i + 1], self.embed, self.scratch,
+            step, None if last else share[i : i + 1], self.embed, self.scratch,
+            (gain, self.z, self.square), stay, kick,
         )  # fmt: skip
 
-    def run_layer(self, layer, prefix, tail):
+    def run_layer(self, layer, prefix, tail, next_gain):
         T, C, M, H, G, D = self.sizes
         a, mlp = layer.self_attn, layer.mlp
-        _heads[self.heads](
-            self.h, layer.input_layernorm.weight, a.q_proj.weight, a.k_proj.weight, a.v_proj.weight,
+        grid, options = self.heads
+        _heads[grid](
+            self.z, self.square, a.q_proj.weight, a.k_proj.weight, a.v_proj.weight,
             a.q_norm.weight, a.k_norm.weight, self.cos, self.sin, self.q, *tail, self.part,
-            self.done, C, self.S, H=H, G=G, D=D, SPLITS=self.heads[2], T=T, BH=self.BH,
-            **self.tiles,
+            self.done, C, self.S, BLOCKS=self.blocks, H=H, G=G, D=D, SPLITS=grid[2], T=T,
+            BH=self.BH, **options,
         )  # fmt: skip
         prefix_attention.attend_into(
             self.y.transpose(1, 2), self.q.transpose(1, 2), *prefix, *tail, None, self.mask,
             self.plan, self.attention,
         )  # fmt: skip
-        self.add(self.o_proj, self.y, a.o_proj.weight, H * D)
-        _gate_up[self.gate_up](
-            self.h, layer.post_attention_layernorm.weight, mlp.gate_proj.weight, mlp.up_proj.weight,
-            self.m, C, M, BN=64, **self.tiles,
+        self.add(self.o_proj, self.y, a.o_proj.weight, layer.post_attention_layernorm.weight)
+        grid, options = self.gate_up
+        _gate_up[grid[:2]](
+            self.z, self.square, mlp.gate_proj.weight, mlp.up_proj.weight, self.m, C, M,
+            BLOCKS=self.blocks, **options,
         )  # fmt: skip
-        self.add(self.down_proj, self.m, mlp.down_proj.weight, M)
+        self.add(self.down_proj, self.m, mlp.down_proj.weight, next_gain)
 
-    def add(self, grid, y, weight, K):
-        # maxnreg: left alone the compiler saves registers for programs that are not there, and
-        # spills some on sm_100.
-        C = self.sizes[1]
+    def add(self, launch, y, weight, gain):
+        grid, options = launch
         _add[grid](
-            self.h, y, weight, self.part, self.done, C, K, SPLITS=grid[2], BN=64, maxnreg=128,
-            **self.tiles,
+            self.h, y, weight, gain, self.z, self.square, self.part, self.done, *weight.shape,
+            SPLITS=grid[2], **options,
         )  # fmt: skip
 
     def replay(self):
@@ -366,12 +381,34 @@ class Buffers:
         return self.flow.clone()
 
 
+copies = weakref.WeakKeyDictionary()  # expert: expert, embed, project in another dtype
+
+
+def as_autocast(*parts):
+    """expert, embed and project, or where autocast has another dtype copies of them in that, with
+    the weights of now."""
+    device = next(parts[0].parameters()).device.type
+    own = [p for part in parts for p in part.parameters()]
+    if not torch.is_autocast_enabled(device) or own[0].dtype != torch.float32:
+        return parts
+    dtype = torch.get_autocast_dtype(device)
+    if parts[0] not in copies:
+        made = copies[parts[0]] = [copy.deepcopy(part).requires_grad_(False) for part in parts]
+        for p in (p for part in made for p in part.parameters()):
+            p.data = p.data.to(dtype)
+    made = copies[parts[0]]
+    torch._foreach_copy_([p for part in made for p in part.parameters()], own)
+    return made
+
+
 kept = weakref.WeakKeyDictionary()  # expert: (where its weights lie, {shape: its last buffers})
 
 
 @torch.no_grad()
-def sample_flow(expert, embed, project, steps, noise, cos, sin, prefix, tail, seen):
-    """All Euler steps from noise (N, T, 2) to controls: flow (steps + 1, N, T, 2) in float32.
+def sample_flow(expert, embed, project, steps, noise, cos, sin, prefix, tail, seen, eta=0.0,
+                generator=None):  # fmt: skip
+    """All Euler steps from noise (N, T, 2) to controls: flow (steps + 1, N, T, 2) in float32. eta:
+    the share of noise that a step draws anew, see alpamayo.euler_step.
 
     cos, sin (N, 1, T, d / 2): rope of the action tokens. prefix: each layer's k, v (B, G, P, d),
     which the N / B samples of a scene share. tail: each layer's (N, G, S, d) of the tokens that a
@@ -381,21 +418,22 @@ def sample_flow(expert, embed, project, steps, noise, cos, sin, prefix, tail, se
     if T < 16 or T & (T - 1):
         raise ValueError(f"noise: {T} action tokens; the kernels' tiles need 16, 32, 64, ...")
     B, _, P, _ = prefix[0][0].shape
-    tail = [(None, None) if kv is None else kv for kv in tail]
-    k1 = tail[0][0]
-    S = 0 if k1 is None else -(-k1.shape[2] // 64) * 64
+    S = 0 if tail[0] is None else -(-tail[0][0].shape[2] // 64) * 64
+    expert, embed, project = as_autocast(expert, embed, project)
     modules = stock.all_in((expert, embed, project))
     places = [x.data_ptr() for x in stock.tensors_in(modules)]
     if expert not in kept or kept[expert][0] != places:
         kept[expert] = places, {}
     mine = kept[expert][1]
-    shape = steps, B, N, T, P, S
+    shape = steps, B, N, T, P, S, eta
     if shape not in mine:
         if len(mine) == 4:
             mine.pop(next(iter(mine)))
         same = [b.prefix for key, b in mine.items() if (key[1], key[4]) == (B, P)]
         with torch.inference_mode(False), torch.no_grad():  # usable in every mode
             prefix_too = same[0] if same else None
-            mine[shape] = Buffers(expert, embed, project, steps, B, N, T, P, S, prefix_too)
+            mine[shape] = Buffers(expert, embed, project, *shape, prefix_too)
     mine[shape].fill(noise, cos, sin, prefix, tail, seen)
+    if eta:
+        mine[shape].draw(generator)
     return mine[shape].replay()

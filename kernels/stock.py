@@ -40,7 +40,7 @@ TORCHS = "nn.Linear", "nn.SiLU", "nn.RMSNorm", "nn.LayerNorm", "nn.Sequential"
 CALLS = "__call__", "_call_impl", "_compiled_call_impl"  # what runs before a forward
 Past = namedtuple("Past", "prefix tail prefix_mask mask")
 PIECES = {
-    "roll_out": {"torch": torch, "DT": 0.1, "roll_out": "283184f7eff1", "rot_of": "c0adad838cd0"},
+    "roll_out": {"torch": torch, "DT": 0.1, "roll_out": "63df729b3884", "rot_of": "c0adad838cd0"},
     "the flow": {
         "torch": torch, "math": math, "prefix_attention": prefix_attention.prefix_attention,
         "F": F, "F.linear": F.linear, "F.silu": F.silu, "F.rms_norm": F.rms_norm,
@@ -58,7 +58,7 @@ PIECES = {
         "Expert.__init__": "471cc91445fd", "Expert.forward": "0c4c9d93676a",
         "Fourier.__init__": "1eebd909812c", "Fourier.forward": "8a30e7a87be0",
         "ActionEmbed.__init__": "d832f67c3df5", "ActionEmbed.forward": "24be111c6b3e",
-        "rotate": "d1f69083920b", "euler_step": "fcb97f60077d", "Alpamayo.drive": "76f4dfe52ce3",
+        "rotate": "d1f69083920b", "euler_step": "fcb97f60077d", "Alpamayo.drive": "5ba9237a6c43",
         "Alpamayo.velocity": "51bf40ed9505", "Alpamayo.expert_past": "8caf8797d9f3",
     },
 }  # fmt: skip

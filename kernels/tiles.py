@@ -39,11 +39,12 @@ def in_vectors(x):
     that each vector begins at a multiple of 16 bytes (d = 72 in bf16: 144) and copies 16 at a time.
     """
     d = x.shape[-1]
-    strides = x.stride()[:-1]
-    whole = all(s % d == 0 for n, s in zip(x.shape, strides) if n > 1)
-    if x.stride(-1) != 1 or not whole:
-        x = x.clone(memory_format=torch.contiguous_format)
-    return x, *(s // d for s in x.stride()[:-1])
+    *strides, last = x.stride()
+    if last != 1 or any(s % d for s in strides):  # of one vector any stride will do
+        if last != 1 or any(s % d for n, s in zip(x.shape, strides) if n > 1):
+            x = x.clone(memory_format=torch.contiguous_format)
+        strides = x.stride()[:-1]
+    return x, *(s // d for s in strides)
 
 
 @triton.jit
@@ -67,18 +68,25 @@ def write_block(X, row, column, ok, width, x):
 
 
 @triton.jit
-def linear(X, GAIN, W, row, ok, n, N, K, start, stop, BK: tl.constexpr):
-    """Columns n of (gain * x) W^T in float32, the sum over k from start to stop: X (rows, K),
-    GAIN (K,) or None, W (N, K)."""
+def linear(X, W, row, ok, n, N, K, start, stop, BK: tl.constexpr):
+    """Columns n of x W^T in float32, the sum over k from start to stop: X (rows, K), W (N, K)."""
     y = tl.zeros([row.shape[0], n.shape[0]], tl.float32)
     for k in range(start, stop, BK):
         k = k + tl.arange(0, BK)
         x = read_block(X, row, k, ok, K)
-        if GAIN is not None:
-            x = (x * tl.load(GAIN + k, mask=k < K, other=0.0)[None, :]).to(x.dtype)
         w = read_block(W, n, k, n < N, K)
         y = tl.dot(x, tl.trans(w), y, input_precision="ieee")
     return y
+
+
+@triton.jit
+def is_last(DONE, SPLITS: tl.constexpr):
+    """Of SPLITS programs that share a tile and have stored their parts, whether this one is the
+    last. DONE: the counter of those that have. What the others stored is to be read with .cg."""
+    tl.debug_barrier()  # all threads of this program have stored before one of them says so
+    last = tl.atomic_add(DONE, 1, sem="acq_rel") == SPLITS - 1
+    tl.store(DONE, 0, mask=last)  # ready for the next launch
+    return last
 
 
 @triton.jit

@@ -288,7 +288,7 @@ def test_bench():
             dtype, limit = torch.bfloat16, 2e-2
             if case.kernel == "sample_flow":  # two steps amplify bf16's rounding too much
                 dtype, limit = torch.float32, 1e-3
-            result = bench.time_case(case, DEVICE, lambda f: 1e-3, dtype)
+            result = dict(bench.time_case(case, DEVICE, lambda f: 1e-3, dtype))
             errors = {name: r["error"] for name, r in result.items() if name != bench.UNPRUNED}
             assert len(errors) >= 2 and max(errors.values()) < limit, (case, errors)
             assert case.floor(1e12, 1e30) == (case.traffic / 1e12, "memory")

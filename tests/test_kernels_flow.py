@@ -327,9 +327,13 @@ def plainly(steps, parts, noise, cos, sin, prefix, tail, seen):
 def cut(monkeypatch, splits):
     """Sums along K in this many parts. These are of blocks of 16, as K is small: 40, 48 and 72 in
     the three kinds of them."""
-    tiles = sampler.tiles_of
-    monkeypatch.setattr(sampler, "tiles_of", lambda *size: {**tiles(*size), "BK": 16})
-    monkeypatch.setattr(sampler, "splits_of", lambda *size: splits)
+    launch_of = sampler.launch_of
+
+    def in_parts(kind, *size):
+        (rows, columns, _), options = launch_of(kind, *size)
+        return (rows, columns, 1 if kind == "gate_up" else splits), {**options, "BK": 16}
+
+    monkeypatch.setattr(sampler, "launch_of", in_parts)
 
 
 @pytest.mark.parametrize("B, n, splits", [(2, 2, 2), (1, 1, 1)])  # two samples a tile, and one
@@ -397,6 +401,23 @@ def test_sampler_in_16_bits(dtype, tolerance, monkeypatch):
     close(after - noise, plainly(1, exact, *map(double, inputs))[0], tolerance)
 
 
+@torch.no_grad()
+def test_autocast_samples_a_copy_that_follows(monkeypatch):
+    """32-bit weights that learn under autocast: a 16-bit copy is sampled, with the weights of
+    now."""
+    cut(monkeypatch, 1)
+    parts, *inputs = sampling(torch.float32, B=1, n=1)
+    for _ in range(2):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            noise, after = sampler.sample_flow(*parts, 1, *inputs)
+        exact = [copy.deepcopy(part).double() for part in parts]
+        for p in (p for part in exact for p in part.parameters()):
+            p.data = p.data.bfloat16().double()
+        close(after - noise, plainly(1, exact, *map(double, inputs))[0], 2e-2)
+        parts[2].weight.mul_(3)
+    assert len(sampler.copies) and parts[2].weight.dtype == torch.float32
+
+
 class Junk:
     """A kernel that finds nan in its scratch."""
 
@@ -417,7 +438,7 @@ def test_parts_of_a_sum(N, splits, monkeypatch):
     cut(monkeypatch, splits)
     parts, noise, cos, sin, prefix, tail, seen = sampling(torch.float32, B=1, n=N)
     buffers = sampler.Buffers(*parts, 1, 1, N, 16, prefix[0][0].shape[2], 64)
-    assert buffers.heads[2] == buffers.o_proj[2] == buffers.down_proj[2] == splits
+    assert all(x[0][2] == splits for x in (buffers.heads, buffers.o_proj, buffers.down_proj))
     for kernel in ("_heads", "_add"):
         monkeypatch.setattr(sampler, kernel, Junk(getattr(sampler, kernel), buffers.part))
     buffers.fill(noise, cos, sin, prefix, tail, seen)
@@ -429,12 +450,6 @@ def test_parts_of_a_sum(N, splits, monkeypatch):
     expected = plainly(1, parts, noise, cos, sin, prefix, tail, seen)
     close(results[0][1] - noise, expected[0].double(), 5e-5)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
-def test_as_many_parts_as_the_chip_has_room_for():
-    device = torch.device("cpu")
-    assert [sampler.splits_of(32 * n, 2048, 64, device) for n in (1, 2, 3, 8)] == [4, 2, 1, 1]
-    assert sampler.splits_of(1, 600, 64, device) == 2  # of 300 each: 5 blocks
 
 
 # --------------------------------------------------------------------------------------------------
@@ -475,19 +490,21 @@ def test_prefix_attention_compiles(chip):
         attention.prefix_attention_op(*release(6, 1, 40), 0)
         if chip in (90, 100):  # others take no more rows at once
             attention.prefix_attention_op(*release(64, 64, 104), 0)
-    expert, grad_q, grad_k0, decoding, *many = builds
-    assert expert.grid == (2, 8, 8) and decoding.grid == (1, 16, 8)  # 128 for 132 multiprocessors
+    expert, join, grad_q, grad_k0, decoding, join_too, *many = builds
+    for build in (join, join_too):
+        gate(build, None, 4)
+    assert expert.grid == (2, 8, 8) and decoding.grid == (1, 32, 8)  # for 132 multiprocessors
     gate(expert, MATRIX[chip], 1 if chip == 120 else 2)
     gate(decoding, "HMMA", 2)  # 24 rows: the larger instructions multiply 64 or 128 at once
     for build in (grad_q, grad_k0, *many):
         gate(build, MATRIX[chip], 1)
-    assert all(b.async16 >= 8 for b in builds)
+    assert all(b.async16 >= 8 or b.kernel == "_join" for b in builds)
 
 
 @cross_compiled
 @pytest.mark.parametrize("chip", [80, 90, 100, 120])
 def test_sampler_compiles(chip):
-    """A step of one sample over a layer of the release, in at most 5 launches, between two steps of
+    """A step of one sample over a layer of the release, in at most 6 launches, between two steps of
     the flow; and the layer again for six samples."""
     cfg = replace(alpamayo.Config(), n_layer=1)
     with torch.device("meta"):
@@ -503,21 +520,21 @@ def test_sampler_compiles(chip):
         cars = torch.zeros(16, 64, 2), torch.zeros(16)
         flow.roll_out_backward_op(*flow.roll_out_op(*cars), *cars)
     six, (first, *layer, last, between, roll_out, roll_back) = builds[1:6], builds[7:]
-    names = ["_heads", "_attend", "_add", "_gate_up", "_add"]
-    assert [b.kernel for b in layer] == names and [b.kernel for b in six] == names
-    # one sample: 128 programs or 129 for 132 multiprocessors
-    assert [b.grid for b in layer] == [(1, 32, 4), (2, 8, 8), (1, 32, 4), (1, 129), (1, 32, 4)]
-    rows = 3 if chip in (90, 100) else 6  # blocks of them: two samples' or one's
-    grids = [(rows, 32, 1), (rows, 32, 1), (rows, 129), (rows, 32, 1)]
-    assert [six[i].grid for i in (0, 2, 3, 4)] == grids
-    for build in layer:
-        gate(build, MATRIX[chip], 1 if chip == 120 else 2)
-    for build in six:
-        gate(build, MATRIX[chip], 1)
-    assert all(build.async16 >= 8 for build in layer + six)
-    gate(first, "HMMA", 3)  # 16 rows
-    gate(between, "HMMA", 3)
-    for build in (last, roll_out, roll_back):
+    names = ["_heads", "_attend", "_join", "_add", "_gate_up", "_add"]
+    assert [b.kernel for b in layer] == names
+    assert [b.kernel for b in six] == names[:2] + names[3:]  # enough rows for the chip
+    grids = [(1, 32, 2), (2, 8, 8), (8, 2, 8), (1, 64, 2), (1, 129), (1, 64, 4)]
+    assert [b.grid for b in layer] == [grid[: len(b.grid)] for grid, b in zip(grids, layer)]
+    pairs = 3 if chip in (90, 100) else 6  # blocks of rows: two samples' or one's
+    grids = [(pairs, 32, 1), (12, 1, 8), (6, 32, 1), (pairs, 129), (6, 32, 2)]
+    assert [b.grid for b in six] == [grid[: len(b.grid)] for grid, b in zip(grids, six)]
+    for build in layer + six:
+        gate(build, None if build.kernel == "_join" else MATRIX[chip], 1)
+        assert build.async16 >= 8 or build.kernel == "_join"
+    gate(first, "HMMA", 1)  # 16 rows
+    gate(between, "HMMA", 1)
+    gate(last, None, 2)
+    for build in (roll_out, roll_back):
         gate(build, None, 8)
 
 
@@ -538,9 +555,9 @@ def test_other_sizes_compile(preset, dtype):
         for build in builds:
             few_rows = build.kernel == "_step" or "decoding" in case.shape
             expected = None if dtype == torch.float32 else "HMMA" if few_rows else "HGMMA"
-            if build.kernel == "_step" and not build.matrix():
+            if build.kernel == "_join" or build.kernel == "_step" and not build.matrix():
                 expected = None
             gate(build, expected, 1)
-            assert build.async16 >= 8 or build.kernel in ("_step", "_grad_kv")
+            assert build.async16 >= 8 or build.kernel in ("_step", "_grad_kv", "_join")
             seen.add(build.kernel)
-    assert seen == {"_attend", "_grad_q", "_grad_kv", "_step", "_heads", "_add", "_gate_up"}
+    assert seen == {"_attend", "_join", "_grad_q", "_grad_kv", "_step", "_heads", "_add", "_gate_up"}

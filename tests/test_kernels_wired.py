@@ -16,11 +16,13 @@ import alpamayo  # noqa: E402
 import data  # noqa: E402
 import kernels  # noqa: E402
 import world  # noqa: E402
+from kernels import one_launch  # noqa: E402
 
 # Triton's interpreter computes in masked-off lanes too
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
+SAMPLER, ONE_LAUNCH = {"_heads", "_gate_up", "_add", "_step"}, {"_sample"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -118,19 +120,24 @@ def test_under_autocast(scene, both, monkeypatch):
     torch.testing.assert_close(torch.stack(our_grads), torch.stack(grads), rtol=0.3, atol=1e-3)
 
 
-def test_thoughts_and_paths(scene, both):
+@pytest.mark.parametrize("small", [True, False])  # one launch samples, or the sampler's
+def test_thoughts_and_paths(small, scene, both, monkeypatch):
     model = tiny()
+    if not small:
+        monkeypatch.setattr(one_launch, "MOST_BYTES", 0)
     out, ours, used = both(lambda: model.sample(scene, n=2, steps=2, max_new_tokens=5, seed=0))
-    assert used >= {"_attend", "_heads", "_gate_up", "_add", "_step", "_roll_out"}
+    assert used >= {"_attend", "_roll_out"} | (ONE_LAUNCH if small else SAMPLER)
     assert torch.equal(out.tokens, ours.tokens)
     assert (out.flow - ours.flow).abs().max() < 1e-3 and (out.xyz - ours.xyz).abs().max() < 1e-2
 
 
+@pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("eta", [0.0, 0.4])
-def test_driving_without_thinking(both, eta):
-    """No tail but the action tokens' own. Euler's steps run in the sampler's kernels, steps with
-    noise in the loop."""
+def test_driving_without_thinking(both, eta, small, monkeypatch):
+    """No tail but the action tokens' own. Euler's steps, and steps with noise."""
     model = tiny()
+    if not small:
+        monkeypatch.setattr(one_launch, "MOST_BYTES", 0)
     cfg, x = model.cfg, torch.randn(4, 64, 2, device=DEVICE)
     size = cfg.n_layer, 2, 2, cfg.n_kv_head, 9, cfg.head_dim
     layers = [tuple(kv) for kv in torch.randn(size, device=DEVICE)]
@@ -140,6 +147,6 @@ def test_driving_without_thinking(both, eta):
     prefix = alpamayo.Prefix(layers, layers, None, 12)
     run = torch.no_grad()(lambda: model.drive(prefix, thought, 2, x, eta, seeded()))
     flow, ours, used = both(run)
-    assert used == ({"_attend", "_heads", "_gate_up", "_add", "_step"} if eta == 0 else {"_attend"})
+    assert used == (ONE_LAUNCH if small else SAMPLER | {"_attend"})
     assert torch.equal(flow[0], x) and (flow[2] - flow[0]).abs().mean() > 0.1
     assert (flow - ours).abs().max() < 1e-3

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 from test_vision import TINY, H, W
 from tqdm import tqdm
 
+import data
 import doors
 import rl
 import train
@@ -41,6 +43,7 @@ STAGES = {
     "expert": "--stage reason --train expert --init INIT",  # its frozen weights are in the checkpoint beside
     "adapters": "--stage reason --train vlm --lora 4 --dtype bfloat16 --init INIT",
     "rl": "--stage rl --split tail --group 2 --flow-steps 2 --max-new-tokens 6 --kl 0.01 --init INIT",
+    "own": "--stage reason --init INIT --own 2 --max-new-tokens 4",
     "two processes": "--stage all --action-share 0.3",
 }
 
@@ -58,6 +61,7 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setitem(train.PRESETS, "nano", SMALLER)
+    monkeypatch.setattr(data, "own_scenes", partial(data.own_scenes, seconds=1.5))
     monkeypatch.setattr(rl, "draw_curves", lambda *_: None)  # a second for each validation
 
 

@@ -544,6 +544,32 @@ def test_nobody_is_asked_about_scenarios_that_are_over():
     assert all(torch.equal(value, whole[name]) for name, value in met.items())
 
 
+def test_own_scenes_say_how_to_go_on_from_a_mistake():
+    """A policy that drifts aside: the Scenes are of where it got to, and the way on, which the
+    expert drives, leads back. A policy that leaves the road leaves no Scene of that."""
+    first = world.SEEDS["val"]
+    drawn = {seed: world.draw(seed) for seed in range(first, first + 400)}
+    free = [s for s, one in drawn.items() if one.situation == "free" and one.road == roads.STRAIGHT]
+    free = free[:4]
+    shown = dict(size=(2, 4), frames=2)
+
+    def aside(scene):
+        plan = torch.zeros(len(scene["name"]), 64, 2)
+        plan[..., 1] = 4e-3  # 1/m: 0.2 m more to the left in the first second, then faster
+        return plan
+
+    scenes = data.own_scenes(aside, free, seconds=2.0, **shown)
+    assert [len(scene["name"]) for scene in scenes[:2]] == [4, 4]
+    assert all(scene["images"].shape == (4, 4, 2, 3, 2, 4) for scene in scenes[:2])
+    speed = scenes[1]["ego_kinematics"][:, -1, 0]
+    end = scenes[1]["ego_future_xyz"][:, -1]
+    assert (end[:, 0] > 4 * speed).all()
+    turned = scenes[1]["ego_history_rot"][:, 0, 1, 0]  # at t0 it heads to the left of that
+    assert (turned < -0.02).all() and (end[:, 1] < -1).all()  # so the way on bends to the right
+    off = data.own_scenes(lambda scene: 10 * aside(scene), free, seconds=4.0, **shown)
+    assert sum(len(scene["name"]) for scene in off[3:]) < 4
+
+
 def test_progress_is_a_share_of_the_experts_way():
     seeds = [
         s
