@@ -589,7 +589,7 @@ def test_progress_is_a_share_of_the_experts_way():
         data.drive(lambda scene: torch.zeros(3, 64, 2), seeds, seconds=1, size=(2, 4), frames=1)
 
 
-def test_the_score_is_progress_along_the_route_and_nothing_after_a_crash():
+def test_the_score_is_progress_along_the_route():
     """Who turns where the route turns has a full score, who goes straight on there a small one."""
     first = world.SEEDS["val"]
     seeds = [s for s in range(first, first + 400) if world.draw(s).situation == "turn"][:12]
@@ -601,11 +601,28 @@ def test_the_score_is_progress_along_the_route_and_nothing_after_a_crash():
     assert torch.equal(missed["score"], missed["progress"].div(0.8).clamp(max=1) * clean)
     assert missed["progress"][clean].max() < 0.7 and missed["km"][clean].min() > 0.1
 
-    met = data.drive(straight_on, range(first, first + 50), seconds=10, **small)
-    failed = met["collision"] | met["off_road"]
-    near = met["close"] & ~failed  # not failed, but its way ends there
-    assert failed.any() and (met["score"][failed] == 0).all()
-    assert (met["score"][near] < 0.8).any()
+
+def test_a_close_encounter_ends_the_way_and_a_crash_soon_after_is_nothing():
+    """Three cars drive three seconds, and something is close to all at 1 s. The second hits it 0.6 s
+    later, the third 1.6 s later, which is another story."""
+    first = world.SEEDS["val"]
+    free = [s for s in range(first, first + 200) if world.draw(s).situation == "free"][:3]
+    traffic = world.World(free)
+    for _ in range(world.PAST):
+        traffic.step(*traffic.expert())
+    tally = data.Tally(traffic, 3.0)
+    start = traffic.on_route()[0]
+    for tick in range(1, 31):
+        traffic.step(*traffic.expert())
+        never = torch.zeros(3, dtype=torch.bool)
+        now = {"close": never | (tick == 10), "off_road": never, "collision": never.clone()}
+        now["collision"][1] = tick == 16
+        now["collision"][2] = tick == 26
+        tally.add(now, traffic)
+    met = tally.result(traffic.on_route()[0] - start)
+    assert met["collision"].tolist() == [0, 1, 0] and met["seconds"].tolist() == [1, 1, 1]
+    assert torch.allclose(met["progress"], torch.tensor(1 / 3), atol=0.05)
+    assert torch.equal(met["score"], met["progress"] / 0.8 * torch.tensor([1, 0, 1]))
 
 
 def test_cars_keep_their_distance_from_an_ego_that_brakes():
