@@ -531,21 +531,18 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
     images. None is the expert, who also drives up to t0 and does not know the cause yet. The other
     cars react, see World.step. A scenario ends at its first close encounter or when the ego leaves
     the road (as AlpaSim's do), else after `seconds`. A collision counts until GRACE seconds later.
-    The policy is not asked about scenarios that are over.
-    film: called with the World, the Scene and the controls at every replanning; then the policy is
-    asked about all. view: the options of `View`.
+    The policy is not asked about scenarios that are over, unless there is a film: called with the
+    World, the Scene and the controls at every replanning. view: the options of `View`.
 
     Returns {name: (n,)}:
         score       AlpaSim's: 0 after a collision or off the road, else progress / ENOUGH, at most
                     1. A close encounter alone does not make it 0, but ends the way
         collision, close, off_road    bool, see World.judge
-        ran         bool: crossed a stop line at a red light, or at a sign without having stood. By
-                    itself it ends nothing
+        ran         bool: crossed a stop line at a red light, or at a sign without having stood
         progress    along the route until the end, as a share, from 0 to 1, of the expert's way in
                     all the `seconds`; 1 where that is less than a metre
-        km          driven until the end
         comfort     share of the six motion.COMFORT_BOUNDS that held until the end
-        seconds     when it ended
+        km, seconds    until the end
     ValueError where steps or controls do not fit, FloatingPointError where these are not finite."""
     every = ticks_of(replan)
     ticks = ticks_of(seconds)

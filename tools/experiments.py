@@ -429,7 +429,7 @@ def think_and_drive(folder, args):
     first = world.SEEDS[args.split]
     view = data.view_of(model.cfg, args.size)
     met = drive_scenes(policy, range(first, first + args.drive), seconds=args.seconds, **view)
-    for name in ("close", "off_road"):
+    for name in ("score", "close", "off_road"):
         found[name] = met[name].float().mean().item()
     return found
 
@@ -440,6 +440,7 @@ def rewards_table(rows, split):
         "ADE, m": (f"{split} ade", 2, 1),
         "reasoning, 0 to 5": (f"{split} reason", 2, 1),
         "consistency": (f"{split} consistency", 2, 1),
+        "score, %": ("score", 1, 100),
         "close encounters, %": ("close", 1, 100),
         "off the road, %": ("off_road", 1, 100),
         "both right, %": (f"{split} right", 0, 100),
