@@ -468,7 +468,7 @@ class Tally:
 
     def add(self, now, world):
         """Count one tick more, at which {name: (n,) bool} is met."""
-        watched = self.alive | (self.time < self.ended + GRACE)
+        watched = self.watched()
         for name, value in now.items():
             counts = watched if name == "collision" else self.alive
             self.met[name] = (value & counts) | self.met.get(name, False)
@@ -481,12 +481,12 @@ class Tally:
         self.ended[ends] = self.time
         self.alive = self.alive & ~ends
 
-    def is_over(self):
-        """Whether there is nothing more to watch."""
-        return (self.time >= self.ended + GRACE).all()
+    def watched(self):
+        """Which of the drives still matter, (n,) bool: those that go on, and GRACE after an end."""
+        return self.alive | (self.time < self.ended + GRACE)
 
     def result(self, whole):
-        """What `drive` returns. whole (n,): the expert's way in all the time, see `way_of_expert`."""
+        """What `drive` returns. whole (n,): how far the expert gets in all the time, m."""
         speed, accel, curvature, alive = torch.stack(self.driven, 1).unbind(-1)  # (n, T) each
         bounds = comfort_of(speed, accel, curvature).values()
         held = torch.stack([(ok | (alive == 0)).all(1) for ok in bounds])  # (6, n)
@@ -511,6 +511,17 @@ def way_of_expert(world, ticks):
     return expert.on_route()[0] - start
 
 
+def plan_of(policy, scene, asked, seeds, least):
+    """The controls (n, T, 2) of a policy for the scenes that are asked, (n,) bool; 0 for others."""
+    rows = asked.nonzero()[:, 0].tolist()
+    some = scene if len(rows) == len(asked) else rows_of(scene, rows)
+    said = policy(some)
+    require_controls("policy", said, [seeds[i] for i in rows], dims=3, least=least)
+    plan = said.new_zeros(len(asked), *said.shape[1:])
+    plan[rows] = said
+    return plan
+
+
 @torch.no_grad()
 def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **view):
     """Let a policy drive n scenes of the world in closed loop, and judge it.
@@ -520,20 +531,18 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
     images. None is the expert, who also drives up to t0 and does not know the cause yet. The other
     cars react, see World.step. A scenario ends at its first close encounter or when the ego leaves
     the road (as AlpaSim's do), else after `seconds`. A collision counts until GRACE seconds later.
-    film: called with the World, the Scene and the controls at every replanning. view: the options
-    of `View`.
+    The policy is not asked about scenarios that are over, unless there is a film: called with the
+    World, the Scene and the controls at every replanning. view: the options of `View`.
 
     Returns {name: (n,)}:
         score       AlpaSim's: 0 after a collision or off the road, else progress / ENOUGH, at most
                     1. A close encounter alone does not make it 0, but ends the way
         collision, close, off_road    bool, see World.judge
-        ran         bool: crossed a stop line at a red light, or at a sign without having stood. By
-                    itself it ends nothing
+        ran         bool: crossed a stop line at a red light, or at a sign without having stood
         progress    along the route until the end, as a share, from 0 to 1, of the expert's way in
                     all the `seconds`; 1 where that is less than a metre
-        km          driven until the end
         comfort     share of the six motion.COMFORT_BOUNDS that held until the end
-        seconds     when it ended
+        km, seconds    until the end
     ValueError where steps or controls do not fit, FloatingPointError where these are not finite."""
     every = ticks_of(replan)
     ticks = ticks_of(seconds)
@@ -559,9 +568,8 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
         # Plan
         if policy and tick % every == 0:
             scene = recorder.scene()
-            plan = policy(scene)
-            require_controls("policy", plan, seeds, dims=3, least=every)
-            plan = plan.to(device)
+            asked = torch.ones_like(world.held) if film else tally.watched()
+            plan = plan_of(policy, scene, asked, seeds, every).to(device)
             if film:
                 film(world, scene, plan)
         controls = plan[:, tick % every].unbind(-1) if policy else world.expert()
@@ -571,7 +579,7 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
         # Judge
         ran = waits & (world.bumper() >= world.scene.stop)
         tally.add(world.judge() | {"ran": ran}, world)
-        if tally.is_over():
+        if not tally.watched().any():
             break
     require_finite("policy: the ego", seeds, world.x, world.y, world.yaw, world.speed)
     return tally.result(whole)

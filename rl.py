@@ -544,13 +544,14 @@ def likeliest(model, scenes, count, flags, judge=None):
     return {name: torch.cat(values) for name, values in found.items()}
 
 
-def likeliest_of(model, scene, flags):
-    """The likeliest rollout of each scene: greedy reasoning, and the flow from the middle of the
-    noise, as in closed loop."""
+def likeliest_of(model, scene, flags, reason=True):
+    """The likeliest rollout of each scene: greedy reasoning, and the flow from zero, the middle of
+    the noise. So drives closed loop too: from random noise the plans of successive half seconds
+    disagree, and the car wanders off."""
     calm = torch.zeros(len(scene["name"]), HORIZON, 2)
     length = flags.max_new_tokens
     return model.sample(
-        scene, 1, 0, steps=flags.flow_steps, max_new_tokens=length, noise=calm, reason=True)
+        scene, 1, 0, steps=flags.flow_steps, max_new_tokens=length, noise=calm, reason=reason)
 
 
 # --------------------------------------------------------------------------------------------------

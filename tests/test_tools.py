@@ -22,11 +22,12 @@ from test_vision import H, W, build, in_double, scene  # noqa: F401
 import alpamayo
 import data
 import doors
+import motion
 import sample
 import train
 import world
 from alpamayo import Alpamayo
-from tools import evaluate, experiments, gallery, judge, label
+from tools import blind, evaluate, experiments, gallery, judge, label
 from tools.common import batches
 
 NANO = os.path.join(ROOT, "checkpoints", "nano")
@@ -41,6 +42,14 @@ def cache(tmp_path_factory):
 def render_here(monkeypatch):
     """Scenes are rendered in this process: starting others takes longer."""
     monkeypatch.setattr(os, "cpu_count", lambda: 0)
+
+
+@pytest.fixture(autouse=True)
+def blind_in_a_moment(monkeypatch):
+    """Drivers without eyes that learn from a few scenes."""
+    monkeypatch.setattr(blind, "SCENES", 40)
+    monkeypatch.setattr(blind, "STEPS", 20)
+    monkeypatch.setattr(blind, "ROUNDS", 4)
 
 
 @pytest.fixture
@@ -69,19 +78,25 @@ def again(command, tmp_path, monkeypatch, capsys):
 def test_open_loop(checkpoint, tmp_path, again):  # noqa: F811
     flags = ("--checkpoint", checkpoint, "--scenes", 6, "--n", 2, "--steps", 2, "--batch", 4)
     flags += ("--blind", checkpoint)
-    code, said, trouble = run(tmp_path, "-m", "tools.evaluate", *flags)
-    assert code == 0, trouble
+    said = again(evaluate, flags)
     record = json.loads(said[-1])
     rows = record.pop("rows")
     assert record == {
         "checkpoint": checkpoint, "keep": 1, "retrieve": 1, "split": "val", "samples": 2, "seed": 0}
     kinds = [row["scenes"] for name, row in rows.items() if name in world.SITUATIONS]
     assert rows["all"]["scenes"] == sum(kinds) == 6
-    assert 0 < rows["all"]["minade"] <= rows["all"]["ade"]
-    assert rows["all"]["best"] <= rows["all"]["CTRV"]
+    eyeless = list(evaluate.blind.fit_drivers())
+    assert eyeless == ["constant velocity", "fixed offsets", "blind network"]
+    assert rows["fixed offsets"]["minade"] < rows["fixed offsets"]["ade"]
+    assert rows["constant velocity"]["minade"] == rows["constant velocity"]["ade"]
+    removed = 1 - rows["all"]["ade"] / rows["blind network"]["ade"]
+    assert rows["all"]["eyes"] == pytest.approx(removed, abs=1e-3)
+    assert rows["blind network"]["eyes"] == 0 and "both" not in rows["blind network"]
     assert rows["trained blind"] == rows["no images (grey)"]  # the same weights, shown the same
-    assert list(rows)[-5:-3] == ["all", "without the route"]
+    assert list(rows)[-8:-6] == ["all", "without the route"] and list(rows)[-3:] == eyeless
     assert said[: len(rows) + 2] == evaluate.open_table(rows).splitlines()
+    assert said[0] == (
+        "| situation | scenes | ADE | longitudinal | lateral | both | exact | minADE | eyes remove, % |")
     assert again(evaluate, flags) == said  # nothing is random but by the seed
 
 
@@ -94,9 +109,39 @@ def test_what_a_model_is_not_shown_matters(cache, command, capsys):
         evaluate.main()
         found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["rows"])
     told, untold = found
-    assert told["without the route"] == untold["all"] != told["all"]
+    for row in told["without the route"], untold["all"]:  # whose blind networks differ
+        assert row.pop("eyes") and row.pop("blind_ade") and row.pop("blind_ade_se")
+    assert told["without the route"] == untold["all"]
+    assert told["without the route"]["ade"] != told["all"]["ade"]
     assert told["all"] != told["no images (grey)"] != told["another scene's images"] != told["all"]
     assert "without the route" not in untold
+
+
+def test_drivers_without_eyes_learn_what_history_tells(monkeypatch):
+    """All cars of these scenes keep the acceleration that they show: the network finds out, fixed
+    offsets cannot. Six fixed offsets fit six kinds of paths, and one of them fits in the middle."""
+    def scenes(first, count):
+        scene = data.make_scenes(range(first, first + count), **blind.BLINK)
+        accel = torch.linspace(-1, 1, count)[torch.randperm(count)]
+        scene["ego_kinematics"][:, -1, 1] = accel
+        scene["ego_future_xyz"] = blind.going_on(scene)[:, 0].clone()
+        t = 0.1 * torch.arange(1, 65)
+        scene["ego_future_xyz"][..., 0] += accel[:, None] / 2 * t**2
+        return scene
+
+    torch.manual_seed(0)
+    known, others = scenes(0, 200), scenes(world.SEEDS["val"], 50)
+    monkeypatch.setattr(blind, "STEPS", 200)
+    truth = others["ego_future_xyz"]
+    error = {}
+    for fit in (blind.fit_offsets, blind.fit_network):
+        for modes in (1, 6):
+            paths = fit(known, modes)(others)
+            assert paths.shape == (50, modes, 64, 3)
+            error[fit, modes] = motion.min_ade(paths, truth).mean()
+    assert error[blind.fit_network, 1] < 0.4 * error[blind.fit_offsets, 1]
+    assert error[blind.fit_offsets, 6] < 0.4 * error[blind.fit_offsets, 1]
+    assert torch.equal(blind.fit_network(known, 1)(others), blind.fit_network(known, 1)(others))
 
 
 def test_no_scene_is_left_its_own_images(cache):
@@ -203,11 +248,11 @@ def test_open_loop_in_clips(tmp_path, again):
     said = again(evaluate, flags)
     record = json.loads(said[-1])
     rows = record.pop("rows")
-    assert list(rows) == ["all", "no images (grey)"] and rows["all"]["scenes"] == 4
-    assert record["clip"] == str(clip) and "split" not in record
-    assert "both" not in rows["all"] and said[2].endswith("| - | - | - | - |")
-    # The car drives straight on: nothing to divide by.
-    assert rows["all"]["CTRV"] == 0 and "minade_over_ctrv" not in rows["all"]
+    assert list(rows) == ["all", "no images (grey)", "CV", "CTRV", "CTRA"]
+    assert record["clip"] == str(clip) and "split" not in record and rows["all"]["scenes"] == 4
+    assert "both" not in rows["all"] and said[2].count("| - | - | - | - |") == 1
+    assert "eyes" not in rows["all"] and said[2].endswith(" | - |")
+    assert rows["CTRV"]["ade"] == 0  # the car drives straight on
     texts = [{"time": 2.5, "text": "Stop and keep lane since the light is red."}, {"time": 3, "text": "Watch out!"}]
     (clip / "reasoning.json").write_text(json.dumps(texts))
     row = json.loads(again(evaluate, flags)[-1])["rows"]["all"]
@@ -337,7 +382,9 @@ def test_the_table_trains_what_is_missing(short, cache, tmp_path, command, monke
     assert pruned["flops"]["prefill"] < image["flops"]["prefill"] / 1.5
     assert image["parameters"] == pruned["parameters"]
     header = next(i for i, line in enumerate(said) if line.startswith("| encoder"))
-    assert said[header + 2].count("|") == 12 and "61.6 M" in "".join(said)
+    assert said[header].startswith("| encoder | both right, % | ADE, m | tokens a picture |")
+    assert said[header + 2].count("|") == 13 and "61.6 M" in "".join(said)
+    assert "blind network ADE" in "".join(said)
 
 
 def test_a_training_goes_on_where_it_stopped(tmp_path, monkeypatch):

@@ -2,15 +2,17 @@
 What several tools do: load a checkpoint and its scenes, sample there, let it drive.
 """
 import os
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 import data
+import rl
 import world
-from alpamayo import HORIZON, NANO, ade, load_model
+from alpamayo import NANO, ade, load_model
 from doors import device_of, real, whole
-from motion import baselines, min_ade
+from motion import min_ade
 
 COUNT = whole(1, world.SEEDS["val"])  # of scenes of a split
 SIDE = whole(1, 4096)  # pixels of an image
@@ -64,27 +66,36 @@ def concatenated(parts):
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-SHARES = ("longitudinal", "lateral", "both", "exact")  # of the first samples that are right
+SHARES = ("longitudinal", "lateral", "both", "exact")  # of the likeliest samples that are right
+
+
+def likeliest(model, scene, args):
+    """The Rollout of one sample of each scene, the likeliest, as rl.likeliest_of defines it."""
+    flags = SimpleNamespace(flow_steps=args.steps, max_new_tokens=64)
+    return rl.likeliest_of(model, scene, flags, args.reason)
 
 
 def measure_plans(model, scenes, args, show=dict):
-    """All numbers of samples of scenes: {name: (N,) float}. show: how a Scene is shown.
+    """All numbers of plans for scenes: {name: (N,) float}. show: how a Scene is shown.
 
-    SHARES are NaN where the truth states no decisions."""
+    "ade" and SHARES are of the likeliest sample, "minade" is of the best of args.n others. SHARES
+    are NaN where the truth states no decisions."""
     parts = []
     for first, scene in batches(scenes, args.batch):
         if not args.route:
             scene = data.without_route(scene)
+        shown = show(scene)
+        one = likeliest(model, shown, args)
         seed = args.seed + first
-        out = model.sample(show(scene), args.n, steps=args.steps, seed=seed, reason=args.reason)
-        paths = out.xyz.cpu()  # (B, n, 64, 3)
+        many = model.sample(shown, args.n, steps=args.steps, seed=seed, reason=args.reason)
         truth = scene["ego_future_xyz"]
-        eyeless = {name: ade(path, truth) for name, path in baselines(scene).items()}
-        numbers = {"minade": min_ade(paths, truth), "ade": ade(paths[:, 0], truth), **eyeless}
-        numbers["best"] = torch.stack(list(eyeless.values())).amin(0)
+        numbers = {
+            "ade": ade(one.xyz[:, 0].cpu(), truth),
+            "minade": min_ade(many.xyz.cpu(), truth),
+        }
         if args.reason:
-            firsts = [texts[0] for texts in out.reasoning]
-            right = torch.tensor(list(map(data.is_right, firsts, scene["reasoning"]))).float()
+            said = [texts[0] for texts in one.reasoning]
+            right = torch.tensor(list(map(data.is_right, said, scene["reasoning"]))).float()
             labelled = [data.decisions(text) is not None for text in scene["reasoning"]]
             right[~torch.tensor(labelled)] = torch.nan  # (B, 4)
             numbers |= zip(SHARES, right.T)
@@ -93,10 +104,8 @@ def measure_plans(model, scenes, args, show=dict):
 
 
 class Policy:
-    """A model as a policy of data.drive: a batched Scene -> controls (n, 64, 2).
+    """A model as a policy of data.drive: a batched Scene -> controls (n, 64, 2), the likeliest.
 
-    It thinks the likeliest thought, and its flow starts from zero, the middle of the noise. From
-    random noise the plans of successive half seconds disagree, and the car wanders off.
     said: its last thoughts, n texts."""
 
     def __init__(self, model, args):
@@ -104,12 +113,9 @@ class Policy:
         self.args = args
 
     def __call__(self, scene):
-        args = self.args
-        if not args.route:
+        if not self.args.route:
             scene = data.without_route(scene)
-        calm = torch.zeros(len(scene["name"]), HORIZON, 2)
-        options = dict(steps=args.steps, max_new_tokens=64, reason=args.reason)
-        out = self.model.sample(scene, n=1, temperature=0, noise=calm, **options)
+        out = likeliest(self.model, scene, self.args)
         self.said = [texts[0] for texts in out.reasoning]
         return out.actions[:, 0]
 

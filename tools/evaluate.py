@@ -2,7 +2,7 @@
 How well a checkpoint plans, and drives, in scenes of the built-in world that it never saw.
 
     python -m tools.evaluate                          512 scenes: a Markdown table, then JSON
-    python -m tools.evaluate --blind out/blind        beside a model that was trained on grey images
+    python -m tools.evaluate --blind out/blind        beside a model that learned from grey images
     python -m tools.evaluate --drive                  64 scenarios of 20 s in closed loop
     python -m tools.evaluate --drive --split tail     in combinations that training never showed
     python -m tools.evaluate --clip FOLDER            scenes of real clips with 6.4 s after them
@@ -16,7 +16,7 @@ import doors
 import world
 from alpamayo import DT, HORIZON, load_model
 from doors import whole
-from tools import markdown
+from tools import blind, markdown
 from tools.common import (
     COUNT,
     SHARES,
@@ -45,19 +45,18 @@ def with_error(row, name, scale, digits):
 # --------------------------------------------------------------------------------------------------
 # Open loop: plans beside what the expert drove
 
-COLUMNS = ("scenes", "minade", "ade", "CV", "CTRV", "CTRA", "best", "minade_over_ctrv", *SHARES)
-TITLES = {  # of the columns that have another than their name
-    "minade": "minADE",
-    "ade": "ADE",
-    "best": "best of 3",
-    "minade_over_ctrv": "minADE / CTRV",
-}
+COLUMNS = ("scenes", "ade", *SHARES, "minade", "eyes")
+TITLES = {"ade": "ADE", "minade": "minADE", "eyes": "eyes remove, %"}
 PLAN_NOTE = """\
-Metres over 6.4 s, mean ± standard error. minADE: the best of {n} samples, each with its own
-reasoning; ADE: the first one. CV, CTRV, CTRA go on with the last speed v, turn rate w and
-acceleration a: speed v, v, max(v + a (t + dt / 2), 0), heading 0, w t, w t; best of 3: the best in
-each scene. longitudinal, lateral, both: % of first samples that decide right; exact: % that say so
-word for word."""
+Metres over 6.4 s, mean ± standard error. ADE, longitudinal, lateral, both, exact: of the likeliest
+sample, greedy reasoning and the flow from zero; % that decide right, and that say so word for word.
+minADE: the best of {n} other samples, each with its own reasoning. Without eyes: constant velocity
+goes straight on from the last two positions; fixed offsets to it are the same in all scenes; the
+blind network knows history and route. {blind}"""
+IN_WORLD = """\
+Both are fitted to {scenes} scenes of split train: one path for ADE, six for minADE. Eyes remove:
+1 - ADE / the blind network's ADE in the same scenes."""
+IN_CLIPS = "In clips there are none of the last two, but CTRV, CTRA: see motion.baselines."
 
 
 class OtherImages:
@@ -80,18 +79,31 @@ def in_grey(scene):
 
 
 def open_loop(model, args):
-    """Rows of numbers, {row: see `plan_row`}: by situation, over all scenes, by condition."""
+    """Rows of numbers, {row: see `plan_row`}: by situation, all, by condition, without eyes."""
     if args.clip:
         scenes = clip_scenes(model.cfg, args)
+        eyeless = blind.measure(blind.of_physics(), scenes)
+        compared = {}
     else:
         scenes = world_scenes(model.cfg, args.split, args.scenes, args)
-    numbers = measure_plans(model, scenes, args)
+        eyeless = blind.measure(blind.fit_drivers(args.route), scenes)
+        compared = {"blind_ade": eyeless["blind network"]["ade"]}
+    numbers = measure_plans(model, scenes, args) | compared
     rows = {}
     for kind in () if args.clip else world.KINDS[args.split]:
         of_kind = torch.tensor([name == kind for name in scenes.names])
         if of_kind.any():
             rows[kind] = plan_row({name: values[of_kind] for name, values in numbers.items()})
     rows["all"] = plan_row(numbers)
+    for condition, (driver, shown, show) in conditions_of(model, scenes, args).items():
+        rows[condition] = plan_row(measure_plans(driver, shown, args, show) | compared)
+    for name, numbers in eyeless.items():
+        rows[name] = plan_row(numbers | compared)
+    return rows
+
+
+def conditions_of(model, scenes, args):
+    """How else the plans are measured: {row: (model, its scenes, how it is shown them)}."""
     conditions = {}
     if model.cfg.route and args.route and not args.clip:  # a clip tells no route
         conditions["without the route"] = model, scenes, data.without_route
@@ -100,9 +112,7 @@ def open_loop(model, args):
     conditions["no images (grey)"] = model, scenes, in_grey
     if args.blind:
         conditions["trained blind"] = load_model(args.blind, args.device), scenes, in_grey
-    for condition, (driver, shown, show) in conditions.items():
-        rows[condition] = plan_row(measure_plans(driver, shown, args, show))
-    return rows
+    return conditions
 
 
 def clip_scenes(cfg, args):
@@ -114,7 +124,7 @@ def clip_scenes(cfg, args):
 
 
 def plan_row(numbers):
-    """A row: mean and standard error of each of {name: (N,)}, and minADE relative to CTRV's.
+    """A row: mean and standard error of each of {name: (N,)}, and what eyes remove of the error.
 
     SHARES are of the scenes whose truth states decisions, and missing where none does."""
     row = {"scenes": len(numbers["ade"])}
@@ -126,22 +136,21 @@ def plan_row(numbers):
         mean, error = mean_and_error(values)
         row[name] = round(mean, 4)
         row[name + "_se"] = round(error, 4)
-    if row["CTRV"]:  # a car that stands leaves no error
-        row["minade_over_ctrv"] = round(row["minade"] / row["CTRV"], 4)
+    if "blind_ade" in row:
+        row["eyes"] = round(1 - row["ade"] / row["blind_ade"], 4)
     return row
 
 
 def cell(row, name):
     """A number of a row as the table shows it."""
     if name not in row:
-        return "-"  # no reasoning, no decisions; no error to compare with
+        return "-"  # no reasoning, no decisions; no blind network to compare with
     if name == "scenes":
         return row[name]
-    if name in SHARES:
-        return with_error(row, name, 100, 0)
-    if name in ("minade", "ade"):
-        return with_error(row, name, 1, 2)
-    return f"{row[name]:.2f}"
+    if name == "eyes":
+        return f"{100 * row[name]:.0f}"
+    scale, digits = (100, 0) if name in SHARES else (1, 2)
+    return with_error(row, name, scale, digits)
 
 
 def open_table(rows):
@@ -263,7 +272,8 @@ def main():
         print(f"{drive_table(rows)}\n\n{DRIVE_NOTE.format(**vars(args))}")
     else:
         rows = open_loop(model, args)
-        print(f"{open_table(rows)}\n\n{PLAN_NOTE.format(**vars(args))}")
+        fitted = IN_CLIPS if args.clip else IN_WORLD.format(scenes=blind.SCENES)
+        print(f"{open_table(rows)}\n\n{PLAN_NOTE.format(n=args.n, blind=fitted)}")
     record = {
         "checkpoint": args.checkpoint,
         "keep": model.cfg.keep,

@@ -37,7 +37,7 @@ import rl
 import world
 from alpamayo import PRESETS, Config, VisionTower, load_model
 from doors import real, whole
-from tools import markdown
+from tools import blind, markdown
 from tools.common import COUNT, SIDE, drive_scenes, measure_plans, world_scenes
 
 TRAINED = PRESETS["nano"]
@@ -169,12 +169,13 @@ def compare_ways(args):
         folders = folders_of(way, args).values()
         seeds = [load_model(folder, args.device, **way.switches) for folder in folders]
         found = [measure_plans(model, scenes, args) for model in seeds]
-        minade = [numbers["minade"].mean().item() for numbers in found]
+        both, errors, minade = (
+            [numbers[name].mean().item() for numbers in found]
+            for name in ("both", "ade", "minade"))
         single = rows[WAYS[0].name]["minade"] if rows else minade
         model = models[way.name] = seeds[0]
-        row = rows[way.name] = {"paper": way.paper, "minade": minade}
+        row = rows[way.name] = {"paper": way.paper, "both": both, "ade": errors, "minade": minade}
         row["relative"] = [a / b - 1 for a, b in zip(minade, single)]
-        row["both"] = [numbers["both"].mean().item() for numbers in found]
         row["tokens"] = model.look(one)[0].shape[1] / PICTURES
         row["parameters"] = parameters_of(encoder_of(model.vlm.model.visual))
         row["flops"] = flops(model, one)
@@ -187,14 +188,26 @@ def compare_ways(args):
     return rows
 
 
+def without_eyes(args):
+    """What drivers without eyes do in the same scenes, as text."""
+    scenes = world_scenes(TRAINED, "val", args.eval, args)
+    found = blind.measure(blind.fit_drivers(), scenes)
+    said = []
+    for name, numbers in found.items():
+        error, least = numbers["ade"].mean(), numbers["minade"].mean()
+        said.append(f"{name} ADE {error:.2f} m, minADE {least:.2f} m")
+    return "; ".join(said)
+
+
 # --------------------------------------------------------------------------------------------------
 # Their table
 
 ENCODER_NOTE = """\
-minADE: best of {n} samples, mean over {eval} held-out scenes of our world; both right: % of first
-samples that decide right. relative: minADE against single image of the same seed; seeds: {seeds};
-± their standard deviation; what is trained with pruning has the first seed only. Every model
-learned from nothing for {train_steps} steps of 32 scenes. Tokens: visual tokens of the language
+Both right, ADE: of the likeliest samples for {eval} held-out scenes of our world, % that decide
+right, and m; minADE: best of {n} other samples; relative: minADE against single image of the same
+seed; seeds: {seeds}; ± their standard deviation; what is trained with pruning has the first seed
+only. Every model learned from nothing for {train_steps} steps of 32 scenes. Without eyes: {blind}.
+Tokens: visual tokens of the language
 model for each of {pictures} pictures; a picture is two successive frames of a camera. Parameters:
 of what turns the tower's patches into tokens; triplane and Flex need no mergers. FLOP: matrix
 products of one scene. ms: vision + prefill on this machine with {threads} thread(s), median of
@@ -206,21 +219,22 @@ image: compare the order only."""
 def encoder_table(rows):
     """Rows of `compare_ways` as Markdown."""
     header = [
-        "encoder", "tokens a picture", "parameters", "minADE, m", "relative, %", "both right, %",
-        "MFLOP vision", "MFLOP prefill", "ms", "ms among", "the paper's"]
+        "encoder", "both right, %", "ADE, m", "tokens a picture", "parameters", "MFLOP vision",
+        "MFLOP prefill", "ms", "ms among", "minADE, m", "relative, %", "the paper's"]
     lines = []
     for name, row in rows.items():
         lines.append([
             name,
+            spread(row["both"], 0, 100),
+            spread(row["ade"]),
             f"{row['tokens']:.2f}",
             f"{row['parameters']:,}",
-            spread(row["minade"]),
-            spread(row["relative"], 0, 100, "+"),
-            spread(row["both"], 0, 100),
             f"{row['flops']['vision'] / 1e6:.1f}",
             f"{row['flops']['prefill'] / 1e6:.1f}",
             f"{row['ms']:.1f}",
             f"{row['ms_among']:.2f}",
+            spread(row["minade"]),
+            spread(row["relative"], 0, 100, "+"),
             row["paper"],
         ])
     return markdown(lines, header)
@@ -382,7 +396,7 @@ def encoders(args):
     train_missing(args)
     rows = compare_ways(args)
     run = {"pictures": PICTURES, "threads": torch.get_num_threads(), "repeats": REPEATS}
-    run |= vars(args)
+    run |= vars(args) | {"blind": without_eyes(args)}
     print(encoder_table(rows))
     print(f"\n{ENCODER_NOTE.format(**run)}\n\nParameters at full size:\n{full_size()}")
     print(json.dumps({**run, "rows": rows}, default=str))  # a device is told by its name
@@ -415,7 +429,7 @@ def think_and_drive(folder, args):
     first = world.SEEDS[args.split]
     view = data.view_of(model.cfg, args.size)
     met = drive_scenes(policy, range(first, first + args.drive), seconds=args.seconds, **view)
-    for name in ("close", "off_road"):
+    for name in ("score", "close", "off_road"):
         found[name] = met[name].float().mean().item()
     return found
 
@@ -426,6 +440,7 @@ def rewards_table(rows, split):
         "ADE, m": (f"{split} ade", 2, 1),
         "reasoning, 0 to 5": (f"{split} reason", 2, 1),
         "consistency": (f"{split} consistency", 2, 1),
+        "score, %": ("score", 1, 100),
         "close encounters, %": ("close", 1, 100),
         "off the road, %": ("off_road", 1, 100),
         "both right, %": (f"{split} right", 0, 100),

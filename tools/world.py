@@ -1,24 +1,29 @@
 """
-What is in the built-in world, what a scene costs, and how scenes look.
+What is in the built-in world, what a scene and a drive cost, and how scenes look.
 
     python -m tools.world --splits                          # of what the splits are made
     python -m tools.world --cost                            # milliseconds of a scene, by part
+    python -m tools.world --cost drive                      # steps a second of closed loop
     python -m tools.world --look sheet.png --seeds 0 12     # twelve scenes on a sheet
 """
 
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import torch
 
 import store
-from data import BATCH, SIDE, SPLITS, make_scenes
-from doors import Flags, run, whole, write_atomically
+from alpamayo import NANO, load_model
+from data import BATCH, SIDE, SPLITS, Recorder, View, make_scenes, view_of
+from doors import Flags, device_of, run, whole, write_atomically
 from draw import pyplot
 from tools import markdown
+from tools.common import likeliest
 from world import COMBINATIONS, FUTURE, PAST, RARE, SEEDS, SITUATIONS, World, draw, images_of
 
 AIR = ("*day*", "*dusk*", "*rain*", "*haze*", "*dusk and rain*", "*shown after t0*")
+PACE = 5  # steps between two looks, and plans
 MOST = 300  # scenes on a sheet: Matplotlib draws no more than 65,536 pixels
 
 
@@ -50,7 +55,7 @@ def kinds_of(one):
 
 
 def cost(workers):
-    """A table of `cost_of` in Markdown."""
+    """Of scenes: a table of `cost_of` in Markdown."""
     torch.set_num_threads(1)
     rows = []
     with store.crew("tools.world.make_and_forget", workers) as make:
@@ -85,6 +90,54 @@ def cost_of(camera_ids, size, make, workers, n=32):
         "together, ms": round(drive + full, 2),
         f"scenes/s, {workers} processes": round(rate, 1),
     }
+
+
+DRIVE_TICKS = 20  # of 0.1 s, that are timed: two seconds, with four looks and plans
+ROUNDS = 3  # and the fastest counts: other programs only slow one down
+
+
+def drive_cost(checkpoint, device):
+    """Steps of 0.1 s a second of closed loop, all scenarios of a batch together, as Markdown."""
+    model = load_model(checkpoint, device)
+    rows = []
+    for cores in (1, 2) if model.device.type == "cpu" else (1,):
+        torch.set_num_threads(cores)
+        for batch in (1, 8, 32, 128):
+            world = World(range(SEEDS["val"], SEEDS["val"] + batch), model.device)
+            rates = [steps_a_second(world, model, *what) for what in ((0, 0), (1, 0), (1, 1))]
+            rows.append([cores, batch, *(f"{rate:,.0f}" for rate in rates)])
+    return markdown(rows, ["cores", "scenarios", "world alone", "with images", "with the model"], 0)
+
+
+def steps_a_second(world, model, looks, plans):
+    """Steps of all scenarios of a World a second. The expert drives, whatever the model plans.
+
+    looks, plans: whether its cameras look and the model plans, every PACE steps, as in data.drive.
+    """
+    view = view_of(model.cfg, (64, 128))
+    recorder = Recorder(world.repeat(1), View(**view))
+    world = recorder.world
+    for tick in range(PAST):
+        recorder.note(look=looks and tick % PACE == 0)
+        world.step(*world.expert())
+    seconds = []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        for tick in range(DRIVE_TICKS):
+            recorder.note(look=looks and tick % PACE == 0)
+            if plans and tick % PACE == 0:
+                plan(model, recorder.scene())
+            world.step(*world.expert())
+            world.judge()
+        world.speed.tolist()  # waits for a GPU
+        seconds.append(time.perf_counter() - begin)
+    return len(world.x) * DRIVE_TICKS / min(seconds)
+
+
+def plan(model, scene):
+    """The likeliest controls, in the five Euler steps of the closed loop's table."""
+    flags = SimpleNamespace(steps=5, reason=model.cfg.reasoning == "on")
+    return likeliest(model, scene, flags).actions
 
 
 def milliseconds(work, *arguments, times=4):
@@ -134,8 +187,12 @@ def main():
     pixels = whole(1, SIDE)
     add("--splits", type=whole(1, SEEDS["val"]), nargs="?", const=2000, metavar="N",
         help="print of what the first N scenes of each split are made")  # fmt: skip
-    add("--cost", action="store_true", help="print what a scene costs on this machine")
+    add("--cost", choices=("scene", "drive"), nargs="?", const="scene",
+        help="print what a scene costs on this machine, or driving in closed loop")
     add("--workers", type=whole(1, 1024), default=2, help="with --cost: processes that make scenes")
+    add("--checkpoint", default=NANO, metavar="FOLDER", help="with --cost drive: the model")
+    add("--device", type=device_of,
+        help="with --cost drive: cpu, cuda or mps (default: a GPU if there is one)")
     add("--look", metavar="PNG", help="draw a contact sheet of the seeds")
     add("--seeds", type=seed, nargs=2, default=(0, 12), metavar=("FROM", "TO"), help="with --look")
     add("--size", type=pixels, nargs=2, default=(64, 128), metavar=("H", "W"), help="with --look")
@@ -147,8 +204,10 @@ def main():
         parser.error(f"--seeds: expected FROM < TO, at most {MOST} of them, not {args.seeds}")
     if args.splits is not None:
         print(splits(args.splits))
-    if args.cost:
+    if args.cost == "scene":
         print(cost(args.workers))
+    if args.cost == "drive":
+        print(drive_cost(args.checkpoint, args.device))
     if args.look:
         look(args.look, seeds, args.size)
 
