@@ -177,10 +177,10 @@ DRIVES = {  # of each scenario: a score, and shares
 DRIVE_NOTE = """\
 {drive} scenarios of {seconds:g} s, mean ± standard error, % but for the score; a new plan from new
 images every {replan:g} s. Score, AlpaSim's: 0 after a collision or off the road, else progress /
-0.8, at most 1. A scenario ends at its first close encounter, something solid within 0.25 m of the car, or
-off the road; a collision counts until 1 s later. Progress: along the route until then, in % (at
-most 100) of the expert's way in {seconds:g} s. Comfort: how many of the release's six bounds held.
-The last column is kilometres driven for each end (> all that were driven, if none)."""
+0.8, at most 1. A scenario ends at its first close encounter, something solid within 0.25 m of the
+car, or off the road; a collision counts until 1 s later. Progress: along the route until then, in %
+(at most 100) of the expert's way in {seconds:g} s. Comfort: how many of the release's six bounds
+held. The last column is kilometres driven for each end (> all that were driven, if none)."""
 
 BRAKING = 2.0  # m/s^2, of who comes to a stand
 BRAKING_JERK = 3.0  # m/s^3
