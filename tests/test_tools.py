@@ -178,7 +178,7 @@ def test_the_score_stands_first_and_kilometres_between_ends_last():
         row = {name: 0.25, name + "_se": 0.1} | row
     lines = evaluate.drive_table({"model": row, "clean": row | {"events": 0}}).splitlines()
     assert lines[0].startswith("| policy | score | close encounter |")
-    assert lines[2].startswith("| model | 75.0 ± 5.0 | 25.0 ± 10.0 |") and lines[2].endswith("| 1.50 |")
+    assert lines[2].startswith("| model | 0.75 ± 0.05 | 25.0 ± 10.0 |") and lines[2].endswith("| 1.50 |")
     assert lines[3].endswith("| > 3.0 |")
 
 

@@ -165,7 +165,7 @@ def open_table(rows):
 # --------------------------------------------------------------------------------------------------
 # Closed loop: driving
 
-DRIVES = {  # shares
+DRIVES = {  # of each scenario: a score, and shares
     "score": "score",
     "close": "close encounter",
     "collision": "collision",
@@ -175,12 +175,12 @@ DRIVES = {  # shares
     "comfort": "comfort",
 }
 DRIVE_NOTE = """\
-% of {drive} scenarios of {seconds:g} s, mean ± standard error; a new plan from new images every
-{replan:g} s. Score, AlpaSim's: 0 after a collision or off the road, else progress / 0.8, at most 1
-(100 %). A scenario ends at its first close encounter, something solid within 0.25 m of the car, or
-off the road; a collision counts until 1 s later. Progress: along the route until then, in % (at
-most 100) of the expert's way in {seconds:g} s. Comfort: how many of the release's six bounds held.
-The last column is kilometres driven for each end (> all that were driven, if none)."""
+{drive} scenarios of {seconds:g} s, mean ± standard error, % but for the score; a new plan from new
+images every {replan:g} s. Score, AlpaSim's: 0 after a collision or off the road, else progress /
+0.8, at most 1. A scenario ends at its first close encounter, something solid within 0.25 m of the
+car, or off the road; a collision counts until 1 s later. Progress: along the route until then, in %
+(at most 100) of the expert's way in {seconds:g} s. Comfort: how many of the release's six bounds
+held. The last column is kilometres driven for each end (> all that were driven, if none)."""
 
 BRAKING = 2.0  # m/s^2, of who comes to a stand
 BRAKING_JERK = 3.0  # m/s^3
@@ -231,7 +231,8 @@ def drive_table(rows):
     """Rows of `closed_loop` as Markdown."""
     lines = []
     for policy, row in rows.items():
-        cells = [with_error(row, name, 100, 1) for name in DRIVES]
+        score, *shares = DRIVES
+        cells = [with_error(row, score, 1, 2), *(with_error(row, name, 100, 1) for name in shares)]
         km, events = row["km"], row["events"]
         cells.append(f"{km / events:.2f}" if events else f"> {km:.1f}")
         lines.append([policy, *cells])

@@ -440,7 +440,7 @@ def rewards_table(rows, split):
         "ADE, m": (f"{split} ade", 2, 1),
         "reasoning, 0 to 5": (f"{split} reason", 2, 1),
         "consistency": (f"{split} consistency", 2, 1),
-        "score, %": ("score", 1, 100),
+        "score": ("score", 2, 1),
         "close encounters, %": ("close", 1, 100),
         "off the road, %": ("off_road", 1, 100),
         "both right, %": (f"{split} right", 0, 100),
