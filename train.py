@@ -150,8 +150,9 @@ def add_data_flags(add):
         real(0, 1))
     add("--routes", 0.5, "share of steps that tell the route, so that a model can do without",
         real(0, 1))
-    add("--own", 0, "so many scenes more, twice: the model drives, the expert says how to go on "
-        "from where it got to (DAgger; not the paper's)", whole())
+    add("--own", 0, "so many scenes more, four times: the model drives, the expert says how to go "
+        "on from where it got to. Half of a batch are then such scenes (DAgger; not the paper's)",
+        whole())
     add("--blind", False, "grey images: what can be known without looking")
 
 
@@ -246,7 +247,7 @@ class Run:
     # Stage rl:
     reference: Alpamayo = None  # the reference policy, if there is a KL term
     judge: rl.Judge = None  # a language model that grades reasoning
-    rounds: int = 0  # how many sets of its own driving it has
+    own: int = 0  # how many of the scenes are of its own driving; they are the last
     known: torch.Tensor = None  # (scenes,) how much model and rewards last disagreed, at first 0
 
     def __post_init__(self):
@@ -518,14 +519,15 @@ def world_scenes(flags, cfg):
     return train, load(split="val", scenes=flags.val_scenes)
 
 
-ROUNDS = 0.4, 0.6  # of the steps: when the model drives, and learns from that
-OWN = 1_000_000  # the first train seed that it drives
+ROUNDS = 0.25, 0.4, 0.55, 0.7  # of the steps: when the model drives, and learns from that
+OWN = 1_000_000  # train seeds apart that the rounds begin to drive
 
 
 def add_own_scenes(run, step):
     """From ROUNDS on, scenes that the model got itself into are among those to learn from."""
     flags = run.flags
-    if not flags.own or run.rounds == len(ROUNDS) or step < ROUNDS[run.rounds] * flags.steps:
+    number = run.own // flags.own if flags.own else len(ROUNDS)
+    if number == len(ROUNDS) or step < ROUNDS[number] * flags.steps:
         return
     run.model.eval()
 
@@ -533,15 +535,15 @@ def add_own_scenes(run, step):
         with run.autocast:
             return rl.likeliest_of(run.model, scene, flags).actions[:, 0]
 
-    folder = os.path.join(flags.out, f"own-{run.rounds}")
-    first = OWN * (run.rounds + 1)
+    folder = os.path.join(flags.out, f"own-{number}")
+    first = OWN * (number + 1)
     view = data.view_of(run.model.cfg, flags.size)
     for turn in (run.rank == 0, run.rank > 0):
         with together(run):
             if turn:
                 own = data.own_set(folder, policy, first, flags.own, **view)
     run.scenes = data.Together([run.scenes, own])
-    run.rounds += 1
+    run.own += flags.own
     add_own_scenes(run, step)  # a resumed run has several to add
 
 
@@ -593,15 +595,23 @@ def some_of(clips, numbers):
 
 
 def scene_numbers(run, step):
-    """Which scenes a process takes at a step. Their order is random, and another every epoch."""
+    """Which scenes a process takes at a step. Their order is random, and another every epoch.
+
+    Where some are of the model's own driving, every other one is."""
     flags = run.flags
-    count = len(run.scenes)
     share = flags.batch // run.world_size
     first = step * flags.batch + run.rank * share
-    return [order_of(i // count, count, flags.seed)[i % count] for i in range(first, first + share)]
+    others = len(run.scenes) - run.own
+    numbers = []
+    for i in range(first, first + share):
+        of_own = run.own > 0 and i % 2 == 1
+        count = run.own if of_own else others
+        number = order_of(i // count, count, flags.seed)[i % count]
+        numbers.append(number + others * of_own)
+    return numbers
 
 
-@lru_cache(2)
+@lru_cache(4)
 def order_of(epoch, count, seed):
     """The order of an epoch's scenes."""
     return torch.randperm(count, generator=seeded(data.seed_of(seed, epoch))).tolist()

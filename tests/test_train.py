@@ -136,6 +136,9 @@ def test_processes_take_parts_of_one_order():
     run = train.Run(flags, scenes=range(32))
     epoch = sum((train.scene_numbers(run, step) for step in range(4)), [])
     assert sorted(epoch) == list(range(32))
+    run = train.Run(flags, scenes=range(40), own=8)  # the last eight are of its own driving
+    numbers = sum((train.scene_numbers(run, step) for step in range(2)), [])
+    assert set(numbers[1::2]) <= set(range(32, 40)) and set(numbers[::2]) <= set(range(32))
 
 
 def test_fine_tuning_one_part_leaves_the_other(cache, unbroken, tmp_path):
