@@ -50,13 +50,14 @@ TITLES = {"ade": "ADE", "minade": "minADE", "eyes": "eyes remove, %"}
 PLAN_NOTE = """\
 Metres over 6.4 s, mean ± standard error. ADE, longitudinal, lateral, both, exact: of the likeliest
 sample, greedy reasoning and the flow from zero; % that decide right, and that say so word for word.
-minADE: the best of {n} other samples, each with its own reasoning. Without eyes: constant velocity
-goes straight on from the last two positions; fixed offsets to it are the same in all scenes; the
-blind network knows history and route. {blind}"""
+minADE: the best of {n} other samples, each with its own reasoning.
+{blind}"""
 IN_WORLD = """\
-Both are fitted to {scenes} scenes of split train: one path for ADE, six for minADE. Eyes remove:
-1 - ADE / the blind network's ADE in the same scenes."""
-IN_CLIPS = "In clips there are none of the last two, but CTRV, CTRA: see motion.baselines."
+Without eyes: constant velocity goes straight on from the last two positions; fixed offsets to it
+are the same in all scenes; the blind network knows history and route. Both are fitted to {scenes}
+scenes of split train, one path for ADE and six for minADE. Eyes remove: 1 - ADE / ADE of the blind
+network in the same scenes."""
+IN_CLIPS = "Without eyes: CV, CTRV and CTRA of motion.baselines."
 
 
 class OtherImages:

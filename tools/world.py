@@ -92,8 +92,8 @@ def cost_of(camera_ids, size, make, workers, n=32):
     }
 
 
-DRIVE_TICKS = 20  # of 0.1 s, that are timed: two seconds, with four looks and plans
-ROUNDS = 3  # and the fastest counts: other programs only slow one down
+DRIVE_TICKS = 10  # of 0.1 s, that are timed: a second, with two looks and plans
+ROUNDS = 2  # and the fastest counts: other programs only slow one down
 
 
 def drive_cost(checkpoint, device):
