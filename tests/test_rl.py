@@ -238,7 +238,7 @@ def test_sure_tokens_count(scene):
         lengths.append(drawn)
         p, q = logits[i, :drawn].softmax(-1), reference.logits[i, :drawn].double().softmax(-1)
         kls.append((p * (p / q.clamp(min=1e-300)).clamp(min=1e-300).log()).sum().item())
-    assert (out.log_probs[out.chosen] == 0).float().mean() > 0.3  # the sure ones
+    assert (out.log_probs[out.chosen] == 0).float().mean() > 0.1  # the sure ones
     assert losses["length"] == pytest.approx(sum(lengths) / 10)
     assert losses["kl"] == pytest.approx(sum(kls) / 10, rel=1e-3) and losses["kl"] > 1
     assert out.chosen.sum() == sum(lengths) and not out.log_probs[~out.chosen].any()

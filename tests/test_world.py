@@ -65,8 +65,11 @@ def test_a_seed_is_a_scene_wherever_it_stands(scene):
     alone = data.make_scenes([7], **SMALL)
     for key, value in alone.items():
         there = scene[key][7]
-        same = torch.equal(value[0], there) if torch.is_tensor(value) else value[0] == there
-        assert same, key
+        if torch.is_tensor(value):  # but for rounding, which depends on where in a vector it stands
+            least = 1 if key == "images" else 2e-5
+            torch.testing.assert_close(value[0], there, rtol=0, atol=least, msg=key)
+        else:
+            assert value[0] == there, key
     other = data.make_scenes([10_000_007], **SMALL)
     assert not torch.equal(other["images"], alone["images"])
 
@@ -145,7 +148,7 @@ def combined(scene):
     on_path = any(t.kind == causes.CONE and abs(t.d) < world.LANE / 2 for t in scene.things)
     lights = [t for t in scene.things if t.kind == causes.LIGHT]
     red = any(t.signal == causes.RED and t.t_signal > 0 for t in lights)
-    drifts = any(t.kind == causes.CAR and t.drift for t in scene.things)
+    drifts = any(t.kind == causes.CAR and t.drift and t.v for t in scene.things)
     found = {
         "pedestrian behind a parked car": crosses and bool(in_lane),
         "pedestrian at a speed bump": crosses and world.BUMP in kinds,
@@ -218,7 +221,8 @@ def test_every_cause_can_be_seen_in_the_history(split, monkeypatch):
     def part_of(i, thing):
         """What is taken out at once with this thing of a scene; None if it stays."""
         warns = thing.kind == causes.SIGN and thing.signal == causes.YELLOW  # and is not the bump
-        if not thing.cause or warns:
+        crosses = thing.kind == causes.CAR and not thing.v and thing.drift  # at a red light
+        if not thing.cause or warns or crosses:
             return None
         return thing.kind if thing.kind in many else i
 
@@ -1032,9 +1036,9 @@ def at_t0(seeds, **air):
 
 def alone(kind, s=18.0, d=0.0, **fields):
     """A world at t0 with one thing on an empty straight road."""
-    for seed in range(100):
+    for seed in range(world.SEEDS["val"], world.SEEDS["val"] + 500):
         draw = world.draw(seed)
-        if draw.situation == "free" and draw.road == roads.STRAIGHT:
+        if draw.situation == "free" and draw.road == roads.STRAIGHT and draw.daylight > 0.9:
             break
     traffic = at_t0([seed])
     for name, value in (causes.Thing(kind, s, d)._asdict() | fields).items():
@@ -1213,7 +1217,11 @@ def test_who_runs_a_red_light_meets_cross_traffic():
     ][:30]
     crosses = [sum(abs(thing.drift) > 5 for thing in world.draw(s).things) for s in seeds]
     assert min(crosses) >= 2
-    met = data.drive(lambda scene: torch.zeros(30, 64, 2), seeds, seconds=8, size=(2, 4), frames=1)
+
+    def straight(scene):
+        return torch.zeros(len(scene["name"]), 64, 2)
+
+    met = data.drive(straight, seeds, seconds=8, size=(2, 4), frames=1)
     assert met["ran"].sum() > 20 and 6 < met["collision"].sum() < 28
     traffic = world.World(seeds)
     while traffic.time[0] < 12:
