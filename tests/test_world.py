@@ -681,9 +681,10 @@ def test_the_paths_are_what_a_unicycle_can_drive(scene):
         scene[k] for k in ("ego_history_xyz", "ego_history_rot", "ego_future_xyz", "ego_future_rot")
     ]
     xyz, _ = roll_out(fit_actions(*motion), initial_speed(*motion[:2]))
-    assert (xyz - scene["ego_future_xyz"]).norm(
-        dim=-1
-    ).max() < 0.3  # m, after 6.4 s, through the smoothing fit
+    far = (xyz - scene["ego_future_xyz"]).norm(dim=-1).amax(1)  # m, through the smoothing fit
+    slowest = scene["ego_future_xyz"].diff(dim=1).norm(dim=-1).amin(1) / alpamayo.DT  # m/s
+    fits = slowest > alpamayo.LOW_SPEED  # slower than that, the fit steers straight on
+    assert fits.sum() > 10 and far[fits].max() < 0.05 and far.max() < 1
 
 
 def test_the_red_lamp_is_where_project_says():
