@@ -252,6 +252,20 @@ def rows_of(scene, keep):
     return {k: v[keep] if torch.is_tensor(v) else [v[i] for i in keep] for k, v in scene.items()}
 
 
+def joined(scenes):
+    """Scenes as one batched Scene, one after the other."""
+    found = {}
+    for key, first in scenes[0].items():
+        values = [scene[key] for scene in scenes]
+        found[key] = torch.cat(values) if torch.is_tensor(first) else sum(values, [])
+    return found
+
+
+def in_grey(scene):
+    """The Scene with images that show nothing: what can be known without looking?"""
+    return scene | {"images": torch.full_like(scene["images"], 127)}
+
+
 def without_route(scene):
     """The Scene without its route: the driver has to guess where to turn."""
     return {key: value for key, value in scene.items() if key != "route"}
@@ -604,8 +618,11 @@ def own_scenes(policy, seeds, seconds=10.0, **view):
 
 
 def way_on(world):
-    """What the expert would do from here: a Scene's future, and (n,) bool, whether it is safe."""
+    """What the expert would do from here: a Scene's future, and (n,) bool, whether it is safe.
+
+    It does not err on purpose, as the drivers of lessons do."""
     ahead = world.repeat(1)
+    ahead.scene.lapse[:, 0] = 0  # m
     recorder = Recorder(ahead, View())
     recorder.note(look=False)
     met = ahead.judge()
@@ -701,12 +718,7 @@ class Together(WorldSet):
 
     def batch(self, indices):
         places = [self.places[int(i)] for i in indices]
-        parts = [one.batch([i]) for one, i in places]
-        scene = {}
-        for key, first in parts[0].items():
-            values = [part[key] for part in parts]
-            scene[key] = torch.cat(values) if torch.is_tensor(first) else sum(values, [])
-        return scene
+        return joined([one.batch([i]) for one, i in places])
 
 
 def load_world(split="train", scenes=16000, start=0, folder="data", workers=None, **view):

@@ -535,7 +535,7 @@ def likeliest(model, scenes, count, flags, judge=None):
     for first in range(0, count, 32):
         numbers = range(first, min(first + 32, count))
         scene = scenes.batch(numbers)
-        rollout = likeliest_of(model, scene, flags)
+        rollout = likeliest_of(model, scene, flags.flow_steps, length=flags.max_new_tokens)
         rewards = rewards_of(scene, rollout, scenes, numbers, flags.rewards, judge)
         pairs = zip(rollout.reasoning, scene["reasoning"])
         right = [is_right(said, true)[2] for (said,), true in pairs]
@@ -544,14 +544,13 @@ def likeliest(model, scenes, count, flags, judge=None):
     return {name: torch.cat(values) for name, values in found.items()}
 
 
-def likeliest_of(model, scene, flags, reason=True):
+def likeliest_of(model, scene, steps, reason=True, length=64):
     """The likeliest rollout of each scene: greedy reasoning, and the flow from zero, the middle of
     the noise. So drives closed loop too: from random noise the plans of successive half seconds
-    disagree, and the car wanders off."""
+    disagree, and the car wanders off. steps: Euler's; length: tokens, at most."""
     calm = torch.zeros(len(scene["name"]), HORIZON, 2)
-    length = flags.max_new_tokens
     return model.sample(
-        scene, 1, 0, steps=flags.flow_steps, max_new_tokens=length, noise=calm, reason=reason)
+        scene, 1, 0, steps=steps, max_new_tokens=length, noise=calm, reason=reason)
 
 
 # --------------------------------------------------------------------------------------------------

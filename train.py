@@ -242,12 +242,12 @@ class Run:
     params: list = None  # of the model, those that learn
     optimisers: list = None  # pairs (optimiser, its full learning rate)
     scenes: object = None  # to learn from
+    own: int = 0  # how many of them are of the model's own driving; they are the last
     val: object = None  # to validate on
     signs: dict = field(default_factory=dict)  # what else its losses depend on, see runs.signs_of
     # Stage rl:
     reference: Alpamayo = None  # the reference policy, if there is a KL term
     judge: rl.Judge = None  # a language model that grades reasoning
-    own: int = 0  # how many of the scenes are of its own driving; they are the last
     known: torch.Tensor = None  # (scenes,) how much model and rewards last disagreed, at first 0
 
     def __post_init__(self):
@@ -532,8 +532,11 @@ def add_own_scenes(run, step):
     run.model.eval()
 
     def policy(scene):
+        shown = data.in_grey(scene) if flags.blind else scene
         with run.autocast:
-            return rl.likeliest_of(run.model, scene, flags).actions[:, 0]
+            out = rl.likeliest_of(
+                run.model, shown, flags.flow_steps, length=flags.max_new_tokens)
+        return out.actions[:, 0]
 
     folder = os.path.join(flags.out, f"own-{number}")
     first = OWN * (number + 1)
@@ -623,9 +626,7 @@ def pieces(run, scenes, numbers):
     --blind makes their images grey."""
     for i in range(0, len(numbers), run.piece):
         scene = data.to_device(scenes.batch(numbers[i : i + run.piece]), run.device)
-        if run.flags.blind:
-            scene["images"] = torch.full_like(scene["images"], 127)
-        yield scene
+        yield data.in_grey(scene) if run.flags.blind else scene
 
 
 def front_only(scene):

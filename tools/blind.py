@@ -70,11 +70,7 @@ def training_scenes(count):
     for first in range(0, count, 500):  # at a time
         some = list(islice(seeds, min(500, count - first)))
         parts.append(data.make_scenes(some, **BLINK))
-    scene = {}
-    for key, value in parts[0].items():
-        values = [part[key] for part in parts]
-        scene[key] = torch.cat(values) if torch.is_tensor(value) else sum(values, [])
-    return scene
+    return data.joined(parts)
 
 
 def history_of(scene):

@@ -2,7 +2,6 @@
 What several tools do: load a checkpoint and its scenes, sample there, let it drive.
 """
 import os
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -69,12 +68,6 @@ def concatenated(parts):
 SHARES = ("longitudinal", "lateral", "both", "exact")  # of the likeliest samples that are right
 
 
-def likeliest(model, scene, args):
-    """The Rollout of one sample of each scene, the likeliest, as rl.likeliest_of defines it."""
-    flags = SimpleNamespace(flow_steps=args.steps, max_new_tokens=64)
-    return rl.likeliest_of(model, scene, flags, args.reason)
-
-
 def measure_plans(model, scenes, args, show=dict):
     """All numbers of plans for scenes: {name: (N,) float}. show: how a Scene is shown.
 
@@ -85,7 +78,7 @@ def measure_plans(model, scenes, args, show=dict):
         if not args.route:
             scene = data.without_route(scene)
         shown = show(scene)
-        one = likeliest(model, shown, args)
+        one = rl.likeliest_of(model, shown, args.steps, args.reason)
         seed = args.seed + first
         many = model.sample(shown, args.n, steps=args.steps, seed=seed, reason=args.reason)
         truth = scene["ego_future_xyz"]
@@ -115,7 +108,7 @@ class Policy:
     def __call__(self, scene):
         if not self.args.route:
             scene = data.without_route(scene)
-        out = likeliest(self.model, scene, self.args)
+        out = rl.likeliest_of(self.model, scene, self.args.steps, self.args.reason)
         self.said = [texts[0] for texts in out.reasoning]
         return out.actions[:, 0]
 

@@ -74,11 +74,6 @@ class OtherImages:
         return self.scenes.batch(indices) | {"images": before["images"]}
 
 
-def in_grey(scene):
-    """The Scene as train.py --blind shows it."""
-    return scene | {"images": torch.full_like(scene["images"], 127)}
-
-
 def open_loop(model, args):
     """Rows of numbers, {row: see `plan_row`}: by situation, all, by condition, without eyes."""
     if args.clip:
@@ -110,9 +105,9 @@ def conditions_of(model, scenes, args):
         conditions["without the route"] = model, scenes, data.without_route
     if not args.clip and len(scenes) > 1:  # of a clip the neighbour is half a second away
         conditions["another scene's images"] = model, OtherImages(scenes), dict
-    conditions["no images (grey)"] = model, scenes, in_grey
+    conditions["no images (grey)"] = model, scenes, data.in_grey
     if args.blind:
-        conditions["trained blind"] = load_model(args.blind, args.device), scenes, in_grey
+        conditions["trained blind"] = load_model(args.blind, args.device), scenes, data.in_grey
     return conditions
 
 

@@ -424,7 +424,8 @@ def think_and_drive(folder, args):
             found[f"{split} {name}"] = values.mean().item()
 
     def policy(scene):
-        return rl.likeliest_of(model, scene, args).actions[:, 0]
+        out = rl.likeliest_of(model, scene, args.flow_steps, length=args.max_new_tokens)
+        return out.actions[:, 0]
 
     first = world.SEEDS[args.split]
     view = data.view_of(model.cfg, args.size)

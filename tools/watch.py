@@ -51,7 +51,8 @@ class Film:
     def add_tick(self, traffic, scene, plan):
         """The `film` of data.drive."""
         if plan.shape[1] == HORIZON:
-            self.add_plan(scene, plan, expert_path(traffic))
+            future, _ = data.way_on(traffic)
+            self.add_plan(scene, plan, future["ego_future_xyz"][0])
             self.bar.update()
         things = traffic.things
         x, y, _ = traffic.poses_to_ego()
@@ -71,7 +72,7 @@ class Film:
         self.traffic = traffic
 
     def add_plan(self, scene, plan, truth):
-        """What it thinks and would drive, samples from noise on. truth (64, 2 or 3), to compare."""
+        """What it thinks and would drive, samples from noise on. truth (64, 3), m, to compare."""
         model, args = self.model, self.args
         shown = scene if args.route else data.without_route(scene)
         out = model.sample(shown, args.n, steps=args.steps, seed=args.seed, reason=args.reason)
@@ -148,16 +149,6 @@ def drive_world(films, args):
     poses = [frame["pose"] for film in films for frame in film.shown["frames"]]
     title = f"{film.traffic.draws[0].situation}, {args.split} {args.seed}"
     return title, map_of(film.traffic, poses)
-
-
-def expert_path(traffic):
-    """Where the expert would drive from here: (64, 2) m, in the ego frame."""
-    expert = traffic.repeat(1)
-    path = []
-    for _ in range(HORIZON):
-        expert.step(*expert.expert())
-        path.append(torch.cat(traffic.to_ego(expert.x[:, None], expert.y[:, None]), 1))
-    return torch.cat(path)
 
 
 def map_of(traffic, poses):

@@ -9,7 +9,6 @@ What is in the built-in world, what a scene and a drive cost, and how scenes loo
 
 import time
 from collections import Counter
-from types import SimpleNamespace
 
 import torch
 
@@ -18,12 +17,13 @@ from alpamayo import NANO, load_model
 from data import BATCH, SIDE, SPLITS, Recorder, View, make_scenes, view_of
 from doors import Flags, device_of, run, whole, write_atomically
 from draw import pyplot
+from rl import likeliest_of
 from tools import markdown
-from tools.common import likeliest
 from world import COMBINATIONS, FUTURE, PAST, RARE, SEEDS, SITUATIONS, World, draw, images_of
 
 AIR = ("*day*", "*dusk*", "*rain*", "*haze*", "*dusk and rain*", "*shown after t0*")
 PACE = 5  # steps between two looks, and plans
+PLAN_STEPS = 5  # of Euler in a plan, as in the closed loop's table
 MOST = 300  # scenes on a sheet: Matplotlib draws no more than 65,536 pixels
 
 
@@ -126,18 +126,12 @@ def steps_a_second(world, model, looks, plans):
         for tick in range(DRIVE_TICKS):
             recorder.note(look=looks and tick % PACE == 0)
             if plans and tick % PACE == 0:
-                plan(model, recorder.scene())
+                likeliest_of(model, recorder.scene(), PLAN_STEPS, model.cfg.reasoning == "on")
             world.step(*world.expert())
             world.judge()
         world.speed.tolist()  # waits for a GPU
         seconds.append(time.perf_counter() - begin)
     return len(world.x) * DRIVE_TICKS / min(seconds)
-
-
-def plan(model, scene):
-    """The likeliest controls, in the five Euler steps of the closed loop's table."""
-    flags = SimpleNamespace(steps=5, reason=model.cfg.reasoning == "on")
-    return likeliest(model, scene, flags).actions
 
 
 def milliseconds(work, *arguments, times=4):

@@ -343,7 +343,7 @@ def rays_of(camera_ids, H, W, device):
     cone (cameras, 1): angle (rad) between a picture's middle and its corners."""
     intrinsics, pose, direction = rig_rays(camera_ids, H, W)
     rays = Columns(intrinsics=intrinsics, edge=torch.tensor([W, H]))
-    rays.cone = math.hypot(H, W) / 2 / intrinsics[:, 6, None]
+    rays.cone = (math.hypot(H, W) / 2 / intrinsics[:, 6, None]).clamp(max=math.pi)  # all around
     rays.position = pose[:, :3, 3]
     rays.turn = pose[:, :3, :3]
     rays.direction = direction.flatten(0, 2).T.contiguous()
@@ -414,15 +414,20 @@ def rectangles(pairs, offset, camera, rays):
     sin = pairs.sin[:, None]
     point = torch.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
     point += offset[:, None]
-    pixel, _ = project(point @ rays.turn[camera], rays.intrinsics[camera, None])
+    point = point @ rays.turn[camera]
+    pixel, _ = project(point, rays.intrinsics[camera, None])
     low = pixel.amin(1)
     high = pixel.amax(1)
     # Up to 1.2 rad off the axis an arc of a rad bows by less than 0.08 a^2 rad, and half an edge by
     # a quarter of what the edge does.
     focal = rays.intrinsics[camera, 6]  # pixels per rad
     bow = 0.04 * (high - low).square().sum(-1) / focal
-    # A box near enough to surround the camera may be anywhere.
+    # A box near enough to surround the camera may be anywhere; so may one that reaches farther off
+    # the axis than that, where a picture does.
     around = offset.norm(dim=-1) <= pairs.half.norm(dim=-1)
+    if (rays.cone > 1.2).any():
+        angle = torch.atan2(torch.hypot(point[..., 0], point[..., 1]), point[..., 2])
+        around |= angle.amax(1) > 1.2
     margin = 1 + bow.masked_fill(around, math.inf)[:, None]
     span = torch.stack([low - margin, high + margin + 1])
     return span.clamp(min=0).minimum(rays.edge).int()
