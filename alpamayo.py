@@ -52,7 +52,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import release
-from doors import check_sampling, check_scene, write_atomically
+from doors import check_sampling, check_says, check_scene, write_atomically
 from kernels import by_hand, one_launch, stock
 from kernels.flow_step import roll_out_by_kernel
 from kernels.prefix_attention import prefix_attention
@@ -549,61 +549,89 @@ class Alpamayo(nn.Module):
 
     def rl_losses(
         self, scene, rollout, rewards, objective="clip", beta=2.0, kl_weight=0.0,
-        flow_weight=1.0, reference=None, old=None,
+        drive_weight=1.0, reference=None, old=None, generator=None,
     ):  # fmt: skip
-        """Stage rl (Sec. 5.3): GRPO on a group of rollouts of each scene and their rewards (B, G).
-        Rewards and curation are in rl.py. objective, beta: see `grpo`; kl_weight: of the KL term to
-        the reference policy (the SFT model), whose `replay` of the rollout is `reference`;
-        flow_weight: of the flow's decisions beside the tokens'; old: `log_probs` of the first
-        update on this rollout.
-        Returns `policy`, the loss; `log_probs`, detached, of tokens (B, G, T) and flow steps
-        (B, G, S) or None; to look at: length, tokens a rollout; entropy, nats a token; kl, kl_flow,
-        nats a rollout; mismatch, how far the log-probabilities of rollout and replay differ."""
+        """Stage rl (Sec. 5.3): GRPO on a group of rollouts of each scene. Two heads decide. Each
+        has its own reward, rewards {"thought": (B, G), "drive": (B, G)}; one without does not
+        learn. What is rewarded, and curation, are in rl.py.
+        objective, beta: see `grpo`; with "nft" the drive learns by `nft`, from rollouts without
+        random steps (eta 0); kl_weight: of the KL to the reference policy (the SFT model), whose
+        `replay` of the rollout is `reference`; drive_weight: of the drive's loss beside the
+        thought's; old: `log_probs` of the first update on this rollout; generator: nft's draws.
+        Returns `policy`, the loss, and `log_probs`, detached, of what each head decided. To look
+        at: length, tokens a thought; entropy, nats a token; kl, nats a rollout, and clipped, share
+        of decisions whose ratio is out of bounds, of the thought; kl_drive and clipped_drive, of
+        the drive; mismatch, how far rollout and replay differ in log-probability."""
         replayed = self.replay(scene, rollout)
-        tokens, flow = log_probs_of(replayed, rollout)
-        kl_tokens = kl_flow = torch.zeros_like(rewards)
-        if reference:
-            kl_tokens, kl_flow = kl_of(replayed, reference, rollout)
-        log_probs = tokens.detach(), None if flow is None else flow.detach()
-        old_tokens, old_flow = old or log_probs
-        chosen = rollout.chosen
-        loss = grpo(objective, tokens, old_tokens, chosen, kl_tokens, rewards, beta, kl_weight)
-        if flow is not None:
-            chosen = torch.ones_like(flow, dtype=torch.bool)
-            losses = flow, old_flow, chosen, kl_flow, rewards
-            loss_flow = grpo(objective, *losses, beta, kl_weight)
-            loss = loss + flow_weight * loss_flow
-        return {
-            "policy": loss,
-            "length": rollout.chosen.sum(2).float().mean(),
-            "entropy": entropy_of(replayed, rollout),
-            "kl": kl_tokens.mean().detach(),
-            "kl_flow": kl_flow.mean().detach(),
-            "mismatch": (tokens.detach() - rollout.log_probs).abs().max(),
-            "log_probs": log_probs,
-        }
+        heads = heads_of(replayed, rollout, reference)
+        old = old or {name: head.log_pi.detach() for name, head in heads.items()}
+        found = {"log_probs": old}
+        loss = 0.0
+        for name, weight in (("thought", 1.0), ("drive", drive_weight)):
+            if name in rewards and name in heads:
+                head = heads[name], old[name]
+                loss = loss + weight * grpo(objective, *head, rewards[name], beta, kl_weight)
+            elif name in rewards and objective == "nft":
+                loss = loss + weight * self.nft(replayed, rollout, rewards[name], beta, generator)
+        for name, end in (("thought", ""), ("drive", "_drive")):
+            if name in heads:
+                found["kl" + end] = heads[name].kl.mean().detach()
+                found["clipped" + end] = clipped_share(heads[name], old[name])
+        thought = heads["thought"]
+        found["length"] = thought.decided.sum(2).float().mean()
+        found["entropy"] = entropy_of(replayed, rollout)
+        drawn = rollout.log_probs * thought.decided
+        found["mismatch"] = (thought.log_pi.detach() - drawn).abs().max()
+        return found | {"policy": loss}
+
+    def nft(self, replayed, rollout, rewards, beta, generator=None, levels=4):
+        """The drive's loss without probabilities (DiffusionNFT, arXiv 2509.16117): flow matching
+        (Eq. 7) on what the rollouts drove, towards the better ones of a group and away from the
+        worse. rewards (B, G); levels: noise levels a rollout.
+
+        A rollout counts as good by a share r = (1 + beta * advantage) / 2, within 0 and 1. The
+        velocity v is drawn to the line from noise to it by r, and its mirror image, 2 v_old - v, by
+        1 - r. Where v_old is v, as here, the gradient is 2 r - 1 times that of flow matching."""
+        prefix, tail, T, length = replayed.read
+        advantage = rewards - rewards.mean(1, keepdim=True)
+        good = ((1 + beta * advantage) / 2).clamp(0, 1).flatten()
+        data = rollout.flow[-1].flatten(0, 1)  # (N, 64, 2)
+        t, noise = self.draw_flow(data, levels, generator=generator)
+        data, good, length = (x.repeat_interleave(levels, 0) for x in (data, good, length))
+        share = t[:, None, None]
+        past = self.expert_past(prefix, [repeated(kv, levels) for kv in tail], T, length)
+        x_t = share * data + (1 - share) * noise
+        velocity = self.velocity(x_t, t, past, prefix.end + length)
+        mirrored = 2 * velocity.detach() - velocity
+        towards = (velocity - (data - noise)).square().mean((1, 2))
+        away = (mirrored - (data - noise)).square().mean((1, 2))
+        return (good * towards + (1 - good) * away).mean()
 
     # -------------------------------------------------------------------------------- the sampler
 
     @torch.no_grad()
     def sample(
         self, scene, n=6, temperature=0.6, top_p=0.98, steps=10, max_new_tokens=256, noise=None,
-        seed=None, reason=None, decode="flow", eta=0.0,
+        seed=None, reason=None, decode="flow", eta=0.0, says=None,
     ):  # fmt: skip
         """Look, think, drive: n samples of B scenes, each with its own reasoning (Sec. 5.1).
         temperature 0 is greedy; top_p keeps the likeliest tokens that together have that
         probability; steps: of Euler from noise (B * n, 64, 2), drawn where not given; seed fixes
         both draws. reason=False drives without thinking; None: as the Config says. decode "flow":
         the expert drives; "tokens": the language model says its 128 action tokens, which is slow
-        and is what the paper's reinforcement learning scores. eta: see euler_step.
+        and is what the paper's reinforcement learning scores. eta: see euler_step. says: B texts,
+        thought in place of its own reasoning.
         The prompt's keys and values are stored once for all n samples. Returns a Rollout."""
         check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta, seed, noise)
+        check_says(says, scene)
         cfg = self.cfg
-        reason = cfg.reasoning == "on" if reason is None else reason
+        reason = says is not None or (cfg.reasoning == "on" if reason is None else reason)
         generator = torch.Generator(self.device).manual_seed(seed) if seed is not None else None
         clock = Clock(self.device)
         def choose(logits):
             return pick(logits, temperature, top_p, generator)
+        if says is not None:
+            choose = self.repeating(says, n, choose, temperature, top_p)
         prompt = self.embed_prompt(scene, reason)
         clock.lap("vision")
         prefix = self.prefill(prompt, cfg.retrieve if reason else 1.0)
@@ -662,6 +690,24 @@ class Alpamayo(nn.Module):
             return Thought(none.long(), none.bool(), none, length, tail)
         tokens, chosen, log_probs = (torch.stack(column, 1) for column in zip(*said))
         return Thought(tokens, chosen, log_probs, length, tail)
+
+    def repeating(self, says, n, choose, temperature, top_p):
+        """A choice of tokens for `think` that says a given text, one for each scene, and then
+        chooses. Returns as `pick` does; at temperature 0 the log-probability at 1."""
+        ids = []
+        for text in says:
+            given = self.vocabulary.encode(f"{text}<|cot_end|><|traj_future_start|>")
+            ids.append(torch.tensor(given, device=self.device))
+        ids = nn.utils.rnn.pad_sequence(ids, padding_value=-1).repeat_interleave(n, 1)
+        rest = iter(ids)  # a token (N,) of each sample at a time, -1 behind its text
+
+        def repeat(logits):
+            token, log_prob = choose(logits)
+            given = next(rest, torch.full_like(token, -1))
+            nats = token_log_probs(logits, given.clamp(min=0), temperature or 1.0, top_p)
+            return given.where(given >= 0, token), nats.where(given >= 0, log_prob)
+
+        return repeat
 
     def allowed(self, logits, driving):
         """Logits (..., vocab) with disallowed tokens masked: trajectory tokens while it thinks, all
@@ -758,16 +804,22 @@ class Alpamayo(nn.Module):
             # Each token was predicted from the one before, the first from the prompt's last.
             y = torch.cat([prefix.x.repeat_interleave(n, 0), y[:, :-1]], 1)
             logits = self.allowed(self.vlm.lm_head(y).float(), at >= length[:, None])
-        past = self.expert_past(prefix, tail, T, length)
         steps = len(rollout.flow) - 1
+        noisy = steps - 1 if rollout.eta else 0  # the last step is Euler's
         means, stds = [], []
-        for i, x in enumerate(rollout.flow[:-1].flatten(1, 2)):
-            t = torch.full((N,), i / steps, device=device)
-            velocity = self.velocity(x, t, past, prefix.end + length)
-            mean, std = euler_step(x, velocity, i / steps, 1 / steps, rollout.eta)
-            means.append(mean)
-            stds.append(std)
-        return Replay(logits, torch.stack(means) if means else None, stds)
+        if noisy:  # steps do not see one another: as more samples, one pass of the expert reads all
+            x = rollout.flow[:noisy].flatten(1, 2).transpose(0, 1)  # (N, S, 64, 2)
+            t = torch.arange(noisy, device=device) / steps
+            ends = length.repeat_interleave(noisy)
+            past = self.expert_past(prefix, [repeated(kv, noisy) for kv in tail], T, ends)
+            velocity = self.velocity(x.flatten(0, 1), t.repeat(N), past, prefix.end + ends)
+            velocity = velocity.unflatten(0, (N, noisy))
+            for i in range(noisy):
+                now = x[:, i], velocity[:, i], i / steps, 1 / steps
+                mean, std = euler_step(*now, rollout.eta)
+                means.append(mean)
+                stds.append(std)
+        return Replay(logits, means, stds, (prefix, tail, T, length))
 
 
 def load_model(folder=NANO, device=None, **switches):
@@ -824,8 +876,16 @@ class Past(NamedTuple):
 class Replay(NamedTuple):
     """A Rollout's passes once more."""
     logits: torch.Tensor  # (N, T, vocab), disallowed tokens masked
-    means: torch.Tensor  # (steps, N, 64, 2): of the flow's next controls; None without a flow
-    stds: list  # of each step, a float
+    means: list  # of each random step of the flow, S of them: the next controls' mean (N, 64, 2)
+    stds: list  # and their standard deviation, a float
+    read: tuple  # what the expert reads: prefix, tail, T, and each thought's length (N,)
+
+
+class Head(NamedTuple):
+    """What a head of the model decided in a group of rollouts: tokens, or random steps."""
+    log_pi: torch.Tensor  # (B, G, T): log-probabilities, with gradient; 0 where nothing was decided
+    decided: torch.Tensor  # (B, G, T) bool
+    kl: torch.Tensor  # (B, G): nats to the reference policy
 
 
 class Clock:
@@ -1707,43 +1767,65 @@ def euler_step(x, velocity, t, dt, eta=0.0):  # kernels/flow_step.py has it too
 # Reinforcement learning: GRPO (Sec. 5.3), and the log-probabilities of what a rollout decided
 
 
-def grpo(objective, log_pi, old, decided, kl, rewards, beta, kl_weight):
-    """GRPO's loss of a group of G rollouts of each scene: no value network, no division by the
-    spread of the group.
+CLIP = 0.2, 0.28  # how far below and above 1 a ratio counts: the release's
 
-    log_pi (B, G, T): log-probabilities of the decisions, counted where decided (B, G, T); old: the
-    same before the first update, without gradient; kl (B, G): nats to the reference policy;
-    rewards (B, G).
+
+def grpo(objective, head, old, rewards, beta, kl_weight):
+    """GRPO's loss of what a Head decided in a group of G rollouts of each scene: no value network,
+    no division by the spread of the group.
+
+    old (B, G, T): log-probabilities before the first update, without gradient; rewards (B, G).
 
     "paper" (Eq. 10): likelihood, weighted by softmax(beta * advantage) over the group. The weights
     add up to 1 whatever the rewards, so it also makes likelier what all of a group said; the KL
-    term holds that. "clip", the release's recipe: the clipped surrogate of each decision."""
+    term holds that. Else the release's recipe: the clipped surrogate of each decision."""
     advantage = rewards - rewards.mean(1, keepdim=True)  # (B, G): the group's mean is the baseline
     if objective == "paper":
         weights = (beta * advantage).softmax(1)
-        return -(weights * (log_pi.sum(2) - kl_weight * kl)).sum(1).mean()
+        return -(weights * (head.log_pi.sum(2) - kl_weight * head.kl)).sum(1).mean()
     advantage = advantage[..., None]
-    ratio = (log_pi - old).exp()  # importance ratio, 1 at the first update
-    clipped = ratio.clamp(1 - 0.2, 1 + 0.28)
+    ratio = ratio_of(head, old)
+    clipped = ratio.clamp(1 - CLIP[0], 1 + CLIP[1])
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)
-    surrogate = torch.where(decided, surrogate, 0).sum(2)  # (B, G)
-    return -(surrogate - kl_weight * kl).mean()
+    surrogate = torch.where(head.decided, surrogate, 0).sum(2)  # (B, G)
+    return -(surrogate - kl_weight * head.kl).mean()
 
 
-def log_probs_of(replayed, rollout):
-    """Log-probabilities of a Rollout's decisions from its `replay`, with gradient: of its tokens,
-    (B, G, T), 0 where none was chosen; and of its flow's random steps, (B, G, S), or None."""
-    logits, means, stds = replayed
-    B, G = rollout.tokens.shape[:2]
+def ratio_of(head, old):
+    """Importance ratios (B, G, T), 1 at the first update. Within e^20, so that none is infinite."""
+    return (head.log_pi - old).clamp(-20, 20).exp()
+
+
+def clipped_share(head, old):
+    """The share of a Head's decisions whose ratio is out of bounds; to look at."""
+    apart = ratio_of(head, old).detach() - 1
+    out = head.decided & ((apart < -CLIP[0]) | (apart > CLIP[1]))
+    return out.sum() / head.decided.sum().clamp(min=1)
+
+
+def heads_of(replayed, rollout, reference=None):
+    """What was decided in a Rollout, from its `replay`, {name: Head}. "thought": the tokens of the
+    reasoning. "drive": the action tokens, where there are any, or else the flow's random steps,
+    where there are any. reference: the reference policy's replay."""
+    at = torch.arange(rollout.tokens.shape[2], device=rollout.tokens.device)
+    thinks = (at < replayed.read[3][:, None]).view(rollout.tokens.shape)
     ids = rollout.tokens.flatten(0, 1)
-    tokens = token_log_probs(logits, ids, rollout.temperature, rollout.top_p)
-    tokens = tokens.view(B, G, -1) * rollout.chosen
-    flow = []
-    for i, std in enumerate(stds):
-        if std:
-            after = rollout.flow[i + 1].flatten(0, 1)
-            flow.append(gaussian_log_prob(after, means[i], std))
-    return tokens, torch.stack(flow, -1).view(B, G, -1) if flow else None
+    nats = token_log_probs(replayed.logits, ids, rollout.temperature, rollout.top_p)
+    nats = nats.view(rollout.tokens.shape)
+    kl_tokens, kl_steps = kl_of(replayed, reference, rollout)
+    heads = {}
+    for name, part in (("thought", thinks), ("drive", ~thinks)):
+        decided = rollout.chosen & part
+        if decided.any() or name == "thought":
+            log_pi = torch.where(decided, nats, 0)
+            heads[name] = Head(log_pi, decided, torch.where(decided, kl_tokens, 0).sum(2))
+    if replayed.stds:
+        steps = []
+        for i, (mean, std) in enumerate(zip(replayed.means, replayed.stds)):
+            steps.append(gaussian_log_prob(rollout.flow[i + 1].flatten(0, 1), mean, std))
+        log_pi = torch.stack(steps, -1).view(*rollout.tokens.shape[:2], -1)
+        heads["drive"] = Head(log_pi, torch.ones_like(log_pi, dtype=torch.bool), kl_steps)
+    return heads
 
 
 def token_log_probs(logits, tokens, temperature, top_p):
@@ -1766,20 +1848,25 @@ def gaussian_log_prob(x, mean, std):
 
 
 def kl_of(replayed, reference, rollout):
-    """KL[policy || reference policy] in nats from the two models' `replay`, (B, G) each: of the
-    tokens at temperature 1, exact where one was chosen, and of the flow's random steps, Gaussians
-    of one variance."""
-    chosen = rollout.chosen.flatten(0, 1)
-    ours = replayed.logits.log_softmax(-1)
-    theirs = reference.logits.log_softmax(-1)
-    tokens = ((ours.exp() * (ours - theirs)).sum(-1) * chosen).sum(1)  # (N,)
-    flow = torch.zeros_like(tokens)
-    for i, std in enumerate(replayed.stds):
-        if std:
-            apart = (replayed.means[i] - reference.means[i]) / std
-            flow = flow + apart.square().sum((1, 2)) / 2
-    groups = rollout.tokens.shape[:2]
-    return tokens.view(groups), flow.view(groups)
+    """KL[policy || reference policy] in nats from the two models' `replay`: of the tokens as they
+    are drawn, exact, (B, G, T), and of the flow's random steps together, Gaussians of one variance,
+    (B, G). Zeros without a reference."""
+    B, G, T = rollout.tokens.shape
+    steps = rollout.log_probs.new_zeros(B * G)
+    if reference is None:
+        return rollout.log_probs.new_zeros(B, G, T), steps.view(B, G)
+    ours = (replayed.logits / rollout.temperature).log_softmax(-1)
+    theirs = (reference.logits / rollout.temperature).log_softmax(-1)
+    tokens = (ours.exp() * (ours - theirs)).sum(-1)  # (N, T)
+    for mean, expected, std in zip(replayed.means, reference.means, replayed.stds):
+        apart = (mean - expected) / std
+        steps = steps + apart.square().sum((1, 2)) / 2
+    return tokens.view(B, G, T), steps.view(B, G)
+
+
+def repeated(kv, times):
+    """Keys and values (N, K, T, d), each sample `times` times, side by side; None stays None."""
+    return kv and tuple(x.repeat_interleave(times, 0) for x in kv)
 
 
 def entropy_of(replayed, rollout):

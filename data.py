@@ -414,30 +414,30 @@ def make_scenes(seeds, device="cpu", **view):
 
 @torch.no_grad()
 def drive_plans(seeds, plans, device="cpu"):
-    """What comes of m plans of each scene: {name: (n, m)} of collision, close, off_road (bool).
+    """What comes of m plans of each scene, each driven from t0 to its end: what `drive` says of a
+    drive, {name: (n, m)}, and `beside` (n, m, T), metres to the left of the line to drive on.
 
-    plans (n, m, T, 2), m/s^2 and 1/m, are driven from t0 to their end; the others react, see
-    World.step. Also returns `beside` (n, m, T), metres to the left of the line to drive on.
-    ValueError, FloatingPointError where plans are none."""
+    plans: (n, m, T, 2), m/s^2 and 1/m. The others react, see World.step. ValueError,
+    FloatingPointError where plans are none."""
     seeds = doors.whole_numbers("seeds", seeds)
     world = World(seeds, device)
     require_controls("plans", plans, seeds, dims=4)
     world.catch_up()
     for _ in range(PAST):
         world.step(*world.expert())
-    world = world.repeat(plans.shape[1])
+    m, T = plans.shape[1:3]
+    whole = way_of_expert(world, T).repeat_interleave(m)
+    world = world.repeat(m)
+    tally = Tally(world, T * DT)
     beside = []
-    met = {}
     controls = plans.to(device).flatten(0, 1)  # (n * m, T, 2)
     for accel, curvature in controls.permute(1, 2, 0):
         world.step(accel, curvature)
+        tally.add(world.judge(), world)
         beside.append(locate(world.x, world.y, world.scene.route)[1])
-        for name, value in world.judge().items():
-            met[name] = value | met.get(name, False)
-    found = {name: value.view(plans.shape[:2]) for name, value in met.items()}
-    found["beside"] = torch.stack(beside, -1).view(plans.shape[:3])
     require_finite("plans: the ego", seeds, world.x, world.y, world.yaw, world.speed)
-    return found
+    found = {name: value.view(-1, m) for name, value in tally.result(whole).items()}
+    return found | {"beside": torch.stack(beside, -1).view(-1, m, T)}
 
 
 def require_controls(name, controls, seeds, dims, least=1):

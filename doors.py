@@ -798,6 +798,16 @@ def check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta, se
         check_entry("noise", noise, ["N", "64", "2"], None, {})
 
 
+def check_says(says, scene):
+    """ValueError, one line, unless `says` of `Alpamayo.sample` is None or a text for each scene."""
+    if says is None:
+        return
+    count = len(scene["images"])
+    texts = isinstance(says, (list, tuple)) and all(isinstance(text, str) for text in says)
+    if not texts or len(says) != count:
+        raise ValueError(f"sample: says must be a list of {count} texts, one for each scene")
+
+
 # --------------------------------------------------------------------------------------------------
 # A program
 

@@ -33,9 +33,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from alpamayo import DT, HORIZON, OF_EXPERT, Rollout, ade
-from data import CAUSES, SPLITS, decisions, is_right, seed_of, to_device, words_of
+from data import CAUSES, SPLITS, decisions, is_right, rows_of, seed_of, to_device, words_of
 from doors import (
     Refused,
     expecting,
@@ -54,7 +55,14 @@ from world import LEFT, RIGHT
 # --------------------------------------------------------------------------------------------------
 # Rewards (Sec. 5.3.2). The paper gives no weights; all numbers here are ours, chosen in our world.
 
-WEIGHTS = {"reason": 0.2, "consistency": 1.0, "trajectory": 1.0}  # in the sum, which is at most 2
+# A part's weight, and which head it teaches. To add one: a line here, a line in `rewards_of`.
+REWARDS = {
+    "reason": (0.2, ["thought"]),
+    "consistency": (1.0, ["thought", "drive"]),
+    "trajectory": (1.0, ["drive"]),
+    "outcome": (1.0, ["drive"]),
+}
+HEADS = "thought", "drive"
 DISTANCE = 0.05  # 1/m^2: Eq. 11's lambda of the squared distance to the driven path
 DISTANCE_MOST = 1.0  # the most that distance costs
 COLLISION = 1.0
@@ -178,29 +186,39 @@ def trajectory(xyz, truth, collision=None):
     return -(cost if collision is None else cost + COLLISION * collision.float())
 
 
-def rewards_of(scene, rollout, scenes, numbers, parts, judge=None):
+def rewards_of(scene, rollout, scenes, numbers, flags, judge=None):
     """What a Rollout of scenes number `numbers` is rewarded for, {name: (B, G)}: reason 0 to 5,
-    consistency 0 or 1, trajectory up to 0, and `total`, the weighted sum of `parts`.
+    consistency 0 or 1, trajectory up to 0, outcome 0 to 1: AlpaSim's scene score of the plan.
 
-    To look at: collision, ade (m), comfort (0 to 1)."""
+    `thought` and `drive` are what the heads are rewarded with, the weighted sums of those of
+    --rewards that teach them; `total` is the sum of all. To look at: collision, off_road, ade (m),
+    comfort (0 to 1)."""
     xyz = rollout.xyz.cpu().float()
     rot = rollout.rot.cpu().float()
     truth = scene["ego_future_xyz"].cpu()
+    none = torch.zeros(xyz.shape[:2])
     met = scenes.drive_plans(numbers, rollout.actions.cpu())  # of a clip: nothing
     pairs = []
     for row, true in zip(rollout.reasoning, scene["reasoning"]):
         pairs += [(said, true) for said in row]
     grades = judge(pairs) if judge else [grade(*pair) for pair in pairs]
-    collision = met.get("collision", torch.zeros(xyz.shape[:2]))
+    collision = met.get("collision", none).float()
     found = {
         "reason": torch.tensor(grades, dtype=torch.float32).view(xyz.shape[:2]),
         "consistency": consistency(rollout.reasoning, scene, xyz, rot, met.get("beside")),
         "trajectory": trajectory(xyz, truth, collision),
-        "collision": collision.float(),
+        "outcome": met.get("score", none),
+        "collision": collision,
+        "off_road": met.get("off_road", none).float(),
         "ade": ade(xyz, truth[:, None]),
         "comfort": torch.stack(list(comfort(xyz, rot).values())).float().mean(0),
     }
-    return found | {"total": sum(WEIGHTS[name] * found[name] for name in parts)}
+    parts = {name: REWARDS[name][0] * found[name] for name in flags.rewards}
+    found["total"] = sum(parts.values())
+    for head in HEADS:
+        taught = [part for name, part in parts.items() if head in REWARDS[name][1]]
+        found[head] = found["total"] if flags.credit == "total" else sum(taught, none)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -400,9 +418,10 @@ class Piece(NamedTuple):
     divergence: torch.Tensor  # (B,)
 
 
-def step(model, reference, optimisers, scenes, number, known, flags, device, autocast, judge=None):
-    """Step `number` of a run. Brings known (scenes,), the divergences, up to date. Returns the line
-    of the log."""
+def step(model, reference, optimisers, scenes, number, known, flags, device, autocast, judge=None,
+         rehearse=None):
+    """Step `number` of a run. Brings known (scenes,), the divergences, up to date. rehearse: a
+    function that adds other gradients to an update's. Returns the line of the log."""
     numbers, drawn = choose(known, number, len(scenes), flags)
     size = max(1, len(numbers) // flags.accumulate)
     pieces = []
@@ -414,7 +433,7 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
                 rollout = try_out(model, scene, flags, seed_of(flags.seed, number, first))
         except FloatingPointError as error:
             raise FloatingPointError(f"step {number + 1}: {error}") from None
-        rewards = rewards_of(scene, rollout, scenes, some, flags.rewards, judge)
+        rewards = rewards_of(scene, rollout, scenes, some, flags, judge)
         for name, value in rewards.items():
             expect_finite(number, f"reward `{name}`", value)
         known[some] = divergence(rollout.log_probs.sum(2).cpu(), rewards["total"], flags.beta)
@@ -425,9 +444,8 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
     old = [None] * len(pieces)
     for _ in range(flags.updates):
         for i, piece in enumerate(pieces):
-            rewards = piece.rewards["total"].to(device)
             with autocast:
-                losses = losses_of(model, reference, *piece[:2], rewards, flags, old[i])
+                losses = losses_of(model, reference, *piece[:3], flags, old[i])
             loss = losses.pop("policy")
             expect_finite(number, f"loss `{flags.objective}`", loss)
             (loss / len(pieces)).backward()
@@ -435,30 +453,67 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
             old[i] = old[i] or log_probs
             for name, value in losses.items():
                 looked[name] = looked.get(name, 0.0) + value.item() / len(pieces) / flags.updates
+        if rehearse:
+            looked["rehearsed"] = rehearse()
         looked |= update(optimisers, number, flags)
     return {"step": number + 1, "stage": "rl"} | looked | log_of(pieces, drawn)
 
 
 def try_out(model, scene, flags, seed):
-    """A group of rollouts of each scene."""
+    """A group of rollouts of each scene. With --tell, where none of a group decides right, the last
+    one is made again, and thinks the true trace."""
     tokens = flags.policy == "tokens"
-    return model.sample(
-        scene, flags.group, flags.temperature, flags.top_p,
-        steps=1 if tokens else flags.flow_steps, max_new_tokens=flags.max_new_tokens, seed=seed,
-        reason=True, decode=flags.policy, eta=0.0 if tokens else flags.eta,
+    options = dict(
+        temperature=flags.temperature, top_p=flags.top_p, steps=1 if tokens else flags.flow_steps,
+        max_new_tokens=flags.max_new_tokens, seed=seed, reason=True, decode=flags.policy,
+        eta=0.0 if tokens or flags.objective == "nft" else flags.eta,
     )  # fmt: skip
+    rollout = model.sample(scene, flags.group, **options)
+    if not flags.tell:
+        return rollout
+    pairs = zip(rollout.reasoning, scene["reasoning"])
+    lost = [b for b, (row, true) in enumerate(pairs) if max(grade(said, true) for said in row) < 3]
+    if lost:
+        some = rows_of(scene, lost)
+        told = model.sample(some, 1, **options, says=some["reasoning"])
+        replace_last(rollout, lost, told, model.vocabulary["endoftext"])
+    return rollout
+
+
+def replace_last(rollout, rows, other, padding):
+    """Put another Rollout, of one sample of these rows, in place of the last sample there."""
+    longest = max(rollout.tokens.shape[2], other.tokens.shape[2])
+    for one in (rollout, other):
+        more = 0, longest - one.tokens.shape[2]
+        one.tokens = pad(one.tokens, more, value=padding)
+        one.chosen = pad(one.chosen, more)
+        one.log_probs = pad(one.log_probs, more)
+    for name in ("tokens", "chosen", "log_probs", "actions", "xyz", "rot"):
+        getattr(rollout, name)[rows, -1] = getattr(other, name)[:, 0]
+    rollout.flow[:, rows, -1] = other.flow[:, :, 0]
+    for row, texts in zip(rows, other.reasoning):
+        rollout.reasoning[row][-1] = texts[0]
 
 
 def losses_of(model, reference, scene, rollout, rewards, flags, old=None):
-    """`rl_losses` of a Rollout; rewards (B, G); reference: the KL term's frozen model, or None."""
+    """`rl_losses` of a Rollout with its `rewards_of`; reference: the KL term's frozen model, or
+    None."""
     replay = None
     if reference:
         with without_adapters(reference):
             replay = reference.replay(scene, rollout)
+    device = rollout.tokens.device
+    heads = {head: rewards[head].to(device) for head in HEADS if learns(head, flags)}
     return model(
-        scene, "rl", rollout=rollout, rewards=rewards, objective=flags.objective, beta=flags.beta,
-        kl_weight=flags.kl, flow_weight=flags.flow_weight, reference=replay, old=old,
+        scene, "rl", rollout=rollout, rewards=heads, objective=flags.objective, beta=flags.beta,
+        kl_weight=flags.kl, drive_weight=flags.drive_weight, reference=replay, old=old,
+        generator=torch.Generator(device).manual_seed(flags.seed),
     )  # fmt: skip
+
+
+def learns(head, flags):
+    """Whether a head is rewarded for anything."""
+    return flags.credit == "total" or any(head in REWARDS[name][1] for name in flags.rewards)
 
 
 def make_optimisers(model, flags):
@@ -521,10 +576,27 @@ def log_of(pieces, drawn):
 # Validation
 
 
-def validate(model, scenes, flags, judge=None):
-    """Means of `likeliest` over the held-out scenes, {name: float}."""
-    found = likeliest(model, scenes, min(flags.val_scenes, len(scenes)), flags, judge)
-    return {name: value.mean().item() for name, value in found.items()}
+def validate(model, held, flags, judge=None):
+    """Means of `likeliest` over the held-out scenes of each split, {"split name": float}."""
+    found = {}
+    for split, scenes in held.items():
+        count = min(flags.val_scenes, len(scenes))
+        for name, values in likeliest(model, scenes, count, flags, judge).items():
+            found[f"{split} {name}"] = values.mean().item()
+    return found
+
+
+def lines_of(when, values):
+    """A validation as lines to read, one a split: how it thinks, how it drives, and both."""
+    lines = []
+    for split in dict.fromkeys(name.rpartition(" ")[0] for name in values):
+        of = {name.rpartition(" ")[2]: v for name, v in values.items() if name.startswith(split)}
+        thought = f"right {of['right']:4.0%}, grade {of['reason']:.2f}"
+        drive = (f"ADE {of['ade']:5.2f} m, collides {of['collision']:4.0%}, off the road "
+                 f"{of['off_road']:4.0%}, outcome {of['outcome']:.2f}")
+        lines.append(f"{when} {split:5} thought: {thought}  drive: {drive}  both: consistent "
+                     f"{of['consistency']:4.0%}, total {of['total']:.2f}")
+    return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -536,7 +608,7 @@ def likeliest(model, scenes, count, flags, judge=None):
         numbers = range(first, min(first + 32, count))
         scene = scenes.batch(numbers)
         rollout = likeliest_of(model, scene, flags.flow_steps, length=flags.max_new_tokens)
-        rewards = rewards_of(scene, rollout, scenes, numbers, flags.rewards, judge)
+        rewards = rewards_of(scene, rollout, scenes, numbers, flags, judge)
         pairs = zip(rollout.reasoning, scene["reasoning"])
         right = [is_right(said, true)[2] for (said,), true in pairs]
         for name, value in (rewards | {"right": torch.tensor(right).float()}).items():
@@ -566,8 +638,11 @@ def add_flags(add):
     add("--policy", "flow", "what drives and learns beside the reasoning: the expert's flow | "
         "action tokens", choices=("flow", "tokens"))
     add("--objective", "clip", "clipped surrogate (the release's recipe) | weighted likelihood "
-        "(Eq. 10)", choices=("clip", "paper"))
-    add("--rewards", list(WEIGHTS), "parts of the reward", nargs="+", choices=tuple(WEIGHTS))
+        "(Eq. 10) | clipped thoughts, and DiffusionNFT for the flow",
+        choices=("clip", "paper", "nft"))
+    add("--rewards", list(REWARDS), "parts of the reward", nargs="+", choices=tuple(REWARDS))
+    add("--credit", "heads", "what teaches a head, thought or drive: its own parts | all of them",
+        choices=("heads", "total"))
     add("--judge", None, "grade reasoning by a language model behind this OpenAI-compatible "
         "endpoint", endpoint, metavar="URL")
     add("--judge-model", "judge", "its name there", metavar="NAME")
@@ -582,7 +657,10 @@ def add_flags(add):
     add("--max-new-tokens", 40, "of a trace, the paper's measure", whole(1, 10_000))
     add("--beta", 2.0, "sharpness of Eq. 10's weights and of curation's", real(0, 1000, above=0))
     add("--kl", 0.0, "weight of the KL to the reference policy", real(0, 1e6))
-    add("--flow-weight", 1.0, "of the flow's loss beside the reasoning's", real(0, 1e6))
+    add("--drive-weight", 1.0, "of the drive's loss beside the thought's", real(0, 1e6))
+    add("--tell", False, "where no rollout of a group decides right, one more is the truth: it "
+        "thinks the true trace (off-policy)")
+    add("--rehearse", 0.0, "weight of stage reason's loss on as many ordinary scenes", real(0, 1e6))
     add("--expert-lr", 5e-5, "AdamW's learning rate of the expert", real(0, 1))
     add("--updates", 1, "updates on a batch of rollouts", whole(1, 1000))
     add("--curate", 0.5, "share of the scenes drawn by divergence", real(0, 1))
@@ -592,6 +670,9 @@ def check_flags(flags, error):
     """Call error(line) where flags of stage rl do not go together."""
     if flags.policy == "tokens" and flags.train == "expert":
         error("--policy tokens --train expert: nothing would learn, the tokens are the vlm's")
+    if flags.objective == "nft" and (flags.policy == "tokens" or flags.updates > 1):
+        error("--objective nft: it teaches the flow, and updates once: without --policy tokens and "
+              "--updates")
     for name in ("rewards", "split"):
         values = getattr(flags, name)
         if len(set(values)) < len(values):
@@ -599,12 +680,15 @@ def check_flags(flags, error):
 
 
 def line_of(line):
-    """A step of the log as one line to read."""
+    """A step of the log as one line to read: what its rollouts earned, mean and spread in a group;
+    then how they differ, and how far the heads move."""
     words = [f"step {line['step']:4}"]
-    for name in ("total", *WEIGHTS):
+    for name in ("total", *REWARDS):
         words.append(f"{name} {line[name]:.2f} ± {line[name + '_spread']:.2f}")
-    for name in ("silent", "length", "entropy", "kl", "grad_norm"):
-        words.append(f"{name} {line[name]:.3g}")
+    words.append(f"one text {line['one_text']:.0%}, one reward {line['silent']:.0%}")
+    for name in ("entropy", "grad_norm", "grad_norm_expert"):
+        if name in line:
+            words.append(f"{name} {line[name]:.3g}")
     return "  ".join(words)
 
 
@@ -613,11 +697,11 @@ CURVES = {
     "reason": "reasoning, 0 to 5",
     "consistency": "consistency",
     "trajectory": "trajectory",
+    "outcome": "outcome: scene score of the plan",
+    "off_road": "off the road, share",
     "collision": "collisions, share",
     "ade": "ADE, m",
-    "entropy": "entropy, nats a token",
-    "silent": "groups of equal rewards, share",
-    "grad_norm": "gradient norm",
+    "one_text": "groups that say one text, share",
 }
 
 
@@ -635,24 +719,24 @@ def draw_curves(log, file):
         recent = [values[max(0, i - 9) : i + 1] for i in range(len(values))]
         ax.plot(steps, values, color=GREY, alpha=0.35, linewidth=1)
         means = [sum(some) / len(some) for some in recent]
-        ax.plot(steps, means, color=GREY, linewidth=2, label="rollouts, mean of 10 steps")
-        held = held_out(lines, name)
-        if held:
-            label = "held out, likeliest"
-            ax.plot(*zip(*held), color=MODEL, marker="o", markersize=4, label=label)
+        ax.plot(steps, means, color=GREY, linewidth=2, label="tried out, mean of 10 steps")
+        for (split, points), style in zip(held_out(lines, name).items(), ("-", "--", ":")):
+            label = f"{split}, held out, likeliest"
+            ax.plot(*zip(*points), style, color=MODEL, marker="o", markersize=4, label=label)
         ax.set_title(title, loc="left", fontsize=11)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False)
-    axes[2, 1].set_xlabel("step")
+    axes[0, 0].legend(frameon=False, fontsize=9)
+    axes[2, 1].set_xlabel("step; what is tried out are other scenes each step, drawn at random")
     save_figure(figure, file)
 
 
 def held_out(lines, name):
-    """[(step, value)] of a name in the log's validations."""
-    found = []
-    if name in lines[0].get("before", {}):
-        found.append((0, lines[0]["before"][name]))
-    for line in lines:
-        if name in line.get("val", {}):
-            found.append((line["step"], line["val"][name]))
+    """{split: [(step, value)]} of a name in the log's validations."""
+    found = {}
+    before = {"step": 0, "val": lines[0].get("before", {})}
+    for line in (before, *lines):
+        for key, value in line.get("val", {}).items():
+            split, _, what = key.rpartition(" ")
+            if what == name:
+                found.setdefault(split, []).append((line["step"], value))
     return found

@@ -5,6 +5,7 @@ Look, think, drive: what a model says and does in one scene, printed and drawn.
     python sample.py --situation pedestrian    the first held-out scene of that kind
     python sample.py --clip FOLDER --t0 3      a real clip, in any layout that clips.py reads
     python sample.py --keep 0.5                half of the image tokens; no retraining
+    python sample.py --say "Stop and keep lane since a traffic light is red."
     python sample.py --json out/sample.json    what was said and driven, in numbers
 
 Each sample is compared with the truth: "right"; "other reason", for the same decisions; "wrong".
@@ -36,7 +37,8 @@ def main():
     if not args.route:
         scene = data.without_route(scene)
     out = model.sample(
-        scene, args.n, args.temperature, args.top_p, args.steps, seed=args.seed, reason=args.reason)
+        scene, args.n, args.temperature, args.top_p, args.steps, seed=args.seed, reason=args.reason,
+        says=args.say and [args.say])
     report_samples(scene, out)
     if args.json:
         doors.write_json(args.json, record_of(scene, out, args))
@@ -77,6 +79,7 @@ def parse_flags():
         help="reason with the likeliest words that together have this probability")
     add("--steps", type=whole(1, 1000), default=10,
         help="Euler steps of the flow from noise to controls")
+    add("--say", metavar="TEXT", help="thought in place of its own: does it drive as it thinks?")
     add("--no-reasoning", dest="reason", action="store_false", help="drive without thinking")
     add("--no-route", dest="route", action="store_false", help="hide where the route goes")
     add("--keep", type=real(most=1, above=0), metavar="SHARE",
@@ -90,6 +93,8 @@ def parse_flags():
     for name in ("split", "situation") if args.clip else ("t0", "cameras"):
         if getattr(args, name) is not None:
             p.error(f"--{name}: expected {'without' if args.clip else 'with'} --clip")
+    if args.say is not None and not args.reason:
+        p.error("--say: expected without --no-reasoning")
     if all(one is None for one in (args.scene, args.split, args.situation, args.clip)):
         args.situation = FIRST_SEEN
     args.switches = {}  # of the checkpoint's config, where the command line says something else

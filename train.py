@@ -248,6 +248,8 @@ class Run:
     # Stage rl:
     reference: Alpamayo = None  # the reference policy, if there is a KL term
     judge: rl.Judge = None  # a language model that grades reasoning
+    held: dict = field(default_factory=dict)  # {split: scenes to validate on}
+    ordinary: object = None  # scenes to rehearse
     known: torch.Tensor = None  # (scenes,) how much model and rewards last disagreed, at first 0
 
     def __post_init__(self):
@@ -362,12 +364,15 @@ def loop(run, first):
             last = step + 1 == flags.steps
             if last or (step + 1) % flags.val_every == 0:
                 line["val"] = validate(run, line["stage"])
-                report(run, f"step {step + 1:6} {line['stage']:6}", line["val"])
+                report(run, f"step {step + 1:6}", line["stage"], line["val"])
             with together(run):
                 if run.rank == 0:
                     write_down(run, line, log, last)
-    run.say(f"done in {(time.time() - begin) / 60:.1f} minutes; look at it: "
-            f"python sample.py --checkpoint {flags.out}")
+    look = f"python sample.py --checkpoint {flags.out}"
+    if flags.stage == "rl" and flags.data == "world":
+        watch = f"python -m tools.watch --split {flags.split[0]} --seed 3"
+        look = f"{watch} --checkpoint {flags.init} --beside {flags.out}"
+    run.say(f"done in {(time.time() - begin) / 60:.1f} minutes; look at it: {look}")
 
 
 def counts(run):
@@ -375,8 +380,11 @@ def counts(run):
     return f"{total:,} parameters, {sum(p.numel() for p in run.params):,} learn"
 
 
-def report(run, when, values):
-    run.say(f"{when} validation: " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()))
+def report(run, when, stage, values):
+    if stage == "rl":
+        return run.say(rl.lines_of(when, values))
+    values = "  ".join(f"{k} {v:.3f}" for k, v in values.items())
+    run.say(f"{when} {stage:6} validation: {values}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -502,19 +510,24 @@ def load_scenes(run):
     for turn in (run.rank == 0, run.rank > 0):  # the first process renders what is not on disk
         with together(run):
             if turn:
-                run.scenes, run.val = load(flags, cfg)
+                run.scenes, run.val = load(run, cfg)
     if flags.data != "world":
         learned = "the scenes learned from" if run.val is run.scenes else f"{len(run.val)} others"
         run.say(f"{flags.data}: {len(run.scenes)} scenes to learn from; validation on {learned}")
 
 
-def world_scenes(flags, cfg):
+def world_scenes(run, cfg):
+    flags = run.flags
     view = data.view_of(cfg, flags.size)
     load = partial(data.load, "world", folder=flags.cache, workers=flags.workers, **view)
     if flags.stage == "rl":
         load_split = partial(load, scenes=flags.scenes, start=rl.START)
-        train = data.Together([load_split(split=split) for split in flags.split])
-        return train, load(split=flags.split[0], scenes=flags.val_scenes)
+        sets = {split: load_split(split=split) for split in flags.split}
+        if flags.rehearse:
+            run.ordinary = sets.get("train") or load_split(split="train")
+        for split in dict.fromkeys([flags.split[0], "val", "rare"]):
+            run.held[split] = load(split=split, scenes=flags.val_scenes)
+        return data.Together(list(sets.values())), run.held[flags.split[0]]
     train = load(split="train", scenes=flags.scenes)
     return train, load(split="val", scenes=flags.val_scenes)
 
@@ -550,8 +563,9 @@ def add_own_scenes(run, step):
     add_own_scenes(run, step)  # a resumed run has several to add
 
 
-def clip_scenes(flags, cfg):
+def clip_scenes(run, cfg):
     """Scenes of clips; those held out are of other clips, or else of another time (--hold-out)."""
+    flags = run.flags
     view = dict(frames=cfg.frames, frame_dt=cfg.frame_dt, camera_ids=flags.cameras)
     if not cfg.max_pixels:  # a model of the world knows only the world's cameras
         view |= dict(size=tuple(flags.size), rig=world.RIG)
@@ -759,6 +773,9 @@ def prepare_rl(run):
     """What stage rl has beside a model and scenes."""
     flags = run.flags
     run.known = torch.zeros(len(run.scenes))
+    if flags.data != "world":
+        run.held = {"held out": run.val}
+        run.ordinary = run.scenes
     if flags.judge:
         answers = os.path.join(flags.out, "judge.jsonl")
         run.judge = rl.Judge(flags.judge, flags.judge_model, answers)
@@ -771,14 +788,32 @@ def prepare_rl(run):
 
 def rl_step(run, step):
     """Returns the step's line of the log; that of the first has a validation `before`."""
+    flags = run.flags
     line = {}
     if step == 0:
         line["before"] = validate(run, "rl")
-        report(run, "before     ", line["before"])
-    line |= rl.step(run.model, run.reference, run.optimisers, run.scenes, step, run.known,
-                    run.flags, run.device, run.autocast, run.judge)
+        report(run, "before     ", "rl", line["before"])
+    rehearsal = partial(rehearse, run, step) if flags.rehearse else None
+    line |= rl.step(run.model, run.reference, run.optimisers, run.scenes, step, run.known, flags,
+                    run.device, run.autocast, run.judge, rehearsal)
     run.say(rl.line_of(line))
     return line
+
+
+def rehearse(run, step):
+    """Adds the gradients of stage reason on a batch of ordinary scenes. Returns its loss."""
+    flags = run.flags
+    generator = seeded(data.seed_of(flags.seed, step), run.device)
+    count = len(run.ordinary)
+    numbers = torch.randint(count, (flags.batch,), generator=seeded(data.seed_of(step)))
+    total = 0.0
+    for scene in pieces(run, run.ordinary, numbers.tolist()):
+        with run.autocast:
+            losses = run.model(scene, "reason", action_tokens=False, generator=generator)
+            loss = total_loss(losses, flags) / flags.accumulate
+        (flags.rehearse * loss).backward()
+        total += loss.item()
+    return total
 
 
 # --------------------------------------------------------------------------------------------------
@@ -794,7 +829,7 @@ def validate(run, stage):
     run.model.eval()  # in stage rl for good: the update replays what was sampled
     if stage == "rl":
         with run.autocast:
-            return rl.validate(run.model, run.val, flags, run.judge)
+            return rl.validate(run.model, run.held, flags, run.judge)
     reason = stage == "reason"
     names = ["action", "flow", "ade"] + ["text", "right", "exact"] * reason
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # last: scenes
@@ -923,7 +958,7 @@ def phases_of_step(run, scene):
             memory.last_token(run.model, scene, flags.group, out.tokens.shape[2])
 
     def learn_from_rollouts():
-        rewards = torch.zeros(run.piece, flags.group)
+        rewards = dict.fromkeys(rl.HEADS, torch.zeros(run.piece, flags.group))
         with run.autocast:
             losses = rl.losses_of(run.model, run.reference, scene, out, rewards, flags)
         losses["policy"].backward()

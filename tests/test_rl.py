@@ -32,10 +32,15 @@ CPU = torch.device("cpu")
 
 
 def flags_of(**other):
-    usual = dict(policy="flow", objective="clip", rewards=list(rl.WEIGHTS), group=4, temperature=1.3, top_p=0.9, eta=0.5, flow_steps=3,
-                 max_new_tokens=12, beta=2.0, kl=0.0, flow_weight=1.0, lr=1e-3, expert_lr=1e-3, updates=1, curate=0.5, batch=2,
+    usual = dict(policy="flow", objective="clip", rewards=list(rl.REWARDS), credit="heads", tell=False, rehearse=0.0, group=4, temperature=1.3, top_p=0.9, eta=0.5, flow_steps=3,
+                 max_new_tokens=12, beta=2.0, kl=0.0, drive_weight=1.0, lr=1e-3, expert_lr=1e-3, updates=1, curate=0.5, batch=2,
                  accumulate=1, clip=1.0, warmup=1, seed=0)  # fmt: skip
     return argparse.Namespace(**usual | other)
+
+
+def both(rewards):
+    """One reward for both heads."""
+    return dict.fromkeys(rl.HEADS, rewards)
 
 
 def tiny(seed=0):
@@ -155,8 +160,8 @@ def test_gradient_of_the_flows_log_probability(scene):
         out.flow += 0.05 * torch.randn_like(out.flow)  # any path will do
 
     def log_prob():
-        _, means, stds = model.replay(scene, out)
-        assert [std > 0 for std in stds] == [True, True, False]  # the last step is Euler's
+        _, means, stds, _ = model.replay(scene, out)
+        assert len(stds) == 2 and min(stds) > 0  # the last step is Euler's
         return sum(gaussian_log_prob(out.flow[i + 1].flatten(0, 1), means[i], stds[i]).sum() for i in range(2))
 
     log_prob().backward()
@@ -192,12 +197,12 @@ def test_an_update_makes_the_better_rollout_likelier(scene, policy, objective):
 
     def probabilities():
         with torch.no_grad():
-            tokens, flow = alpamayo.log_probs_of(model.replay(scene, out), out)
-        return tokens.sum(2), flow.sum(2) if flow is not None else None
+            heads = alpamayo.heads_of(model.replay(scene, out), out)
+        return [head.log_pi.sum(2) for head in heads.values()]
 
     before, old = probabilities(), None
     for _ in range(3):
-        losses = rl.losses_of(model, None, scene, out, rewards, flags, old)
+        losses = rl.losses_of(model, None, scene, out, both(rewards), flags, old)
         old = old or losses["log_probs"]
         optimiser.zero_grad()
         losses["policy"].backward()
@@ -205,9 +210,78 @@ def test_an_update_makes_the_better_rollout_likelier(scene, policy, objective):
         torch.nn.utils.clip_grad_norm_(model.expert.parameters(), 1.0)
         optimiser.step()
     for was, now in zip(before, probabilities()):
-        if was is not None:
-            gain = now - was
-            assert gain[better].mean() > gain[~better].mean() + 1e-6 and gain[better].mean() > 0
+        gain = now - was
+        assert gain[better].mean() > gain[~better].mean() + 1e-6 and gain[better].mean() > 0
+
+
+def test_without_probabilities_the_flow_goes_where_the_better_rollout_went(scene):
+    """DiffusionNFT: its loss is flow matching, towards the better of a group and away from the worse."""
+    flags = flags_of(objective="nft", temperature=1.0, top_p=1.0, beta=20.0)
+    model = tiny()
+    out = rl.try_out(model, scene, flags, seed=4)
+    assert out.eta == 0
+    better = torch.zeros(2, 4, dtype=torch.bool)
+    better[0, 1] = better[1, 2] = True
+
+    def apart():
+        """(2, 4): how far the expert's velocity is from leading to each rollout."""
+        noise = torch.randn(8, 64, 2, generator=torch.Generator().manual_seed(9))
+        replayed, to = model.replay(scene, out), out.flow[-1].flatten(0, 1)
+        prefix, tail, T, length = replayed.read
+        past = model.expert_past(prefix, tail, T, length)
+        velocity = model.velocity((to + noise) / 2, torch.full((8,), 0.5), past, prefix.end + length)
+        return (velocity - (to - noise)).square().mean((1, 2)).view(2, 4)
+
+    before = apart().detach()
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for _ in range(5):
+        losses = rl.losses_of(model, None, scene, out, {"drive": better.float()}, flags_of(**vars(flags) | {"rewards": ["outcome"]}))
+        optimiser.zero_grad()
+        losses["policy"].backward()
+        optimiser.step()
+    assert all(p.grad is None or not p.grad.any() for p in model.vlm.parameters())  # knowledge insulation
+    nearer = (before - apart()).detach()
+    assert nearer[better].min() > nearer[~better].max()
+
+
+def test_a_ratio_is_never_infinite():
+    """A log-ratio of 200 counts as the clip says: no gradient upwards, a finite one downwards."""
+    log_pi = torch.tensor([[[200.0], [-200.0]]], requires_grad=True)
+    head = alpamayo.Head(log_pi, torch.ones(1, 2, 1, dtype=torch.bool), torch.zeros(1, 2))
+    for rewards in ([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]):
+        loss = alpamayo.grpo("clip", head, torch.zeros(1, 2, 1), torch.tensor([rewards]), 2.0, 0.0)
+        (grad,) = torch.autograd.grad(loss, log_pi)
+        assert loss.isfinite() and not grad.any()
+    assert alpamayo.clipped_share(head, torch.zeros(1, 2, 1)) == 1
+
+
+def test_each_head_learns_from_its_own_reward(scene):
+    model = tiny()
+    out = rl.try_out(model, scene, flags_of(), seed=4)
+    rewards = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    for name, learner, other in (("thought", model.vlm, model.expert), ("drive", model.expert, model.vlm)):
+        model.zero_grad()
+        model(scene, "rl", rollout=out, rewards={name: rewards})["policy"].backward()
+        assert any(p.grad is not None and p.grad.any() for p in learner.parameters())
+        assert all(p.grad is None or not p.grad.any() for p in other.parameters())
+
+
+def test_what_none_of_a_group_said_is_told(scene):
+    """The last rollout then says the truth, drives after it, and has the probability that it had."""
+    model = tiny()
+    flags = flags_of(tell=True, max_new_tokens=60)
+    out = rl.try_out(model, scene, flags, seed=4)
+    plain = rl.try_out(model, scene, flags_of(max_new_tokens=60), seed=4)
+    assert [row[-1] for row in out.reasoning] == scene["reasoning"]
+    T = plain.tokens.shape[2]
+    assert torch.equal(out.tokens[:, :-1, :T], plain.tokens[:, :-1]) and torch.equal(out.xyz[:, :-1], plain.xyz[:, :-1])
+    assert not torch.allclose(out.xyz[:, -1], plain.xyz[:, -1], atol=1e-3)
+    with torch.no_grad():
+        heads = alpamayo.heads_of(model.replay(scene, out), out)
+    said = heads["thought"].decided * out.log_probs
+    assert (heads["thought"].log_pi - said).abs().max() < 2e-4 and heads["thought"].decided[:, -1].sum() > 20
+    right = rl.try_out(model, scene | {"reasoning": [row[0] for row in plain.reasoning]}, flags, seed=4)
+    assert right.reasoning == plain.reasoning or data.decisions(plain.reasoning[0][0]) is None
 
 
 def test_kl_is_zero_to_itself_and_holds_the_policy_back(scene):
@@ -215,10 +289,10 @@ def test_kl_is_zero_to_itself_and_holds_the_policy_back(scene):
     model, other = tiny(), tiny(1)
     out = rl.try_out(model, scene, flags, seed=4)
     rewards = torch.randn(2, 4)
-    look = rl.losses_of(model, model, scene, out, rewards, flags)
-    assert look["kl"] == 0 and look["kl_flow"] == 0 and look["mismatch"] < 2e-5
-    look = rl.losses_of(model, other, scene, out, rewards, flags)
-    assert look["kl"] > 0.01 and look["kl_flow"] > 0.01
+    look = rl.losses_of(model, model, scene, out, both(rewards), flags)
+    assert look["kl"] == 0 and look["kl_drive"] == 0 and look["mismatch"] < 2e-5
+    look = rl.losses_of(model, other, scene, out, both(rewards), flags)
+    assert look["kl"] > 0.01 and look["kl_drive"] > 0.01
 
 
 def test_sure_tokens_count(scene):
@@ -229,14 +303,14 @@ def test_sure_tokens_count(scene):
     out = model.sample(scene, 5, temperature=0.6, top_p=1.0, steps=1, max_new_tokens=longest, seed=3)
     with torch.no_grad():
         reference = other.replay(scene, out)
-        losses = model(scene, "rl", rollout=out, rewards=torch.randn(2, 5), reference=reference)
+        losses = model(scene, "rl", rollout=out, rewards=both(torch.randn(2, 5)), reference=reference)
         logits = model.replay(scene, out).logits.double()
     lengths, kls = [], []
     for i, row in enumerate(out.tokens.flatten(0, 1).tolist()):
         said = row.index(model.vocabulary["traj_future_start"]) + 1
         drawn = said - (said == longest)  # the last one was forced
         lengths.append(drawn)
-        p, q = logits[i, :drawn].softmax(-1), reference.logits[i, :drawn].double().softmax(-1)
+        p, q = (logits[i, :drawn] / 0.6).softmax(-1), (reference.logits[i, :drawn].double() / 0.6).softmax(-1)
         kls.append((p * (p / q.clamp(min=1e-300)).clamp(min=1e-300).log()).sum().item())
     assert (out.log_probs[out.chosen] == 0).float().mean() > 0.1  # the sure ones
     assert losses["length"] == pytest.approx(sum(lengths) / 10)
@@ -539,13 +613,13 @@ def test_pieces_of_a_batch_are_the_batch(few):
     scene = few.batch(range(2))
     out = rl.try_out(model, scene, flags, seed=1)
     rewards = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
-    rl.losses_of(model, None, scene, out, rewards, flags)["policy"].backward()
+    rl.losses_of(model, None, scene, out, both(rewards), flags)["policy"].backward()
     whole = [p.grad.clone() if p.grad is not None else None for p in model.parameters()]
     model.zero_grad()
     for i in range(2):
         part = replace(out, reasoning=out.reasoning[i : i + 1], tokens=out.tokens[i : i + 1], chosen=out.chosen[i : i + 1], log_probs=out.log_probs[i : i + 1],
                        flow=out.flow[:, i : i + 1])  # fmt: skip
-        (rl.losses_of(model, None, few.batch([i]), part, rewards[i : i + 1], flags)["policy"] / 2).backward()
+        (rl.losses_of(model, None, few.batch([i]), part, both(rewards[i : i + 1]), flags)["policy"] / 2).backward()
     for p, g in zip(model.parameters(), whole):
         if g is not None:
             assert torch.allclose(p.grad, g, atol=1e-4 * float(g.abs().max()) + 1e-6)

@@ -478,7 +478,8 @@ SAMPLING = {  # what measure_plans and rl.likeliest want beside the flags
     "batch": 32,
     "reason": True,
     "route": True,
-    "rewards": list(rl.WEIGHTS),
+    "rewards": list(rl.REWARDS),
+    "credit": "heads",
     "flow_steps": 5,
     "max_new_tokens": 40,
 }
