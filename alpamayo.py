@@ -548,12 +548,12 @@ class Alpamayo(nn.Module):
         return v0.to(self.device)
 
     def rl_losses(
-        self, scene, rollout, rewards, objective="clip", beta=2.0, kl_weight=0.0,
+        self, scene, rollout, advantage, objective="clip", beta=2.0, kl_weight=0.0,
         drive_weight=1.0, reference=None, old=None, generator=None,
     ):  # fmt: skip
-        """Stage rl (Sec. 5.3): GRPO on a group of rollouts of each scene. Two heads decide. Each
-        has its own reward, rewards {"thought": (B, G), "drive": (B, G)}; one without does not
-        learn. What is rewarded, and curation, are in rl.py.
+        """Stage rl (Sec. 5.3): GRPO on a group of rollouts of each scene. Two heads decide,
+        each with its own advantage {"thought": (B, G), "drive": (B, G)}, a reward less the group's
+        mean; one without does not learn. What is rewarded, and curation, are in rl.py.
         objective, beta: see `grpo`; with "nft" the drive learns by `nft`, from rollouts without
         random steps (eta 0); kl_weight: of the KL to the reference policy (the SFT model), whose
         `replay` of the rollout is `reference`; drive_weight: of the drive's loss beside the
@@ -568,11 +568,12 @@ class Alpamayo(nn.Module):
         found = {"log_probs": old}
         loss = 0.0
         for name, weight in (("thought", 1.0), ("drive", drive_weight)):
-            if name in rewards and name in heads:
+            better = advantage.get(name)
+            if better is not None and name in heads:
                 head = heads[name], old[name]
-                loss = loss + weight * grpo(objective, *head, rewards[name], beta, kl_weight)
-            elif name in rewards and objective == "nft":
-                loss = loss + weight * self.nft(replayed, rollout, rewards[name], beta, generator)
+                loss = loss + weight * grpo(objective, *head, better, beta, kl_weight)
+            elif better is not None and objective == "nft":
+                loss = loss + weight * self.nft(replayed, rollout, better, beta, generator)
         for name, end in (("thought", ""), ("drive", "_drive")):
             if name in heads:
                 found["kl" + end] = heads[name].kl.mean().detach()
@@ -584,16 +585,15 @@ class Alpamayo(nn.Module):
         found["mismatch"] = (thought.log_pi.detach() - drawn).abs().max()
         return found | {"policy": loss}
 
-    def nft(self, replayed, rollout, rewards, beta, generator=None, levels=4):
+    def nft(self, replayed, rollout, advantage, beta, generator=None, levels=4):
         """The drive's loss without probabilities (DiffusionNFT, arXiv 2509.16117): flow matching
         (Eq. 7) on what the rollouts drove, towards the better ones of a group and away from the
-        worse. rewards (B, G); levels: noise levels a rollout.
+        worse. advantage (B, G); levels: noise levels a rollout.
 
         A rollout counts as good by a share r = (1 + beta * advantage) / 2, within 0 and 1. The
         velocity v is drawn to the line from noise to it by r, and its mirror image, 2 v_old - v, by
         1 - r. Where v_old is v, as here, the gradient is 2 r - 1 times that of flow matching."""
         prefix, tail, T, length = replayed.read
-        advantage = rewards - rewards.mean(1, keepdim=True)
         good = ((1 + beta * advantage) / 2).clamp(0, 1).flatten()
         data = rollout.flow[-1].flatten(0, 1)  # (N, 64, 2)
         t, noise = self.draw_flow(data, levels, generator=generator)
@@ -1770,16 +1770,15 @@ def euler_step(x, velocity, t, dt, eta=0.0):  # kernels/flow_step.py has it too
 CLIP = 0.2, 0.28  # how far below and above 1 a ratio counts: the release's
 
 
-def grpo(objective, head, old, rewards, beta, kl_weight):
-    """GRPO's loss of what a Head decided in a group of G rollouts of each scene: no value network,
-    no division by the spread of the group.
+def grpo(objective, head, old, advantage, beta, kl_weight):
+    """GRPO's loss of what a Head decided in a group of G rollouts of each scene.
 
-    old (B, G, T): log-probabilities before the first update, without gradient; rewards (B, G).
+    old (B, G, T): log-probabilities before the first update, without gradient; advantage (B, G):
+    rewards less the group's mean. So there is no value network; nor is it divided by the spread.
 
     "paper" (Eq. 10): likelihood, weighted by softmax(beta * advantage) over the group. The weights
     add up to 1 whatever the rewards, so it also makes likelier what all of a group said; the KL
     term holds that. Else the release's recipe: the clipped surrogate of each decision."""
-    advantage = rewards - rewards.mean(1, keepdim=True)  # (B, G): the group's mean is the baseline
     if objective == "paper":
         weights = (beta * advantage).softmax(1)
         return -(weights * (head.log_pi.sum(2) - kl_weight * head.kl)).sum(1).mean()

@@ -36,7 +36,18 @@ import torch
 from torch.nn.functional import pad
 
 from alpamayo import DT, HORIZON, OF_EXPERT, Rollout, ade
-from data import CAUSES, SPLITS, decisions, is_right, rows_of, seed_of, to_device, words_of
+from data import (
+    CAUSES,
+    SPLITS,
+    decisions,
+    drive,
+    is_right,
+    rows_of,
+    seed_of,
+    to_device,
+    view_of,
+    words_of,
+)
 from doors import (
     Refused,
     expecting,
@@ -190,9 +201,7 @@ def rewards_of(scene, rollout, scenes, numbers, flags, judge=None):
     """What a Rollout of scenes number `numbers` is rewarded for, {name: (B, G)}: reason 0 to 5,
     consistency 0 or 1, trajectory up to 0, outcome 0 to 1: AlpaSim's scene score of the plan.
 
-    `thought` and `drive` are what the heads are rewarded with, the weighted sums of those of
-    --rewards that teach them; `total` is the sum of all. To look at: collision, off_road, ade (m),
-    comfort (0 to 1)."""
+    And their sums, see `sums_of`. To look at: collision, off_road, ade (m), comfort (0 to 1)."""
     xyz = rollout.xyz.cpu().float()
     rot = rollout.rot.cpu().float()
     truth = scene["ego_future_xyz"].cpu()
@@ -213,12 +222,19 @@ def rewards_of(scene, rollout, scenes, numbers, flags, judge=None):
         "ade": ade(xyz, truth[:, None]),
         "comfort": torch.stack(list(comfort(xyz, rot).values())).float().mean(0),
     }
+    return found | sums_of(found, flags)
+
+
+def sums_of(found, flags):
+    """`total`, the weighted sum of the parts that are rewarded; `thought` and `drive`, what the
+    heads are rewarded with: those that teach them, or with --credit total all."""
     parts = {name: REWARDS[name][0] * found[name] for name in flags.rewards}
-    found["total"] = sum(parts.values())
+    sums = {"total": sum(parts.values())}
     for head in HEADS:
         taught = [part for name, part in parts.items() if head in REWARDS[name][1]]
-        found[head] = found["total"] if flags.credit == "total" else sum(taught, none)
-    return found
+        own = sum(taught, torch.zeros_like(sums["total"]))
+        sums[head] = sums["total"] if flags.credit == "total" else own
+    return sums
 
 
 # --------------------------------------------------------------------------------------------------
@@ -409,13 +425,12 @@ def choose(known, step, count, flags):
 # The step: try out, reward, learn
 
 
-class Piece(NamedTuple):
-    """Some of a step's scenes, a group of rollouts of each, and what came of them."""
+class Lesson(NamedTuple):
+    """Rollouts to learn from."""
 
     scene: dict
     rollout: Rollout
-    rewards: dict  # see rewards_of, (B, G) each
-    divergence: torch.Tensor  # (B,)
+    advantage: dict  # {head: (B, G)}: reward less the group's mean
 
 
 def step(model, reference, optimisers, scenes, number, known, flags, device, autocast, judge=None,
@@ -424,42 +439,59 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
     function that adds other gradients to an update's. Returns the line of the log."""
     numbers, drawn = choose(known, number, len(scenes), flags)
     size = max(1, len(numbers) // flags.accumulate)
-    pieces = []
+    lessons, earned = [], []
     for first in range(0, len(numbers), size):
         some = numbers[first : first + size]
         scene = to_device(scenes.batch(some), device)
+        seed = seed_of(flags.seed, number, first)
         try:
             with autocast:
-                rollout = try_out(model, scene, flags, seed_of(flags.seed, number, first))
+                if flags.episode:
+                    found, rewards, log_probs = drive_out(model, scenes, some, flags, seed, judge)
+                else:
+                    rollout = try_out(model, scene, flags, flags.group, seed)
+                    rewards = rewards_of(scene, rollout, scenes, some, flags, judge)
+                    log_probs = rollout.log_probs.sum(2).cpu()
+                    found = [Lesson(scene, rollout, advantage_of(rewards, flags))]
         except FloatingPointError as error:
             raise FloatingPointError(f"step {number + 1}: {error}") from None
-        rewards = rewards_of(scene, rollout, scenes, some, flags, judge)
         for name, value in rewards.items():
             expect_finite(number, f"reward `{name}`", value)
-        known[some] = divergence(rollout.log_probs.sum(2).cpu(), rewards["total"], flags.beta)
+        known[some] = divergence(log_probs, rewards["total"], flags.beta)
         expect_finite(number, "divergence", known[some])
-        pieces.append(Piece(scene, rollout, rewards, known[some]))
+        lessons += found
+        earned.append(rewards)
 
     looked = {}
-    old = [None] * len(pieces)
+    old = [None] * len(lessons)
     for _ in range(flags.updates):
-        for i, piece in enumerate(pieces):
+        for i, lesson in enumerate(lessons):
             with autocast:
-                losses = losses_of(model, reference, *piece[:3], flags, old[i])
+                losses = losses_of(model, reference, *lesson, flags, old[i])
             loss = losses.pop("policy")
             expect_finite(number, f"loss `{flags.objective}`", loss)
-            (loss / len(pieces)).backward()
+            (loss / len(lessons)).backward()
             log_probs = losses.pop("log_probs")
             old[i] = old[i] or log_probs
             for name, value in losses.items():
-                looked[name] = looked.get(name, 0.0) + value.item() / len(pieces) / flags.updates
+                looked[name] = looked.get(name, 0.0) + value.item() / len(lessons) / flags.updates
         if rehearse:
             looked["rehearsed"] = rehearse()
         looked |= update(optimisers, number, flags)
-    return {"step": number + 1, "stage": "rl"} | looked | log_of(pieces, drawn)
+    looked |= log_of(lessons, earned, known[numbers], drawn)
+    return {"step": number + 1, "stage": "rl"} | looked
 
 
-def try_out(model, scene, flags, seed):
+def advantage_of(rewards, flags):
+    """{head: (B, G)} of the heads that are rewarded."""
+    found = {}
+    for head in HEADS:
+        if flags.credit == "total" or any(head in REWARDS[name][1] for name in flags.rewards):
+            found[head] = rewards[head] - rewards[head].mean(1, keepdim=True)
+    return found
+
+
+def try_out(model, scene, flags, group, seed):
     """A group of rollouts of each scene. With --tell, where none of a group decides right, the last
     one is made again, and thinks the true trace."""
     tokens = flags.policy == "tokens"
@@ -468,7 +500,7 @@ def try_out(model, scene, flags, seed):
         max_new_tokens=flags.max_new_tokens, seed=seed, reason=True, decode=flags.policy,
         eta=0.0 if tokens or flags.objective == "nft" else flags.eta,
     )  # fmt: skip
-    rollout = model.sample(scene, flags.group, **options)
+    rollout = model.sample(scene, group, **options)
     if not flags.tell:
         return rollout
     pairs = zip(rollout.reasoning, scene["reasoning"])
@@ -495,25 +527,77 @@ def replace_last(rollout, rows, other, padding):
         rollout.reasoning[row][-1] = texts[0]
 
 
-def losses_of(model, reference, scene, rollout, rewards, flags, old=None):
-    """`rl_losses` of a Rollout with its `rewards_of`; reference: the KL term's frozen model, or
-    None."""
+def drive_out(model, scenes, numbers, flags, seed, judge=None):
+    """A group of drives in closed loop of each scene: `--episode` seconds that are planned anew
+    every half second. Returns a Lesson for each moment, what the drives earned, as `rewards_of`,
+    and the log-probabilities of all that was said, (B, G).
+
+    A thought is rewarded for its moment, a plan for what came of the drive."""
+    groups = len(numbers), flags.group
+    seeds = [scenes.seeds[i] for i in numbers for _ in range(flags.group)]
+    moments = []  # a Scene and a Rollout of one sample each, of all drives
+
+    def policy(scene):
+        rollout = try_out(model, scene, flags, 1, seed_of(seed, len(moments)))
+        moments.append((to_device(scene, model.device), rollout))
+        return rollout.actions[:, 0]
+
+    # Who films asks about drives that are over, too. So a row is the same drive at all moments.
+    options = {"film": lambda *_: None, **view_of(model.cfg, flags.size)}
+    met = drive(policy, seeds, flags.episode, PAUSE, model.device, **options)
+    parts = [rewards_of_moment(scene, rollout, groups, judge) for scene, rollout in moments]
+    starts = PAUSE * torch.arange(len(moments))
+    goes_on = (met["seconds"].cpu() > starts[:, None]).float().view(-1, *groups)
+    rewards = {}
+    for name in parts[0]:
+        values = torch.stack([part[name] for part in parts])
+        rewards[name] = (values * goes_on).sum(0) / goes_on.sum(0)
+    for name in ("collision", "off_road"):
+        rewards[name] = met[name].cpu().float().view(groups)
+    rewards["outcome"] = met["score"].cpu().view(groups)
+    rewards["trajectory"] = rewards["trajectory"] - COLLISION * rewards["collision"]
+    rewards |= sums_of(rewards, flags)
+    whole = advantage_of(rewards, flags)
+    lessons = []
+    for (scene, rollout), part, counts in zip(moments, parts, goes_on):
+        of_moment = advantage_of(sums_of(rewards | part, flags), flags)
+        advantage = whole | {head: of_moment[head] for head in of_moment if head == "thought"}
+        rows = {head: (a * counts).view(-1, 1) for head, a in advantage.items()}
+        lessons.append(Lesson(scene, rollout, rows))
+    said = torch.stack([rollout.log_probs.sum(2).cpu().view(groups) for _, rollout in moments])
+    return lessons, rewards, (said * goes_on).sum(0)
+
+
+def rewards_of_moment(scene, rollout, groups, judge=None):
+    """What can be said of a moment of drives in closed loop, {name: groups}. Nobody drove on from
+    there, so trajectory is jerk alone."""
+    xyz = rollout.xyz.cpu().float()  # (B * G, 1, 64, 3)
+    rot = rollout.rot.cpu().float()
+    pairs = [(said, true) for (said,), true in zip(rollout.reasoning, scene["reasoning"])]
+    grades = judge(pairs) if judge else [grade(*pair) for pair in pairs]
+    found = {
+        "reason": torch.tensor(grades, dtype=torch.float32),
+        "consistency": consistency(rollout.reasoning, scene, xyz, rot),
+        "trajectory": trajectory(xyz, xyz[:, 0]),
+        "ade": torch.zeros(len(xyz)),
+        "comfort": torch.stack(list(comfort(xyz, rot).values())).float().mean(0),
+    }
+    return {name: value.view(groups) for name, value in found.items()}
+
+
+def losses_of(model, reference, scene, rollout, advantage, flags, old=None):
+    """`rl_losses` of a Lesson; reference: the KL term's frozen model, or None."""
     replay = None
     if reference:
         with without_adapters(reference):
             replay = reference.replay(scene, rollout)
     device = rollout.tokens.device
-    heads = {head: rewards[head].to(device) for head in HEADS if learns(head, flags)}
     return model(
-        scene, "rl", rollout=rollout, rewards=heads, objective=flags.objective, beta=flags.beta,
-        kl_weight=flags.kl, drive_weight=flags.drive_weight, reference=replay, old=old,
+        scene, "rl", rollout=rollout, advantage={k: v.to(device) for k, v in advantage.items()},
+        objective=flags.objective, beta=flags.beta, kl_weight=flags.kl,
+        drive_weight=flags.drive_weight, reference=replay, old=old,
         generator=torch.Generator(device).manual_seed(flags.seed),
     )  # fmt: skip
-
-
-def learns(head, flags):
-    """Whether a head is rewarded for anything."""
-    return flags.credit == "total" or any(head in REWARDS[name][1] for name in flags.rewards)
 
 
 def make_optimisers(model, flags):
@@ -555,18 +639,18 @@ def expect_finite(number, what, value):
         raise FloatingPointError(f"step {number + 1}: {what} is not finite")
 
 
-def log_of(pieces, drawn):
-    """What the log says of a step's Pieces, whose first `drawn` scenes were drawn by divergence."""
-    line = {"tokens": float(sum(piece.rollout.tokens.numel() for piece in pieces))}
-    for name in pieces[0].rewards:
-        values = torch.cat([piece.rewards[name] for piece in pieces])
+def log_of(lessons, earned, divergences, drawn):
+    """What the log says of a step: of its Lessons; of the rewards, `earned` by each piece of the
+    batch; of its scenes' divergences, the first `drawn` of which were drawn by them."""
+    line = {"tokens": float(sum(lesson.rollout.tokens.numel() for lesson in lessons))}
+    for name in earned[0]:
+        values = torch.cat([rewards[name] for rewards in earned])
         line[name] = values.mean().item()
         line[name + "_spread"] = values.std(1).mean().item()  # in a group: what there is to learn
-    totals = torch.cat([piece.rewards["total"] for piece in pieces])
+    totals = torch.cat([rewards["total"] for rewards in earned])
     line["silent"] = (totals.std(1) < 1e-3).float().mean().item()  # groups of equal rewards
-    texts = [len(set(row)) == 1 for piece in pieces for row in piece.rollout.reasoning]
+    texts = [len(set(row)) == 1 for lesson in lessons for row in lesson.rollout.reasoning]
     line["one_text"] = sum(texts) / len(texts)
-    divergences = torch.cat([piece.divergence for piece in pieces])
     for name, some in (("chosen", divergences[:drawn]), ("random", divergences[drawn:])):
         line[f"divergence_{name}"] = some.mean().item() if len(some) else None
     return line
@@ -630,6 +714,7 @@ def likeliest_of(model, scene, steps, reason=True, length=64):
 
 START = 100_000  # the first scene of a split that is tried out; validation takes the first ones
 # train.py's own flags in stage rl, where they are not given.
+PAUSE = 0.5  # s between the plans of an episode
 DEFAULTS = dict(scenes=1000, steps=100, batch=16, lr=1e-4, warmup=5, val_every=25, save_every=25)
 
 
@@ -658,6 +743,8 @@ def add_flags(add):
     add("--beta", 2.0, "sharpness of Eq. 10's weights and of curation's", real(0, 1000, above=0))
     add("--kl", 0.0, "weight of the KL to the reference policy", real(0, 1e6))
     add("--drive-weight", 1.0, "of the drive's loss beside the thought's", real(0, 1e6))
+    add("--episode", 0.0, "seconds of closed loop that are rewarded, with a plan every half "
+        "second; 0: a single plan of 6.4 s", real(0, 60))
     add("--tell", False, "where no rollout of a group decides right, one more is the truth: it "
         "thinks the true trace (off-policy)")
     add("--rehearse", 0.0, "weight of stage reason's loss on as many ordinary scenes", real(0, 1e6))
@@ -673,6 +760,11 @@ def check_flags(flags, error):
     if flags.objective == "nft" and (flags.policy == "tokens" or flags.updates > 1):
         error("--objective nft: it teaches the flow, and updates once: without --policy tokens and "
               "--updates")
+    if flags.episode and (flags.data != "world" or flags.objective == "paper" or flags.tell):
+        error(f"--episode {flags.episode:g}: it takes --data world, and neither --objective paper "
+              "nor --tell")
+    if flags.episode and flags.episode < PAUSE:
+        error(f"--episode {flags.episode:g}: expected 0, or {PAUSE} s or more")
     for name in ("rewards", "split"):
         values = getattr(flags, name)
         if len(set(values)) < len(values):

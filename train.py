@@ -958,9 +958,9 @@ def phases_of_step(run, scene):
             memory.last_token(run.model, scene, flags.group, out.tokens.shape[2])
 
     def learn_from_rollouts():
-        rewards = dict.fromkeys(rl.HEADS, torch.zeros(run.piece, flags.group))
+        advantage = dict.fromkeys(rl.HEADS, torch.zeros(run.piece, flags.group))
         with run.autocast:
-            losses = rl.losses_of(run.model, run.reference, scene, out, rewards, flags)
+            losses = rl.losses_of(run.model, run.reference, scene, out, advantage, flags)
         losses["policy"].backward()
 
     return {"rollouts": try_out, "losses": learn_from_rollouts, "update": change}

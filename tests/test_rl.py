@@ -32,15 +32,15 @@ CPU = torch.device("cpu")
 
 
 def flags_of(**other):
-    usual = dict(policy="flow", objective="clip", rewards=list(rl.REWARDS), credit="heads", tell=False, rehearse=0.0, group=4, temperature=1.3, top_p=0.9, eta=0.5, flow_steps=3,
+    usual = dict(policy="flow", objective="clip", rewards=list(rl.REWARDS), credit="heads", tell=False, episode=0.0, size=(H, W), group=4, temperature=1.3, top_p=0.9, eta=0.5, flow_steps=3,
                  max_new_tokens=12, beta=2.0, kl=0.0, drive_weight=1.0, lr=1e-3, expert_lr=1e-3, updates=1, curate=0.5, batch=2,
                  accumulate=1, clip=1.0, warmup=1, seed=0)  # fmt: skip
     return argparse.Namespace(**usual | other)
 
 
 def both(rewards):
-    """One reward for both heads."""
-    return dict.fromkeys(rl.HEADS, rewards)
+    """The advantage of one reward for both heads."""
+    return dict.fromkeys(rl.HEADS, rewards - rewards.mean(1, keepdim=True))
 
 
 def tiny(seed=0):
@@ -189,7 +189,7 @@ def test_an_update_makes_the_better_rollout_likelier(scene, policy, objective):
     small updates on these very rollouts it has gained on the others, in every decision that it is made of."""
     flags = flags_of(policy=policy, objective=objective, temperature=1.0, top_p=1.0, max_new_tokens=6, beta=20.0, group=3)
     model = tiny()
-    out = rl.try_out(model, scene, flags, seed=4)
+    out = rl.try_out(model, scene, flags, flags.group, seed=4)
     rewards = torch.zeros(2, 3)
     rewards[0, 1] = rewards[1, 2] = 1.0
     better = rewards.bool()
@@ -218,10 +218,10 @@ def test_without_probabilities_the_flow_matches_what_was_better(scene):
     """DiffusionNFT's gradient is flow matching's on what the rollouts drove, each weighed from 1 for the best to -1."""
     flags = flags_of(objective="nft", beta=1.5)
     model = tiny()
-    out = rl.try_out(model, scene, flags, seed=4)
+    out = rl.try_out(model, scene, flags, flags.group, seed=4)
     assert out.eta == 0
     rewards = torch.tensor([[0.0, 0.2, 0.4, 1.0], [3.0, -3.0, 0.5, 0.3]])
-    rl.losses_of(model, None, scene, out, {"thought": 0 * rewards, "drive": rewards}, flags)["policy"].backward()
+    rl.losses_of(model, None, scene, out, {"drive": both(rewards)["drive"]}, flags)["policy"].backward()
     found = [p.grad.clone() for p in model.expert.parameters()]
     assert all(p.grad is None or not p.grad.any() for p in model.vlm.parameters())  # knowledge insulation
 
@@ -248,7 +248,7 @@ def test_a_ratio_is_never_infinite():
     log_pi = torch.tensor([[[200.0], [-200.0]]], requires_grad=True)
     head = alpamayo.Head(log_pi, torch.ones(1, 2, 1, dtype=torch.bool), torch.zeros(1, 2))
     for rewards in ([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]):
-        loss = alpamayo.grpo("clip", head, torch.zeros(1, 2, 1), torch.tensor([rewards]), 2.0, 0.0)
+        loss = alpamayo.grpo("clip", head, torch.zeros(1, 2, 1), both(torch.tensor([rewards]))["drive"], 2.0, 0.0)
         (grad,) = torch.autograd.grad(loss, log_pi)
         assert loss.isfinite() and not grad.any()
     assert alpamayo.clipped_share(head, torch.zeros(1, 2, 1)) == 1
@@ -256,11 +256,11 @@ def test_a_ratio_is_never_infinite():
 
 def test_each_head_learns_from_its_own_reward(scene):
     model = tiny()
-    out = rl.try_out(model, scene, flags_of(), seed=4)
+    out = rl.try_out(model, scene, flags_of(), 4, seed=4)
     rewards = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
     for name, learner, other in (("thought", model.vlm, model.expert), ("drive", model.expert, model.vlm)):
         model.zero_grad()
-        model(scene, "rl", rollout=out, rewards={name: rewards})["policy"].backward()
+        model(scene, "rl", rollout=out, advantage={name: rewards})["policy"].backward()
         assert any(p.grad is not None and p.grad.any() for p in learner.parameters())
         assert all(p.grad is None or not p.grad.any() for p in other.parameters())
 
@@ -269,8 +269,8 @@ def test_what_none_of_a_group_said_is_told(scene):
     """The last rollout then says the truth, drives after it, and has the probability that it had."""
     model = tiny()
     flags = flags_of(tell=True, max_new_tokens=60)
-    out = rl.try_out(model, scene, flags, seed=4)
-    plain = rl.try_out(model, scene, flags_of(max_new_tokens=60), seed=4)
+    out = rl.try_out(model, scene, flags, flags.group, seed=4)
+    plain = rl.try_out(model, scene, flags_of(max_new_tokens=60), 4, seed=4)
     assert [row[-1] for row in out.reasoning] == scene["reasoning"]
     T = plain.tokens.shape[2]
     assert torch.equal(out.tokens[:, :-1, :T], plain.tokens[:, :-1]) and torch.equal(out.xyz[:, :-1], plain.xyz[:, :-1])
@@ -279,14 +279,14 @@ def test_what_none_of_a_group_said_is_told(scene):
         heads = alpamayo.heads_of(model.replay(scene, out), out)
     said = heads["thought"].decided * out.log_probs
     assert (heads["thought"].log_pi - said).abs().max() < 2e-4 and heads["thought"].decided[:, -1].sum() > 20
-    right = rl.try_out(model, scene | {"reasoning": [row[0] for row in plain.reasoning]}, flags, seed=4)
+    right = rl.try_out(model, scene | {"reasoning": [row[0] for row in plain.reasoning]}, flags, flags.group, seed=4)
     assert right.reasoning == plain.reasoning or data.decisions(plain.reasoning[0][0]) is None
 
 
 def test_kl_is_zero_to_itself_and_holds_the_policy_back(scene):
     flags = flags_of(kl=1.0)
     model, other = tiny(), tiny(1)
-    out = rl.try_out(model, scene, flags, seed=4)
+    out = rl.try_out(model, scene, flags, flags.group, seed=4)
     rewards = torch.randn(2, 4)
     look = rl.losses_of(model, model, scene, out, both(rewards), flags)
     assert look["kl"] == 0 and look["kl_drive"] == 0 and look["mismatch"] < 2e-5
@@ -302,7 +302,7 @@ def test_sure_tokens_count(scene):
     out = model.sample(scene, 5, temperature=0.6, top_p=1.0, steps=1, max_new_tokens=longest, seed=3)
     with torch.no_grad():
         reference = other.replay(scene, out)
-        losses = model(scene, "rl", rollout=out, rewards=both(torch.randn(2, 5)), reference=reference)
+        losses = model(scene, "rl", rollout=out, advantage=both(torch.randn(2, 5)), reference=reference)
         logits = model.replay(scene, out).logits.double()
     lengths, kls = [], []
     for i, row in enumerate(out.tokens.flatten(0, 1).tolist()):
@@ -592,6 +592,28 @@ def one_step(model, few, flags, judge=None, reference=None, step=0):
     return line, known
 
 
+def test_an_episode_teaches_each_moment(few):
+    """A thought by its moment, a plan by the outcome of its drive; a drive that is over teaches nothing more."""
+    model = tiny()
+    flags = flags_of(group=3, episode=1.5, batch=2, max_new_tokens=6)
+    lessons, rewards, said = rl.drive_out(model, few, [0, 2], flags, seed=3)
+    assert len(lessons) == 3 and said.shape == rewards["outcome"].shape == (2, 3)
+    seeds = [few.seeds[i] for i in (0, 0, 0, 2, 2, 2)]
+    plans = iter([lesson.rollout.actions[:, 0] for lesson in lessons])
+    met = data.drive(lambda scene: next(plans), seeds, 1.5, 0.5, film=lambda *_: None, camera_ids=(1,), size=(2, 4), frames=1)
+    assert torch.equal(rewards["outcome"], met["score"].view(2, 3)) and torch.equal(rewards["off_road"], met["off_road"].float().view(2, 3))
+    drive = rewards["drive"] - rewards["drive"].mean(1, keepdim=True)
+    for i, (scene, rollout, advantage) in enumerate(lessons):
+        goes_on = met["seconds"] > 0.5 * i
+        assert torch.allclose(advantage["drive"][:, 0], drive.flatten() * goes_on)
+        grades = torch.tensor([rl.grade(row[0], true) for row, true in zip(rollout.reasoning, scene["reasoning"])]).float()
+        agree = rl.consistency(rollout.reasoning, scene, rollout.xyz, rollout.rot)[:, 0]
+        earned = (0.2 * grades + agree).view(2, 3)
+        assert torch.allclose(advantage["thought"][:, 0], (earned - earned.mean(1, keepdim=True)).flatten() * goes_on, atol=1e-6)
+    line, known = one_step(model, few, flags)
+    assert line["outcome"] >= 0 and (known != 0).any()
+
+
 @pytest.mark.parametrize("policy", ["flow", "tokens"])
 def test_a_step_is_a_function_of_weights_seed_and_step(few, policy):
     flags = flags_of(policy=policy, objective="paper", kl=0.1, group=2)
@@ -610,7 +632,7 @@ def test_pieces_of_a_batch_are_the_batch(few):
     flags = flags_of()
     model = tiny()
     scene = few.batch(range(2))
-    out = rl.try_out(model, scene, flags, seed=1)
+    out = rl.try_out(model, scene, flags, flags.group, seed=1)
     rewards = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     rl.losses_of(model, None, scene, out, both(rewards), flags)["policy"].backward()
     whole = [p.grad.clone() if p.grad is not None else None for p in model.parameters()]
