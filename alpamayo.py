@@ -214,6 +214,7 @@ class Rollout:
     temperature: float = 0.6  # how it was drawn, see `sample`
     top_p: float = 0.98
     eta: float = 0.0
+    modes: int = 64
 
     def __repr__(self):
         B, n, T = self.tokens.shape
@@ -612,15 +613,15 @@ class Alpamayo(nn.Module):
     @torch.no_grad()
     def sample(
         self, scene, n=6, temperature=0.6, top_p=0.98, steps=10, max_new_tokens=256, noise=None,
-        seed=None, reason=None, decode="flow", eta=0.0, says=None,
+        seed=None, reason=None, decode="flow", eta=0.0, modes=64, says=None,
     ):  # fmt: skip
         """Look, think, drive: n samples of B scenes, each with its own reasoning (Sec. 5.1).
         temperature 0 is greedy; top_p keeps the likeliest tokens that together have that
         probability; steps: of Euler from noise (B * n, 64, 2), drawn where not given; seed fixes
         both draws. reason=False drives without thinking; None: as the Config says. decode "flow":
         the expert drives; "tokens": the language model says its 128 action tokens, which is slow
-        and is what the paper's reinforcement learning scores. eta: see euler_step. says: B texts,
-        thought in place of its own reasoning.
+        and is what the paper's reinforcement learning scores. eta, modes: see euler_step. says: B
+        texts, thought in place of its own reasoning.
         The prompt's keys and values are stored once for all n samples. Returns a Rollout."""
         check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta, seed, noise)
         check_says(says, scene)
@@ -642,7 +643,7 @@ class Alpamayo(nn.Module):
         if decode == "tokens":
             flow = self.said_controls(thought)[None]
         else:
-            flow = self.drive(prefix, thought, steps, noise, eta, generator)
+            flow = self.drive(prefix, thought, steps, noise, eta, generator, modes)
         actions = self.action_space.restore(flow[-1])  # (N, 64, 2)
         xyz, rot = roll_out(actions, self.speed(scene).repeat_interleave(n))
         clock.lap("flow")
@@ -654,7 +655,7 @@ class Alpamayo(nn.Module):
         by_sample = (*thought[:3], actions, xyz, rot)  # tokens, chosen, log_probs: (N, T)
         by_scene = [a.unflatten(0, (-1, n)) for a in by_sample]
         flow = flow.unflatten(1, (-1, n))
-        return Rollout(reasoning, *by_scene, flow, clock.seconds, temperature, top_p, eta)
+        return Rollout(reasoning, *by_scene, flow, clock.seconds, temperature, top_p, eta, modes)
 
     def think(self, prefix, n, reason, due, max_new_tokens, choose):
         """Say the reasoning token by token, and then `due` action tokens: a `Thought` of N samples.
@@ -736,9 +737,9 @@ class Alpamayo(nn.Module):
         bins = thought.tokens.gather(1, at) - self.vocabulary.first_action
         return from_bins(bins.view(-1, HORIZON, 2), -cfg.bin_range, cfg.bin_range, cfg.bins)
 
-    def drive(self, prefix, thought, steps, noise=None, eta=0.0, generator=None):
+    def drive(self, prefix, thought, steps, noise=None, eta=0.0, generator=None, modes=64):
         """Euler steps of the flow from noise (N, 64, 2) to controls, Eq. 7 from t = 0 to 1: all of
-        them, (steps + 1, N, 64, 2). eta: see euler_step."""
+        them, (steps + 1, N, 64, 2). eta, modes: see euler_step."""
         N, T = thought.tokens.shape
         device = thought.tokens.device
         if noise is None:
@@ -748,7 +749,7 @@ class Alpamayo(nn.Module):
         x = noise.to(device)
         start = prefix.end + thought.length
         dtype = next(self.expert.parameters(), x).dtype
-        fast = by_hand(device, dtype)
+        fast = by_hand(device, dtype) and modes == HORIZON
         if fast and stock.is_flow(Alpamayo.drive, self, prefix.layers):  # see kernels/stock.py
             parts = self.expert, self.action_in_proj, self.action_out_proj
             cos, sin = self.rope_of_actions(start, dtype)
@@ -762,9 +763,10 @@ class Alpamayo(nn.Module):
         for i in range(steps):
             t = i / steps
             velocity = self.velocity(x, torch.full((N,), t, device=device), past, start)
-            x, std = euler_step(x, velocity, t, 1 / steps, eta)
+            x, std = euler_step(x, velocity, t, 1 / steps, eta, modes)
             if std:
-                x = x + std * torch.randn(x.shape, generator=generator, device=device)
+                fresh = torch.randn(x.shape, generator=generator, device=device)
+                x = x + std * slow_part(fresh, modes)
             flow.append(x)
         return torch.stack(flow)
 
@@ -816,7 +818,7 @@ class Alpamayo(nn.Module):
             velocity = velocity.unflatten(0, (N, noisy))
             for i in range(noisy):
                 now = x[:, i], velocity[:, i], i / steps, 1 / steps
-                mean, std = euler_step(*now, rollout.eta)
+                mean, std = euler_step(*now, rollout.eta, rollout.modes)
                 means.append(mean)
                 stds.append(std)
         return Replay(logits, means, stds, (prefix, tail, T, length))
@@ -1746,7 +1748,7 @@ def flow_time(n, generator=None, device=None):
     return 0.999 * (1 - u ** (1 / 1.5))
 
 
-def euler_step(x, velocity, t, dt, eta=0.0):  # kernels/flow_step.py has it too
+def euler_step(x, velocity, t, dt, eta=0.0, modes=HORIZON):  # kernels/flow_step.py has it too
     """An Euler step of the flow from x_t (..., 64, 2) at time t by dt: the next controls' mean and
     standard deviation, which is 0 for eta = 0.
 
@@ -1755,12 +1757,24 @@ def euler_step(x, velocity, t, dt, eta=0.0):  # kernels/flow_step.py has it too
     anew, and both coefficients of the line stay what training showed (Coefficients-Preserving
     Sampling, arXiv 2509.05952): with s = t + dt and a = eta pi / 2 the next controls are
     s data + (1 - s) (cos(a) noise + sin(a) n), n ~ N(0, I). The last step, to s = 1, is always
-    Euler's, and eta = 0 is Euler to the bit."""
+    Euler's, and eta = 0 is Euler to the bit. Fewer modes than 64 draw anew only what is slow in
+    the noise, see `slow_part`: a car cannot try out what shakes."""
     a = eta * math.pi / 2
     left = 1 - (t + dt)  # of the noise
-    noise = x - t * velocity
+    noise = slow_part(x - t * velocity, modes)
     mean = x + dt * velocity - left * (1 - math.cos(a)) * noise
     return mean, left * math.sin(a) if left > 1e-9 else 0.0
+
+
+def slow_part(x, modes):
+    """What of controls (..., 64, 2) the first cosine modes over time hold; 64 hold all."""
+    if modes == HORIZON:
+        return x
+    k = torch.arange(modes, device=x.device)
+    at = torch.arange(HORIZON, device=x.device) + 0.5
+    basis = (math.pi / HORIZON * at[:, None] * k).cos()  # (64, modes)
+    basis = (basis / basis.norm(dim=0)).to(x.dtype)
+    return basis @ (basis.T @ x)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1821,7 +1835,8 @@ def heads_of(replayed, rollout, reference=None):
     if replayed.stds:
         steps = []
         for i, (mean, std) in enumerate(zip(replayed.means, replayed.stds)):
-            steps.append(gaussian_log_prob(rollout.flow[i + 1].flatten(0, 1), mean, std))
+            apart = slow_part(rollout.flow[i + 1].flatten(0, 1) - mean, rollout.modes)
+            steps.append(gaussian_log_prob(apart, std, rollout.modes))
         log_pi = torch.stack(steps, -1).view(*rollout.tokens.shape[:2], -1)
         heads["drive"] = Head(log_pi, torch.ones_like(log_pi, dtype=torch.bool), kl_steps)
     return heads
@@ -1840,10 +1855,10 @@ def token_log_probs(logits, tokens, temperature, top_p):
     return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
-def gaussian_log_prob(x, mean, std):
-    """log N(x; mean, std^2 I) of (..., 64, 2), summed over the last two dimensions."""
-    z = (x - mean) / std
-    return (-0.5 * z**2 - math.log(std * math.sqrt(2 * math.pi))).sum((-2, -1))
+def gaussian_log_prob(apart, std, modes=HORIZON):
+    """log N(x; mean, std^2 I) of x - mean (..., 64, 2), of which only these modes were drawn."""
+    nats = -0.5 * (apart / std).square().sum((-2, -1))
+    return nats - 2 * modes * math.log(std * math.sqrt(2 * math.pi))
 
 
 def kl_of(replayed, reference, rollout):
@@ -1858,7 +1873,7 @@ def kl_of(replayed, reference, rollout):
     theirs = (reference.logits / rollout.temperature).log_softmax(-1)
     tokens = (ours.exp() * (ours - theirs)).sum(-1)  # (N, T)
     for mean, expected, std in zip(replayed.means, reference.means, replayed.stds):
-        apart = (mean - expected) / std
+        apart = slow_part(mean - expected, rollout.modes) / std
         steps = steps + apart.square().sum((1, 2)) / 2
     return tokens.view(B, G, T), steps.view(B, G)
 

@@ -466,8 +466,9 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
     old = [None] * len(lessons)
     for _ in range(flags.updates):
         for i, lesson in enumerate(lessons):
+            seed = seed_of(flags.seed, number, i)
             with autocast:
-                losses = losses_of(model, reference, *lesson, flags, old[i])
+                losses = losses_of(model, reference, *lesson, flags, old[i], seed)
             loss = losses.pop("policy")
             expect_finite(number, f"loss `{flags.objective}`", loss)
             (loss / len(lessons)).backward()
@@ -498,7 +499,7 @@ def try_out(model, scene, flags, group, seed):
     options = dict(
         temperature=flags.temperature, top_p=flags.top_p, steps=1 if tokens else flags.flow_steps,
         max_new_tokens=flags.max_new_tokens, seed=seed, reason=True, decode=flags.policy,
-        eta=0.0 if tokens or flags.objective == "nft" else flags.eta,
+        eta=0.0 if tokens or flags.objective == "nft" else flags.eta, modes=flags.modes,
     )  # fmt: skip
     rollout = model.sample(scene, group, **options)
     if not flags.tell:
@@ -585,8 +586,9 @@ def rewards_of_moment(scene, rollout, groups, judge=None):
     return {name: value.view(groups) for name, value in found.items()}
 
 
-def losses_of(model, reference, scene, rollout, advantage, flags, old=None):
-    """`rl_losses` of a Lesson; reference: the KL term's frozen model, or None."""
+def losses_of(model, reference, scene, rollout, advantage, flags, old=None, seed=0):
+    """`rl_losses` of a Lesson; reference: the KL term's frozen model, or None; seed: of what the
+    loss itself draws."""
     replay = None
     if reference:
         with without_adapters(reference):
@@ -596,7 +598,7 @@ def losses_of(model, reference, scene, rollout, advantage, flags, old=None):
         scene, "rl", rollout=rollout, advantage={k: v.to(device) for k, v in advantage.items()},
         objective=flags.objective, beta=flags.beta, kl_weight=flags.kl,
         drive_weight=flags.drive_weight, reference=replay, old=old,
-        generator=torch.Generator(device).manual_seed(flags.seed),
+        generator=torch.Generator(device).manual_seed(seed),
     )  # fmt: skip
 
 
@@ -738,6 +740,8 @@ def add_flags(add):
         real(0, 1000, above=0))
     add("--top-p", 1.0, "likeliest tokens that have this probability", real(0, 1, above=0))
     add("--eta", 0.5, "how stochastic the flow's steps are, in (0, 1]", real(0, 1, above=0))
+    add("--modes", HORIZON, "cosine modes over time that a step draws anew; fewer are smoother",
+        whole(1, HORIZON))
     add("--flow-steps", 5, "Euler steps from noise to controls", whole(2, 1000))
     add("--max-new-tokens", 40, "of a trace, the paper's measure", whole(1, 10_000))
     add("--beta", 2.0, "sharpness of Eq. 10's weights and of curation's", real(0, 1000, above=0))

@@ -7,10 +7,12 @@ Experiments of the paper in small: each prints a Markdown table, then its number
         --parameters                                      count the encoders at full size, no more
     python -m tools.experiments rewards "SFT=checkpoints/nano" "+ reasoning=out/a,out/b"
                                                           Table 9: what each reward adds
+    python -m tools.experiments signal                    stage rl: which gradient is no noise
 
 `encoders` trains a nano from nothing for each row, in the built-in world; it goes on after a kill.
 `rewards` takes checkpoints that stage rl trained, one a seed. The page reads: the ways to see,
-their training, their numbers, their table, their picture; the rewards; the command line.
+their training, their numbers, their table, their picture; the rewards; the signal; the command
+line.
 """
 import argparse
 import json
@@ -19,6 +21,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +38,7 @@ import doors
 import draw
 import rl
 import world
-from alpamayo import PRESETS, Config, VisionTower, load_model
+from alpamayo import NANO, OF_EXPERT, PRESETS, Config, VisionTower, load_model
 from doors import real, whole
 from tools import blind, markdown
 from tools.common import COUNT, SIDE, drive_scenes, measure_plans, world_scenes
@@ -469,6 +472,68 @@ def rewards(args):
 
 
 # --------------------------------------------------------------------------------------------------
+# Which part of stage rl's gradient is signal
+
+PARTS = (*rl.REWARDS, "thought", "drive", "total")
+SIGNAL_NOTE = """\
+{scenes} scenes of {split}, {draws} independent draws of {group} rollouts of each. norm: of the mean
+gradient; cosine: between the gradients of two draws, mean over pairs: 1 is signal alone, 0 noise
+alone."""
+
+
+def gradients(model, scene, rewards, rollout, flags):
+    """{(head, part): gradient, flat} of what each head decided, rewarded for one part alone."""
+    heads = {"thought": model.vlm.parameters(), "drive": params_of_expert(model)}
+    found = {}
+    for head, params in heads.items():
+        params = list(params)
+        for part in PARTS:
+            advantage = rewards[part] - rewards[part].mean(1, keepdim=True)
+            loss = rl.losses_of(model, None, scene, rollout, {head: advantage}, flags)["policy"]
+            grads = torch.autograd.grad(loss, params, materialize_grads=True)
+            found[head, part] = torch.cat([grad.flatten().cpu() for grad in grads])
+    return found
+
+
+def params_of_expert(model):
+    return [p for name, p in model.named_parameters() if name.startswith(OF_EXPERT)]
+
+
+def signal(args):
+    """Print, for each head, how much of its gradient two independent draws of rollouts share."""
+    model = load_model(args.checkpoint, args.device)
+    scenes = world_scenes(model.cfg, args.split, args.batch, args)
+    numbers = range(len(scenes))
+    scene = data.to_device(scenes.batch(numbers), model.device)
+    flags = flags_of_rl()
+    draws = []
+    for seed in tqdm(range(args.draws), desc="drawing", leave=False):
+        rollout = rl.try_out(model, scene, flags, flags.group, seed)
+        rewards = rl.rewards_of(scene, rollout, scenes, numbers, flags)
+        draws.append(gradients(model, scene, rewards, rollout, flags))
+    lines = []
+    for part in PARTS:
+        cells = [part]
+        for head in rl.HEADS:
+            grads = [draw[head, part] for draw in draws]
+            norm = torch.stack(grads).mean(0).norm()
+            pairs = combinations(grads, 2)
+            cosines = [F.cosine_similarity(a, b, dim=0).item() for a, b in pairs]
+            cells += [f"{norm:.2f}", f"{np.mean(cosines):.2f}"]
+        lines.append(cells)
+    print(markdown(lines, ["rewarded for", "thought: norm", "cosine", "drive: norm", "cosine"]))
+    numbers = dict(scenes=len(scenes), split=args.split, draws=args.draws, group=flags.group)
+    print(f"\n{SIGNAL_NOTE.format(**numbers)}")
+
+
+def flags_of_rl():
+    """Stage rl's own flags, as they are where none is given."""
+    parser = argparse.ArgumentParser()
+    rl.add_flags(lambda name, default, help, *_, **__: parser.add_argument(name, default=default))
+    return parser.parse_args([])
+
+
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 SAMPLING = {  # what measure_plans and rl.likeliest want beside the flags
@@ -500,7 +565,7 @@ def row_of(text):
 def parse_flags():
     p = doors.Flags("Experiments of the paper in small.")
     add = p.add_argument
-    add("experiment", choices=("encoders", "rewards"))
+    add("experiment", choices=("encoders", "rewards", "signal"))
     add("rows", nargs="*", type=row_of, metavar="NAME=FOLDER,FOLDER",
         help="rewards: a row, a checkpoint a seed")
     add("--device", type=doors.device_of, help="cpu, cuda or mps (default: a GPU if there is one)")
@@ -524,6 +589,10 @@ def parse_flags():
     add("--split", choices=data.SPLITS, default="tail", help="held-out scenes")
     add("--drive", type=COUNT, default=128, help="scenarios to drive in closed loop")
     add("--seconds", type=real(0.1, 3600), default=8.0, help="of each")
+
+    add = p.add_argument_group("signal").add_argument
+    add("--checkpoint", metavar="FOLDER", default=NANO, help="whose gradient")
+    add("--draws", type=whole(2, 100), default=4, help="of rollouts")
     p.set_defaults(**SAMPLING)
     args = p.parse_intermixed_args()
     if args.experiment == "rewards" and not args.rows:
@@ -533,10 +602,8 @@ def parse_flags():
 
 def main():
     args = parse_flags()
-    if args.experiment == "encoders":
-        encoders(args)
-    else:
-        rewards(args)
+    run = {"encoders": encoders, "rewards": rewards, "signal": signal}
+    run[args.experiment](args)
 
 
 if __name__ == "__main__":
