@@ -384,6 +384,8 @@ def test_the_table_trains_what_is_missing(short, cache, tmp_path, command, monke
     header = next(i for i, line in enumerate(said) if line.startswith("| encoder"))
     assert said[header].startswith("| encoder | both right, % | ADE, m | tokens a picture |")
     assert said[header + 2].count("|") == 13 and "61.6 M" in "".join(said)
+    names = [line.split("|")[1].strip() for line in said[header + 2 : header + 5]]
+    assert names == sorted(rows, key=lambda name: (-rows[name]["both"][0], rows[name]["ade"][0]))
     assert "blind network ADE" in "".join(said)
 
 

@@ -104,26 +104,20 @@ def under_torchrun(*args):
 
 
 def test_two_processes_share_the_batch_and_survive_a_kill(cache, tmp_path):
-    """By torchrun itself. test_kill.py kills such runs five times, without it."""
+    """By torchrun itself. test_kill.py compares such runs, without it, with one that was not killed."""
+    out = tmp_path / "killed"
     flags = [*SMALL, "--cache", cache, "--steps", "8", "--val-every", "8", "--action-share", "0"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    runs_at_once = under_torchrun(*flags, "--out", whole)
-    said = runs_at_once.communicate(timeout=300)[0]
-    assert runs_at_once.returncode == 0, said
-    assert sorted(log(whole)) == list(range(1, 9)) and log(whole)[8]["val"]["text"] < 8
-    broken = under_torchrun(*flags, "--out", killed)
-    lines = killed / "log.jsonl"
+    broken = under_torchrun(*flags, "--out", out)
+    lines = out / "log.jsonl"
     while broken.poll() is None and not (lines.exists() and len(lines.read_text().splitlines()) > 2):
         time.sleep(0.02)
     os.killpg(broken.pid, signal.SIGKILL)
     broken.wait()
-    assert len(log(killed)) < 8, "the run ended before it could be killed"
-    resumed = under_torchrun("--resume", killed)
+    assert len(log(out)) < 8, "the run ended before it could be killed"
+    resumed = under_torchrun("--resume", out)
     said = resumed.communicate(timeout=300)[0]
     assert resumed.returncode == 0, said
-    assert log(killed) == log(whole)
-    ours, theirs = (load_file(out / "model.safetensors") for out in (killed, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert "2 x cpu" in said and sorted(log(out)) == list(range(1, 9)) and log(out)[8]["val"]["text"] < 8
 
 
 def test_processes_take_parts_of_one_order():

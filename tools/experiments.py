@@ -220,12 +220,17 @@ image: compare the order only."""
 
 
 def encoder_table(rows):
-    """Rows of `compare_ways` as Markdown."""
+    """Rows of `compare_ways` as Markdown, the best first: by decisions, then by ADE."""
     header = [
         "encoder", "both right, %", "ADE, m", "tokens a picture", "parameters", "MFLOP vision",
         "MFLOP prefill", "ms", "ms among", "minADE, m", "relative, %", "the paper's"]
     lines = []
-    for name, row in rows.items():
+
+    def rank(name):
+        return -np.mean(rows[name]["both"]), np.mean(rows[name]["ade"])
+
+    for name in sorted(rows, key=rank):
+        row = rows[name]
         lines.append([
             name,
             spread(row["both"], 0, 100),
