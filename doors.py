@@ -65,9 +65,9 @@ class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
 class Flags(argparse.ArgumentParser):
     """A parser whose errors are one line, and whose help tells the defaults."""
 
-    def __init__(self, description, **more):
-        super().__init__(
-            prog=name_of_program(), description=description, formatter_class=ShowDefaults, **more)
+    def __init__(self, description, prog=None, **more):
+        super().__init__(prog=prog or name_of_program(), description=description,
+                         formatter_class=ShowDefaults, **more)
 
     def error(self, message):
         message = message.removeprefix("argument ")
@@ -816,7 +816,9 @@ def name_of_program():
     """What the running program is called: sample.py, tools.evaluate."""
     page = sys.modules["__main__"]
     spec = getattr(page, "__spec__", None)
-    return spec.name if spec else os.path.basename(getattr(page, "__file__", "python"))
+    if spec:
+        return spec.name.removesuffix(".__main__")
+    return os.path.basename(getattr(page, "__file__", "python"))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ file of it, and reads it as a program does. Not allowed are: any error but those
 prints, a message of several lines or one that names neither the file nor its folder, 20 seconds,
 and a value that is not what the files say.
 """
+import argparse
 import contextlib
 import json
 import math
@@ -40,8 +41,9 @@ import sample
 import train
 from alpamayo import Alpamayo, Vocabulary
 from clips import load_clips
-from tools import evaluate, experiments, gallery, judge, label
+from tools import evaluate, gallery, judge, label
 from tools import world as world_tool
+from tools.experiments import __main__ as experiments
 from tools.label import read_labels, write_labels
 from world import RIG
 
@@ -809,7 +811,7 @@ PROGRAMS = {  # its main, and words that it needs
     "sample.py": (sample.main, []), "train.py": (train.main, []), "data.py": (data.main, []),
     "tools.evaluate": (evaluate.main, []), "tools.gallery": (gallery.main, ["out"]),
     "tools.judge": (judge.main, ["http://localhost:1/v1"]), "tools.label": (label.main, ["clip"]),
-    "tools.world": (world_tool.main, ["--cost"]), "tools.experiments": (experiments.main, ["encoders"]),
+    "tools.world": (world_tool.main, ["--cost"]), "tools.experiments": (experiments.main, ["rl"]),
 }  # fmt: skip
 VALUES = ("nan", "inf", "-inf", "1e400", "x", "", "-1", "0", "1e20", "99999999999999999999", "0.5", "1", "--", "None")
 NEVER = ("nan", "inf", "-inf", "1e400", "x", "", "None")  # never what a number may be
@@ -834,8 +836,11 @@ def test_flags(tmp_path, monkeypatch, capsys):
     parsers = {}
     for name, (main, words) in PROGRAMS.items():
 
-        def look(self, *args, name=name, **more):
+        def look(self, *args, name=name, words=words, **more):
             parsers[name] = self
+            for action in self._actions:
+                if isinstance(action, argparse._SubParsersAction):  # a tool of several commands
+                    parsers[name] = action.choices[words[0]]
             raise Parsed
 
         monkeypatch.setattr(doors.Flags, "parse_args", look)
@@ -851,7 +856,7 @@ def test_flags(tmp_path, monkeypatch, capsys):
     for place in ("alpamayo.Alpamayo.from_pretrained", "sample.load_model", "tools.common.load_model", "tools.judge.load_model",
                   "data.load_world", "data.make_scenes", "data.World", "tools.world.World", "train.load_scenes",
                   "train.starting_model", "train.print_plan", "tools.gallery.first_seed", "tools.world.cost",
-                  "tools.label.write_labels", "tools.experiments.load_model"):  # fmt: skip
+                  "tools.label.write_labels", "tools.experiments.rewards.main"):  # fmt: skip
         monkeypatch.setattr(place, no_work)
     tally = Tally("flags", 300)
     assert parse is doors.Flags.parse_args and parsers.keys() == PROGRAMS.keys()

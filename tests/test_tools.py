@@ -5,6 +5,7 @@ The tools as a person runs them, on models of random weights.
 """
 import json
 import os
+import re
 import sys
 import threading
 from dataclasses import replace
@@ -22,13 +23,16 @@ from test_vision import H, W, build, in_double, scene  # noqa: F401
 import alpamayo
 import data
 import doors
+import draw
 import motion
 import sample
 import train
 import world
 from alpamayo import Alpamayo
-from tools import blind, evaluate, experiments, gallery, judge, label
+from tools import blind, evaluate, gallery, judge, label
 from tools.common import batches
+from tools.experiments import __main__ as experiments
+from tools.experiments import rewards, signal, trainings, vision
 
 NANO = os.path.join(ROOT, "checkpoints", "nano")
 
@@ -204,9 +208,9 @@ WRONG = {
     judge: ["", "localhost:8000", "ftp://a/v1", "http://", "http://a --scenes 0", "http://a --size 0 0", "http://a --device x"],
     label: ["", "clip --out a_file", "clip --nowhere"],
     experiments: [
-        "", "snow", "encoders --jobs 0", "encoders --eval 0", "encoders --train-steps -1", "encoders --scenes 1e20", "encoders --seeds -1",
-        "encoders --out a_file", "encoders --picture a.xyz", "encoders --picture a_file/a.png", "encoders --size 0 0", "rewards",
-        "rewards nano", "rewards SFT=nowhere", "rewards SFT=", "encoders --seconds 0", "encoders --device tpu",
+        "", "snow", "vision --jobs 0", "vision --eval 0", "vision --train-steps -1", "vision --scenes 1e20", "vision --seeds -1",
+        "vision --out a_file", "vision --picture a.xyz", "vision --picture a_file/a.png", "vision --size 0 0", "vision --device tpu",
+        "rl --rows none", "rl --drive 0", "rl --splits snow", "signal --draws 1", "list --jobs 2",
     ],
 }  # fmt: skip
 
@@ -221,7 +225,7 @@ def test_a_wrong_flag_is_one_line_before_the_work(tool, flags, tmp_path, command
         tool.main()
     said = capsys.readouterr()
     assert exit.value.code == 2 and said.out == "" and said.err.count("\n") == 1
-    assert said.err.startswith(f"{tool.__name__}: ")
+    assert re.match(rf"{re.escape(tool.__name__)}( \w+)?: ", said.err)
     assert os.listdir(tmp_path) == ["a_file"]
 
 
@@ -322,58 +326,84 @@ def test_judge(server, cache, command, capsys, monkeypatch):
 # experiments
 
 
-def test_rewards(cache, command, capsys):
-    command("experiments", "rewards", f"SFT={NANO}", f"twice={NANO},{NANO}", "--eval", 4,
-            "--drive", 2, "--seconds", 0.5, "--cache", cache)
+@pytest.fixture
+def here(command, monkeypatch):
+    """Trains in this process; a list of the words of each training."""
+    trained = []
+
+    def run_here(words, **_):
+        trained.append(words)
+        command(*words[1:], "--batch", "2", "--val-scenes", "2", "--device", "cpu")
+        train.main()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(trainings.subprocess, "run", run_here)
+    return trained
+
+
+def test_rl_rows_are_trained_and_measured_once(here, cache, tmp_path, command, monkeypatch, capsys):
+    monkeypatch.setitem(rewards.ROWS, "per head", "--scenes 4 --group 2 --flow-steps 2")
+    flags = ("experiments", "rl", "--rows", "before", "per head", "--eval", 2, "--drive", 1, "--train-steps", 1,
+             "--splits", "tail", "--cache", cache, "--out", tmp_path)  # fmt: skip
+    monkeypatch.setattr(rewards, "drive_scenes", lambda policy, seeds, **_: {
+        name: torch.zeros(1) for name in ("score", "close", "off_road", "progress")})
+    found = []
+    for _ in range(2):
+        command(*flags)
+        experiments.main()
+        found.append(capsys.readouterr().out.splitlines())
+        monkeypatch.setattr(rewards, "think_and_drive", lambda *_: 1 / 0)  # then all is known
+    lines = found[1]
+    assert found[0][-len(lines) :] == lines and len(here) == 1  # before them, what training said
+    assert lines[0].startswith("| tail | both right, % |") and lines[2].startswith("| before |")
+    numbers = json.loads(lines[-1])
+    assert list(numbers) == ["before", "per head"] and 0 <= numbers["per head"][0]["tail"]["reason"] <= 5
+
+
+def test_the_signal_in_a_gradient(cache, command, monkeypatch, capsys):
+    """What a head is not rewarded for has no gradient; a row for each part and sum."""
+    monkeypatch.setattr(signal, "SCENES", 2)
+    usual = rewards.flags_of_rl()
+    usual.group, usual.flow_steps = 3, 2
+    monkeypatch.setattr(signal, "flags_of_rl", lambda: usual)
+    command("experiments", "signal", "--draws", 2, "--cache", cache)
     experiments.main()
     lines = capsys.readouterr().out.splitlines()
-    rows = [line for line in lines if line.startswith(("| SFT", "| twice"))][:2]
-    once, twice = [[cell.strip() for cell in row.split("|")] for row in rows]
-    assert once[1] == "SFT" and twice[1] == "twice"
-    assert "± 0.00" in twice[2] and twice[2].startswith(once[2])
-    assert json.loads(lines[-1])["SFT"][0]["tail reason"] <= 5
+    assert lines[0] == "| rewarded for | thought: norm | cosine | drive: norm | cosine |"
+    assert [line.split("|")[1].strip() for line in lines[2 : 2 + len(signal.PARTS)]] == list(signal.PARTS)
 
 
 @pytest.fixture
 def short(monkeypatch):
     """The least that can be measured."""
     for name in ("n", "steps"):
-        monkeypatch.setitem(experiments.SAMPLING, name, 1)
-    monkeypatch.setattr(experiments, "REPEATS", 1)
+        monkeypatch.setitem(vision.SAMPLING, name, 1)
+    monkeypatch.setattr(vision, "REPEATS", 1)
 
 
-def test_the_table_trains_what_is_missing(short, cache, tmp_path, command, monkeypatch, capsys):
+def test_the_table_trains_what_is_missing(short, here, cache, tmp_path, command, monkeypatch, capsys):
     """Two trainings, three rows; a second call trains nothing more; another training would go
     into another folder."""
-    trained = []
-    monkeypatch.setattr(world, "WORLD_VERSION", 7)
-
-    def run_here(words, **_):  # train.py in this process
-        trained.append(words)
-        command(*words[1:], "--batch", "2", "--val-scenes", "2")
-        train.main()
-        return SimpleNamespace(returncode=0)
-
-    ways = experiments.WAYS
-    monkeypatch.setattr(experiments, "WAYS", [ways[0], ways[3], ways[9]])
-    monkeypatch.setattr(experiments.subprocess, "run", run_here)
-    command("experiments", "encoders", "--out", tmp_path, "--cache", cache, "--size", H, W,
+    ways = vision.WAYS
+    monkeypatch.setattr(vision, "WAYS", [ways[0], ways[3], ways[9]])
+    command("experiments", "vision", "--out", tmp_path, "--cache", cache, "--size", H, W,
             "--scenes", 4, "--eval", 2, "--train-steps", 1)
     args = experiments.parse_flags()
     experiments.main()
     said = capsys.readouterr().out.splitlines()
     rows = json.loads(said[-1])["rows"]
-    assert len(trained) == 2 and list(rows) == [way.name for way in experiments.WAYS]
-    experiments.train_missing(args)
-    assert len(trained) == 2
-    folder, flex_folder = (experiments.folders_of(ways[i], args)[0] for i in (0, 3))
-    assert folder == experiments.folders_of(ways[9], args)[0] != flex_folder
+    assert len(here) == 2 and list(rows) == [way.name for way in vision.WAYS]
+    needed = [one for way in vision.WAYS for one in vision.trainings_of(way, args)]
+    trainings.train(needed, args)
+    assert len(here) == 2
+    folder, flex_folder, pruned_folder = (trainings.folder_of(one, args) for one in needed)
+    assert folder == pruned_folder != flex_folder
     elsewhere = [SimpleNamespace(**vars(args) | other) for other in (
-        {"train_steps": 2}, {"scenes": 5}, {"size": (H, 2 * W)})]
-    folders = {experiments.folders_of(ways[0], other)[0] for other in elsewhere}
-    monkeypatch.setattr(world, "WORLD_VERSION", 8)
-    folders.add(experiments.folders_of(ways[0], args)[0])
-    assert len(folders - {folder}) == 4
+        {"train_steps": 2}, {"scenes": 5}, {"size": (H, 2 * W)}, {"seeds": [1]})]
+    folders = {trainings.folder_of(*vision.trainings_of(ways[0], other), other) for other in elsewhere}
+    monkeypatch.setattr(data, "sources", lambda: "another world")
+    folders.add(trainings.folder_of(needed[0], args))
+    assert len(folders - {folder}) == 5
     image, flex, pruned = rows.values()
     assert (image["tokens"], flex["tokens"], pruned["tokens"]) == (2, 20 / 8, 0.5)
     relative = flex["minade"][0] / image["minade"][0] - 1
@@ -390,22 +420,23 @@ def test_the_table_trains_what_is_missing(short, cache, tmp_path, command, monke
 
 
 def test_a_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    args = SimpleNamespace(train_steps=3, scenes=4, size=(H, W), cache="c")
+    args = SimpleNamespace(cache="c")
+    training = trainings.Training("--steps 3 --keep 0.5", 7)
     ran = []
 
     def run_nothing(words, **_):
         ran.append(words)
         return SimpleNamespace(returncode=len(ran) - 1, stderr="Traceback\nValueError: too few\n")
 
-    monkeypatch.setattr(experiments.subprocess, "run", run_nothing)
+    monkeypatch.setattr(trainings.subprocess, "run", run_nothing)
     save_file({"x": torch.zeros(1)}, tmp_path / "training.safetensors", {"step": "2"})
-    experiments.run_training(tmp_path, "--keep 0.5", args)
+    trainings.run_training(tmp_path, training, args)
     assert ran[0][2:] == ["--resume", tmp_path]
     with pytest.raises(ValueError, match="elsewhere: ValueError: too few"):
-        experiments.run_training(f"{tmp_path}/elsewhere", "--keep 0.5", args)
-    assert {"--keep", "0.5", "--steps", "3"} <= set(ran[1])
+        trainings.run_training(f"{tmp_path}/elsewhere", training, args)
+    assert {"--keep", "0.5", "--steps", "3", "--seed", "7"} <= set(ran[1])
     save_file({"x": torch.zeros(1)}, tmp_path / "training.safetensors", {"step": "3"})
-    experiments.run_training(tmp_path, "--keep 0.5", args)
+    trainings.run_training(tmp_path, training, args)
     assert len(ran) == 2
 
 
@@ -413,32 +444,33 @@ def test_what_the_picture_shows(scene):  # noqa: F811
     """The newest groups that are kept at 0.5; attention of scene tokens, a share of all they give;
     a plane for two axes."""
     scene = in_double(scene)
-    share = experiments.shares_that_keep(build(), scene)
+    share = vision.shares_that_keep(build(), scene)
     assert share.shape == (3, 4, 2, 4)
     newest = torch.arange(64).view(4, 2, 2, 4)[:, 1]
     for kept, shares in zip(build(keep=0.5).look(scene)[-1].tolist(), share):
         assert set(newest[shares <= 0.5].tolist()) == set(kept) & set(newest.flatten().tolist())
-    attention = experiments.scene_token_attention(build(vision="flex"), scene)
+    attention = vision.scene_token_attention(build(vision="flex"), scene)
     assert attention.shape == (3, 4, 2, 4) and attention.min() > 0
     assert (attention.sum((1, 2, 3)) < 0.95).all()
-    planes = experiments.plane_contrast(build(vision="triplane"), scene)
+    planes = vision.plane_contrast(build(vision="triplane"), scene)
     assert [tuple(plane.shape) for plane in planes] == [(3, 12, 12), (3, 12, 2), (3, 12, 2)]
     assert all(plane.std(0).max() > 1e-3 for plane in planes)
 
 
 def test_the_picture_is_drawn(tmp_path, command, capsys):
-    for way in (experiments.WAYS[i] for i in (0, 1, 3)):
-        command("experiments", "encoders", "--out", tmp_path, "--size", H, W)
-        folder = experiments.folders_of(way, experiments.parse_flags())[0]
-        vision = way.flags.split()[1] if way.flags else "image"
-        build(torch.float32, vision=vision).save_pretrained(folder)
+    flags = ("experiments", "vision", "--out", tmp_path, "--size", H, W)
+    command(*flags)
+    args = experiments.parse_flags()
+    for way in (vision.WAYS[i] for i in (0, 1, 3)):
+        folder = trainings.folder_of(vision.trainings_of(way, args)[0], args)
+        seen = way.flags.split()[1] if way.flags else "image"
+        build(torch.float32, vision=seen).save_pretrained(folder)
     file = tmp_path / "seeing" / "a.png"
-    command("experiments", "encoders", "--out", tmp_path, "--size", H, W, "--picture", file)
+    command(*flags, "--picture", file)
     experiments.main()
     assert str(file) in capsys.readouterr().out
-    folder = experiments.folders_of(experiments.WAYS[3], experiments.parse_flags())[0]
     os.rename(folder, folder + ".away")
-    with pytest.raises(FileNotFoundError, match="missing; run `encoders` with these flags, without --picture, first$"):
+    with pytest.raises(FileNotFoundError, match="missing; run `vision` with these flags, without --picture, first$"):
         experiments.main()
     with Image.open(file) as picture:
         assert picture.size == (1600, 1040) and len(picture.convert("L").getcolors()) > 100
@@ -484,7 +516,7 @@ def test_trained_saved_loaded_and_driven(flags, cache, tmp_path, command, monkey
     assert "sample 1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tool, flags", [(gallery, "g"), (experiments, "encoders --picture a.png"), (label, "clip")])
+@pytest.mark.parametrize("tool, flags", [(gallery, "g"), (experiments, "vision --picture a.png"), (label, "clip")])
 def test_pictures_need_one_more_package_before_the_work(tool, flags, tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -497,8 +529,8 @@ def test_pictures_need_one_more_package_before_the_work(tool, flags, tmp_path, c
 def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
     """The picture that was there stays."""
     file = tmp_path / "a.png"
-    figure = experiments.draw.pyplot().figure()
-    experiments.draw.save_figure(figure, file)
+    figure = draw.pyplot().figure()
+    draw.save_figure(figure, file)
     before = file.read_bytes()
 
     def fill_the_disk(part, format):
@@ -508,5 +540,5 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(figure, "savefig", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
-        experiments.draw.save_figure(figure, file)
+        draw.save_figure(figure, file)
     assert file.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]

@@ -1,63 +1,43 @@
 """
-Experiments of the paper in small: each prints a Markdown table, then its numbers as JSON.
+Table 12: four ways to see, each a nano that learned from nothing in the built-in world.
 
-    python -m tools.experiments encoders                  Table 12: four ways to see, compared
-        --jobs 2 --seeds 0 1 2                            two trainings at a time, three of each row
-        --picture out/seeing.png                          draw what the trained ones look at
-        --parameters                                      count the encoders at full size, no more
-    python -m tools.experiments rewards "SFT=checkpoints/nano" "+ reasoning=out/a,out/b"
-                                                          Table 9: what each reward adds
-    python -m tools.experiments signal                    stage rl: which gradient is no noise
+    python -m tools.experiments vision --jobs 2 --seeds 0 1 2
+    python -m tools.experiments vision --picture out/seeing.png    what the trained ones look at
+    python -m tools.experiments vision --parameters                their size beside the paper's
 
-`encoders` trains a nano from nothing for each row, in the built-in world; it goes on after a kill.
-`rewards` takes checkpoints that stage rl trained, one a seed. The page reads: the ways to see,
-their training, their numbers, their table, their picture; the rewards; the signal; the command
-line.
+The page reads: the ways to see; their numbers; their table; their picture; the command.
 """
-import argparse
 import json
 import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import combinations
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-import doors
 import draw
-import rl
 import world
-from alpamayo import NANO, OF_EXPERT, PRESETS, Config, VisionTower, load_model
-from doors import real, whole
+from alpamayo import PRESETS, Config, VisionTower, load_model
+from doors import whole
 from tools import blind, markdown
-from tools.common import COUNT, SIDE, drive_scenes, measure_plans, world_scenes
+from tools.common import COUNT, measure_plans, world_scenes
+from tools.experiments.trainings import Training, folder_of, spread, train
 
+ABOUT = "Table 12: vision encoders, and pruning"
+NEEDS = "3 hours on two cores for three seeds"
+SAMPLING = {"seed": 0, "n": 6, "steps": 10, "batch": 32, "reason": True, "route": True}
 TRAINED = PRESETS["nano"]
 PICTURES = TRAINED.frames // TRAINED.temporal_patch * len(TRAINED.cameras)  # of a scene
 REPEATS = 20  # rounds of timing
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-
-
-def spread(values, digits=2, scale=1, sign=""):
-    """Mean of values, and ± their standard deviation where there are several."""
-    values = scale * np.array(values)
-    mean = f"{values.mean():{sign}.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.{digits}f}"
 
 
 # --------------------------------------------------------------------------------------------------
-# The ways to see, and their training
+# The ways to see
 
 
 class Way(NamedTuple):
@@ -83,49 +63,12 @@ WAYS = [
 ]
 
 
-def folders_of(way, args):
-    """Where the models of a row are: {seed: folder}. Models trained with pruning have one seed.
-
-    The path says all that the training depends on, so another training goes elsewhere."""
-    height, width = args.size
-    setting = f"world{world.WORLD_VERSION}-{args.train_steps}x{args.scenes}-{height}x{width}"
-    name = "-".join(way.flags.replace("--", "").split()) or "image"
+def trainings_of(way, args):
+    """A row's, one a seed. Models trained with pruning have one seed."""
     seeds = args.seeds[:1] if "--keep" in way.flags else args.seeds
-    return {seed: f"{args.out}/{setting}/{name}-{seed}" for seed in seeds}
-
-
-def train_missing(args):
-    """Train what is missing of every row and seed, or go on where it stopped, --jobs at a time."""
-    for split, count in (("train", args.scenes), ("val", 32)):
-        world_scenes(TRAINED, split, count, args)  # once, before several processes would
-    runs = {}  # by folder: some rows share a model
-    for way in WAYS:
-        for seed, folder in folders_of(way, args).items():
-            runs[folder] = f"{way.flags} --seed {seed}"
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        work = pool.map(lambda folder: run_training(folder, runs[folder], args), runs)
-        list(tqdm(work, total=len(runs), desc="training", unit="run"))
-
-
-def run_training(folder, flags, args):
-    """Train a model to the end, from the start or where it stopped, in a process of one thread."""
-    saved = f"{folder}/training.safetensors"
-    if os.path.exists(saved):
-        with safe_open(saved, "pt") as file:
-            step = int(file.metadata()["step"])
-        if step == args.train_steps:
-            return
-        flags = ["--resume", folder]
-    else:
-        flags = f"--steps {args.train_steps} --scenes {args.scenes} {flags}".split()
-        flags += "--threads 1 --save-every 100 --val-scenes 32 --val-every 100000".split()
-        flags += ["--size", *map(str, args.size), "--cache", args.cache, "--out", folder]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, TRAIN, *flags], capture_output=True, text=True, env=env)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["train.py was killed"]
-        raise ValueError(f"{folder}: {lines[-1]}")
+    height, width = args.size
+    usual = f"--steps {args.train_steps} --scenes {args.scenes} --size {height} {width}"
+    return [Training(f"{usual} {way.flags}".strip(), seed) for seed in seeds]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,7 +112,7 @@ def compare_ways(args):
     rows = {}
     models = {}  # of the first seed
     for way in tqdm(WAYS, desc="evaluating", unit="row"):
-        folders = folders_of(way, args).values()
+        folders = [folder_of(one, args) for one in trainings_of(way, args)]
         seeds = [load_model(folder, args.device, **way.switches) for folder in folders]
         found = [measure_plans(model, scenes, args) for model in seeds]
         both, errors, minade = (
@@ -322,11 +265,11 @@ LIGHT = {1.0: 0.06, 0.75: 0.25, 0.5: 0.45, 0.25: 0.7, 0.1: 1.0}  # of the share 
 def draw_seeing(file, args):
     """Draw what single image with pruning, Flex and triplanes look at: the first seed's models."""
     plt = draw.pyplot()
-    folders = [folders_of(WAYS[i], args)[args.seeds[0]] for i in (0, 1, 3)]
+    folders = [folder_of(trainings_of(WAYS[i], args)[0], args) for i in (0, 1, 3)]
     for folder in folders:
         if not os.path.exists(folder):
             raise FileNotFoundError(
-                f"{folder}: missing; run `encoders` with these flags, without --picture, first")
+                f"{folder}: missing; run `vision` with these flags, without --picture, first")
     models = [load_model(folder, args.device) for folder in folders]
     single, triplane, flex = models
     first = world.SEEDS["val"]
@@ -392,8 +335,18 @@ def draw_planes(figure, model, scene):
     axes[2].invert_xaxis()  # looking ahead, left is left
 
 
-def encoders(args):
-    """Do what the flags of `encoders` ask for."""
+def add_flags(add):
+    add("--train-steps", type=whole(1), default=400, help="optimiser steps of each training")
+    add("--scenes", type=COUNT, default=8000, help="scenes to train with")
+    add("--eval", type=COUNT, default=256, help="held-out scenes to evaluate on")
+    add("--parameters", action="store_true", help="count the encoders at full size, and stop")
+    add("--picture", metavar="PNG", type=draw.picture,
+        help="draw what the trained encoders look at, and stop")
+    add("--situation", help="with --picture: the first held-out scene of that kind")
+
+
+def main(args):
+    vars(args).update(SAMPLING)
     if args.parameters:
         print(full_size())
         return
@@ -401,215 +354,12 @@ def encoders(args):
         draw_seeing(args.picture, args)
         print(f"picture    {args.picture}")
         return
-    train_missing(args)
+    for split, count in (("train", args.scenes), ("val", 128)):
+        world_scenes(TRAINED, split, count, args)  # once, before several processes would
+    train([one for way in WAYS for one in trainings_of(way, args)], args)
     rows = compare_ways(args)
     run = {"pictures": PICTURES, "threads": torch.get_num_threads(), "repeats": REPEATS}
     run |= vars(args) | {"blind": without_eyes(args)}
     print(encoder_table(rows))
     print(f"\n{ENCODER_NOTE.format(**run)}\n\nParameters at full size:\n{full_size()}")
     print(json.dumps({**run, "rows": rows}, default=str))  # a device is told by its name
-
-
-# --------------------------------------------------------------------------------------------------
-# What each reward adds
-
-PAPER = """\
-| the paper's Table 9 | ADE | reasoning | consistency | close encounters, % |
-| --- | ---: | ---: | ---: | ---: |
-| SFT | 2.12 | 3.1 | 0.62 | 6.9 |
-| + reasoning | 2.19 | 4.5 | 0.53 | 5.8 |
-| + consistency | 1.92 | 4.5 | 0.85 | 6.2 |
-| + trajectory | 1.94 | 4.4 | 0.83 | 3.7 |"""
-
-
-def think_and_drive(folder, args):
-    """Means of a checkpoint's likeliest rollouts of held-out scenes, open and closed loop."""
-    model = load_model(folder, args.device)
-    found = {}
-    for split in (args.split, "val"):
-        scenes = world_scenes(model.cfg, split, args.eval, args)
-        for name, values in rl.likeliest(model, scenes, args.eval, args).items():
-            found[f"{split} {name}"] = values.mean().item()
-
-    def policy(scene):
-        out = rl.likeliest_of(model, scene, args.flow_steps, length=args.max_new_tokens)
-        return out.actions[:, 0]
-
-    first = world.SEEDS[args.split]
-    view = data.view_of(model.cfg, args.size)
-    met = drive_scenes(policy, range(first, first + args.drive), seconds=args.seconds, **view)
-    for name in ("score", "close", "off_road"):
-        found[name] = met[name].float().mean().item()
-    return found
-
-
-def rewards_table(rows, split):
-    """Rows {name: [numbers of each checkpoint]} as Markdown."""
-    columns = {
-        "ADE, m": (f"{split} ade", 2, 1),
-        "reasoning, 0 to 5": (f"{split} reason", 2, 1),
-        "consistency": (f"{split} consistency", 2, 1),
-        "score": ("score", 2, 1),
-        "close encounters, %": ("close", 1, 100),
-        "off the road, %": ("off_road", 1, 100),
-        "both right, %": (f"{split} right", 0, 100),
-        "val: reasoning": ("val reason", 2, 1),
-        "val: ADE": ("val ade", 2, 1),
-    }
-    lines = []
-    for row, found in rows.items():
-        cells = [row]
-        for name, digits, scale in columns.values():
-            cells.append(spread([numbers[name] for numbers in found], digits, scale))
-        lines.append(cells)
-    return markdown(lines, ["", *columns])
-
-
-def rewards(args):
-    """Print the table of the rows NAME=FOLDER,FOLDER."""
-    rows = {}
-    for name, folders in args.rows:
-        rows[name] = [think_and_drive(folder, args) for folder in folders]
-    print(rewards_table(rows, args.split))
-    print(f"\nThe likeliest rollout of {args.eval} held-out scenes; {args.drive} scenarios of "
-          f"{args.seconds:g} s.\n\n{PAPER}")
-    print(json.dumps(rows))
-
-
-# --------------------------------------------------------------------------------------------------
-# Which part of stage rl's gradient is signal
-
-PARTS = (*rl.REWARDS, "thought", "drive", "total")
-SIGNAL_NOTE = """\
-{scenes} scenes of {split}, {draws} independent draws of {group} rollouts of each. norm: of the mean
-gradient; cosine: between the gradients of two draws, mean over pairs: 1 is signal alone, 0 noise
-alone."""
-
-
-def gradients(model, scene, rewards, rollout, flags):
-    """{(head, part): gradient, flat} of what each head decided, rewarded for one part alone."""
-    heads = {"thought": model.vlm.parameters(), "drive": params_of_expert(model)}
-    found = {}
-    for head, params in heads.items():
-        params = list(params)
-        for part in PARTS:
-            advantage = rewards[part] - rewards[part].mean(1, keepdim=True)
-            loss = rl.losses_of(model, None, scene, rollout, {head: advantage}, flags)["policy"]
-            grads = torch.autograd.grad(loss, params, materialize_grads=True)
-            found[head, part] = torch.cat([grad.flatten().cpu() for grad in grads])
-    return found
-
-
-def params_of_expert(model):
-    return [p for name, p in model.named_parameters() if name.startswith(OF_EXPERT)]
-
-
-def signal(args):
-    """Print, for each head, how much of its gradient two independent draws of rollouts share."""
-    model = load_model(args.checkpoint, args.device)
-    scenes = world_scenes(model.cfg, args.split, args.batch, args)
-    numbers = range(len(scenes))
-    scene = data.to_device(scenes.batch(numbers), model.device)
-    flags = flags_of_rl()
-    draws = []
-    for seed in tqdm(range(args.draws), desc="drawing", leave=False):
-        rollout = rl.try_out(model, scene, flags, flags.group, seed)
-        rewards = rl.rewards_of(scene, rollout, scenes, numbers, flags)
-        draws.append(gradients(model, scene, rewards, rollout, flags))
-    lines = []
-    for part in PARTS:
-        cells = [part]
-        for head in rl.HEADS:
-            grads = [draw[head, part] for draw in draws]
-            norm = torch.stack(grads).mean(0).norm()
-            pairs = combinations(grads, 2)
-            cosines = [F.cosine_similarity(a, b, dim=0).item() for a, b in pairs]
-            cells += [f"{norm:.2f}", f"{np.mean(cosines):.2f}"]
-        lines.append(cells)
-    print(markdown(lines, ["rewarded for", "thought: norm", "cosine", "drive: norm", "cosine"]))
-    numbers = dict(scenes=len(scenes), split=args.split, draws=args.draws, group=flags.group)
-    print(f"\n{SIGNAL_NOTE.format(**numbers)}")
-
-
-def flags_of_rl():
-    """Stage rl's own flags, as they are where none is given."""
-    parser = argparse.ArgumentParser()
-    rl.add_flags(lambda name, default, help, *_, **__: parser.add_argument(name, default=default))
-    return parser.parse_args([])
-
-
-# --------------------------------------------------------------------------------------------------
-# The command line
-
-SAMPLING = {  # what measure_plans and rl.likeliest want beside the flags
-    "seed": 0,
-    "n": 6,
-    "steps": 10,
-    "batch": 32,
-    "reason": True,
-    "route": True,
-    "rewards": list(rl.REWARDS),
-    "credit": "heads",
-    "flow_steps": 5,
-    "max_new_tokens": 40,
-}
-
-
-def row_of(text):
-    """The type of a row NAME=FOLDER,FOLDER: its name and the checkpoints, which must be there."""
-    name, equals, folders = text.partition("=")
-    folders = folders.split(",")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER,FOLDER, not {text!r}")
-    for folder in folders:
-        if not os.path.exists(os.path.join(folder, "config.json")):
-            raise argparse.ArgumentTypeError(f"{folder!r} is no checkpoint")
-    return name, folders
-
-
-def parse_flags():
-    p = doors.Flags("Experiments of the paper in small.")
-    add = p.add_argument
-    add("experiment", choices=("encoders", "rewards", "signal"))
-    add("rows", nargs="*", type=row_of, metavar="NAME=FOLDER,FOLDER",
-        help="rewards: a row, a checkpoint a seed")
-    add("--device", type=doors.device_of, help="cpu, cuda or mps (default: a GPU if there is one)")
-    add("--eval", type=COUNT, default=256, help="held-out scenes to evaluate on")
-    add("--size", type=SIDE, nargs=2, default=(64, 128), help="H W, pixels of the images")
-    add("--cache", default="data", help="the folder where rendered scenes are kept")
-
-    add = p.add_argument_group("encoders").add_argument
-    add("--out", default="out/encoders", type=doors.folder_to_write,
-        help="the models: what is missing is trained")
-    add("--train-steps", type=whole(1), default=400, help="optimiser steps of each training")
-    add("--scenes", type=COUNT, default=8000, help="scenes to train with")
-    add("--seeds", type=whole(), nargs="+", default=[0], help="trainings of each row")
-    add("--jobs", type=whole(1, 1000), default=1, help="trainings at a time, a thread each")
-    add("--parameters", action="store_true", help="count the encoders at full size, and stop")
-    add("--picture", metavar="PNG", type=draw.picture,
-        help="draw what the trained encoders look at, and stop")
-    add("--situation", help="with --picture: the first held-out scene of that kind")
-
-    add = p.add_argument_group("rewards").add_argument
-    add("--split", choices=data.SPLITS, default="tail", help="held-out scenes")
-    add("--drive", type=COUNT, default=128, help="scenarios to drive in closed loop")
-    add("--seconds", type=real(0.1, 3600), default=8.0, help="of each")
-
-    add = p.add_argument_group("signal").add_argument
-    add("--checkpoint", metavar="FOLDER", default=NANO, help="whose gradient")
-    add("--draws", type=whole(2, 100), default=4, help="of rollouts")
-    p.set_defaults(**SAMPLING)
-    args = p.parse_intermixed_args()
-    if args.experiment == "rewards" and not args.rows:
-        p.error("rewards: expected rows NAME=FOLDER,FOLDER")
-    return args
-
-
-def main():
-    args = parse_flags()
-    run = {"encoders": encoders, "rewards": rewards, "signal": signal}
-    run[args.experiment](args)
-
-
-if __name__ == "__main__":
-    doors.run(main)

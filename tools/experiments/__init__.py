@@ -1,0 +1,1 @@
+"""Experiments of the paper in small: python -m tools.experiments NAME."""

@@ -1,0 +1,143 @@
+"""
+Table 9, and stage rl's own choices: what each reward, objective and flag makes of the shipped nano.
+
+    python -m tools.experiments rl --jobs 2 --seeds 0 1 2
+    python -m tools.experiments rl --rows "before" "per head" "nft"    some of its rows
+
+Each row is trained by `train.py --stage rl` with its flags. It is measured on scenes that no
+training, no validation and no choice of a setting has seen: the likeliest rollout of --eval scenes
+a split, and --drive scenarios of 20 s in closed loop.
+"""
+import argparse
+import json
+from functools import partial
+
+import data
+import rl
+import world
+from alpamayo import NANO, load_model
+from doors import whole
+from tools import markdown
+from tools.common import COUNT, drive_scenes
+from tools.experiments.trainings import Training, folder_of, measured, spread, train
+
+ABOUT = "Table 9: what each reward adds, and stage rl's other choices"
+NEEDS = "10 minutes of a core for a training of 100 steps, 10 to measure it"
+FIRST = 50_000  # of a split, the first scene to measure on
+ROWS = {  # flags beside the usual ones
+    "before": None,
+    "+ reasoning": "--rewards reason",
+    "+ consistency": "--rewards reason consistency",
+    "+ trajectory": "--rewards reason consistency trajectory",
+    "per head": "",
+    "one reward for both": "--credit total",
+    "Eq. 10": "--objective paper",
+    "nft": "--objective nft",
+    "tokens": "--policy tokens --train vlm",
+    "at random": "--curate 0",
+    "told": "--tell",
+    "rehearsed": "--rehearse 0.3",
+    "slow noise": "--modes 6",
+    "expert alone": "--train expert",
+    "episodes": "--episode 4 --batch 2 --group 8",
+}
+PAPER = """\
+| the paper's Table 9 | ADE | reasoning | consistency | close encounters, % |
+| --- | ---: | ---: | ---: | ---: |
+| SFT | 2.12 | 3.1 | 0.62 | 6.9 |
+| + reasoning | 2.19 | 4.5 | 0.53 | 5.8 |
+| + consistency | 1.92 | 4.5 | 0.85 | 6.2 |
+| + trajectory | 1.94 | 4.4 | 0.83 | 3.7 |"""
+
+
+def add_flags(add):
+    add("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), metavar="ROW",
+        help="of the table: " + ", ".join(ROWS))
+    add("--train-steps", type=whole(1), default=100, help="optimiser steps of each training")
+    add("--eval", type=COUNT, default=256, help="scenes a split to plan for")
+    add("--drive", type=COUNT, default=96, help="scenarios a split to drive")
+    add("--splits", nargs="+", choices=data.SPLITS, default=["tail", "rare", "val"])
+
+
+def trainings_of(row, args):
+    """A row's, one a seed; of the shipped nano itself, none."""
+    if ROWS[row] is None:
+        return []
+    flags = f"--stage rl --init {NANO} --steps {args.train_steps} {ROWS[row]}".strip()
+    return [Training(flags, seed) for seed in args.seeds]
+
+
+def measure(folder, args):
+    """{split: numbers} of a checkpoint, each found once."""
+    kept = folder
+    if folder == NANO:  # nothing is written beside what is shipped
+        kept = folder_of(Training(f"--init {NANO}"), args)
+    found = {}
+    for split in args.splits:
+        settings = {"split": split, "eval": args.eval, "drive": args.drive, "world": data.sources()}
+        work = partial(think_and_drive, folder, split, args)
+        found[split] = measured(kept, settings, work)
+    return found
+
+
+def think_and_drive(folder, split, args):
+    """Means of a checkpoint's likeliest rollouts of scenes of a split, and of its drives."""
+    model = load_model(folder, args.device)
+    flags = flags_of_rl()
+    view = data.view_of(model.cfg, args.size)
+    scenes = data.load_world(split, args.eval, FIRST, args.cache, **view)
+    found = rl.likeliest(model, scenes, args.eval, flags)
+
+    def policy(scene):
+        out = rl.likeliest_of(model, scene, flags.flow_steps, length=flags.max_new_tokens)
+        return out.actions[:, 0]
+
+    first = world.SEEDS[split] + FIRST
+    met = drive_scenes(policy, range(first, first + args.drive), seconds=20.0, **view)
+    found |= {f"drive {name}": value.float() for name, value in met.items()}
+    return {name: value.mean().item() for name, value in found.items()}
+
+
+def flags_of_rl():
+    """Stage rl's own flags, as they are where none is given."""
+    parser = argparse.ArgumentParser()
+    rl.add_flags(lambda name, default, help, *_, **__: parser.add_argument(name, default=default))
+    return parser.parse_args([])
+
+
+COLUMNS = {  # of a split: title, name, digits, scale
+    "both right, %": ("right", 0, 100),
+    "reasoning, 0 to 5": ("reason", 2, 1),
+    "consistency": ("consistency", 2, 1),
+    "ADE, m": ("ade", 2, 1),
+    "score": ("drive score", 2, 1),
+    "close encounters, %": ("drive close", 0, 100),
+    "off the road, %": ("drive off_road", 0, 100),
+    "progress, %": ("drive progress", 0, 100),
+}
+
+
+def table_of(rows, split):
+    """Rows {name: [numbers of each checkpoint, by split]} as Markdown."""
+    lines = []
+    for row, seeds in rows.items():
+        cells = [row]
+        for name, digits, scale in COLUMNS.values():
+            cells.append(spread([found[split][name] for found in seeds], digits, scale))
+        lines.append(cells)
+    return markdown(lines, [split, *COLUMNS])
+
+
+def main(args):
+    """Train what is missing, measure, print a table for each split, then the numbers."""
+    train([one for row in args.rows for one in trainings_of(row, args)], args)
+    rows = {}
+    for row in args.rows:
+        trained = [folder_of(one, args) for one in trainings_of(row, args)]
+        rows[row] = [measure(folder, args) for folder in trained or [NANO]]
+    for split in args.splits:
+        print(table_of(rows, split), end="\n\n")
+    print(f"{args.train_steps} steps; the likeliest rollout of {args.eval} scenes a split, "
+          f"{args.drive} scenarios of 20 s; seeds: {args.seeds}; ± their standard deviation.")
+    print(f"\n{PAPER}")
+    print(json.dumps(rows))

@@ -1,0 +1,82 @@
+"""
+Which part of stage rl's gradient is signal: what two independent draws of rollouts agree about.
+
+    python -m tools.experiments signal
+
+A head that is rewarded for what it did not do learns noise: its gradient is as long, and points
+elsewhere with each draw.
+"""
+from itertools import combinations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import rl
+from alpamayo import NANO, OF_EXPERT, load_model
+from doors import whole
+from tools import markdown
+from tools.common import world_scenes
+from tools.experiments.rewards import flags_of_rl
+
+ABOUT = "which part of stage rl's gradient is signal"
+NEEDS = "some minutes"
+SCENES = 16
+PARTS = (*rl.REWARDS, "thought", "drive", "total")
+SIGNAL_NOTE = """\
+{scenes} scenes of {split}, {draws} independent draws of {group} rollouts of each. norm: of the mean
+gradient; cosine: between the gradients of two draws, mean over pairs: 1 is signal alone, 0 noise
+alone."""
+
+
+def gradients(model, scene, rewards, rollout, flags):
+    """{(head, part): gradient, flat} of what each head decided, rewarded for one part alone."""
+    heads = {"thought": model.vlm.parameters(), "drive": params_of_expert(model)}
+    found = {}
+    for head, params in heads.items():
+        params = list(params)
+        for part in PARTS:
+            advantage = rewards[part] - rewards[part].mean(1, keepdim=True)
+            loss = rl.losses_of(model, None, scene, rollout, {head: advantage}, flags)["policy"]
+            grads = torch.autograd.grad(loss, params, materialize_grads=True)
+            found[head, part] = torch.cat([grad.flatten().cpu() for grad in grads])
+    return found
+
+
+def params_of_expert(model):
+    return [p for name, p in model.named_parameters() if name.startswith(OF_EXPERT)]
+
+
+def main(args):
+    """Print, for each head, how much of its gradient two independent draws of rollouts share."""
+    model = load_model(args.checkpoint, args.device)
+    scenes = world_scenes(model.cfg, args.split, SCENES, args)
+    numbers = range(len(scenes))
+    scene = data.to_device(scenes.batch(numbers), model.device)
+    flags = flags_of_rl()
+    draws = []
+    for seed in tqdm(range(args.draws), desc="drawing", leave=False):
+        rollout = rl.try_out(model, scene, flags, flags.group, seed)
+        rewards = rl.rewards_of(scene, rollout, scenes, numbers, flags)
+        draws.append(gradients(model, scene, rewards, rollout, flags))
+    lines = []
+    for part in PARTS:
+        cells = [part]
+        for head in rl.HEADS:
+            grads = [draw[head, part] for draw in draws]
+            norm = torch.stack(grads).mean(0).norm()
+            pairs = combinations(grads, 2)
+            cosines = [F.cosine_similarity(a, b, dim=0).item() for a, b in pairs]
+            cells += [f"{norm:.2f}", f"{np.mean(cosines):.2f}"]
+        lines.append(cells)
+    print(markdown(lines, ["rewarded for", "thought: norm", "cosine", "drive: norm", "cosine"]))
+    numbers = dict(scenes=len(scenes), split=args.split, draws=args.draws, group=flags.group)
+    print(f"\n{SIGNAL_NOTE.format(**numbers)}")
+
+
+def add_flags(add):
+    add("--checkpoint", metavar="FOLDER", default=NANO, help="whose gradient")
+    add("--split", choices=data.SPLITS, default="tail", help="which scenes are tried out")
+    add("--draws", type=whole(2, 100), default=4, help="of rollouts")
