@@ -52,7 +52,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import release
-from doors import check_sampling, check_says, check_scene, write_atomically
+from doors import check_sampling, check_scene, check_ways, write_atomically
 from kernels import by_hand, one_launch, stock
 from kernels.flow_step import roll_out_by_kernel
 from kernels.prefix_attention import prefix_attention
@@ -549,42 +549,47 @@ class Alpamayo(nn.Module):
         return v0.to(self.device)
 
     def rl_losses(
-        self, scene, rollout, advantage, objective="clip", beta=2.0, kl_weight=0.0,
+        self, scene, rollout, advantage, objective="clip", beta=2.0, kl_weight=None,
         drive_weight=1.0, reference=None, old=None, generator=None,
     ):  # fmt: skip
-        """Stage rl (Sec. 5.3): GRPO on a group of rollouts of each scene. Two heads decide,
-        each with its own advantage {"thought": (B, G), "drive": (B, G)}, a reward less the group's
-        mean; one without does not learn. What is rewarded, and curation, are in rl.py.
+        """Stage rl (Sec. 5.3): GRPO on a group of rollouts of each scene. Two heads decide, the
+        thought's tokens and the drive's random steps (or its action tokens). Each has its own
+        advantage {"thought": (B, G), "drive": (B, G)}, a reward less the group's mean; one without
+        does not learn. What is rewarded, and curation, are in rl.py.
         objective, beta: see `grpo`; with "nft" the drive learns by `nft`, from rollouts without
-        random steps (eta 0); kl_weight: of the KL to the reference policy (the SFT model), whose
-        `replay` of the rollout is `reference`; drive_weight: of the drive's loss beside the
-        thought's; old: `log_probs` of the first update on this rollout; generator: nft's draws.
+        random steps (eta 0), and the thought by "clip"; kl_weight {head: float}: of the KL to the
+        reference policy (the SFT model), whose `replay` of the rollout is `reference`;
+        drive_weight: of the drive's loss beside the thought's; old: `log_probs` of the first update
+        on this rollout; generator: nft's draws.
         Returns `policy`, the loss, and `log_probs`, detached, of what each head decided. To look
         at: length, tokens a thought; entropy, nats a token; kl, nats a rollout, and clipped, share
         of decisions whose ratio is out of bounds, of the thought; kl_drive and clipped_drive, of
-        the drive; mismatch, how far rollout and replay differ in log-probability."""
+        the drive; mismatch, how far rollout and replay differ in a token's log-probability."""
         replayed = self.replay(scene, rollout)
         heads = heads_of(replayed, rollout, reference)
         old = old or {name: head.log_pi.detach() for name, head in heads.items()}
+        by_nft = objective == "nft"
+        surrogate = "clip" if by_nft else objective
         found = {"log_probs": old}
-        loss = 0.0
-        for name, weight in (("thought", 1.0), ("drive", drive_weight)):
-            better = advantage.get(name)
-            if better is not None and name in heads:
-                head = heads[name], old[name]
-                loss = loss + weight * grpo(objective, *head, better, beta, kl_weight)
-            elif better is not None and objective == "nft":
-                loss = loss + weight * self.nft(replayed, rollout, better, beta, generator)
-        for name, end in (("thought", ""), ("drive", "_drive")):
-            if name in heads:
-                found["kl" + end] = heads[name].kl.mean().detach()
-                found["clipped" + end] = clipped_share(heads[name], old[name])
-        thought = heads["thought"]
-        found["length"] = thought.decided.sum(2).float().mean()
+        losses = {"thought": 0.0, "drive": 0.0}
+        for name, head in heads.items():
+            weight = (kl_weight or {}).get(name, 0.0)
+            if name in advantage:
+                more = advantage[name], beta, weight
+                losses[name] = grpo(surrogate, head, old[name], *more)
+            elif weight:
+                losses[name] = weight * head.kl.mean()  # shared weights move it all the same
+            end = "_drive" * (name == "drive")
+            found["kl" + end] = head.kl.mean().detach()
+            found["clipped" + end] = clipped_share(head, old[name])
+        if by_nft and "drive" in advantage:
+            losses["drive"] = self.nft(replayed, rollout, advantage["drive"], beta, generator)
+        tokens = [head for name, head in heads.items() if name == "thought" or not replayed.means]
+        said = sum(head.log_pi.detach() for head in tokens)
+        found["mismatch"] = (said - rollout.log_probs).abs().max()
+        found["length"] = heads["thought"].decided.sum(2).float().mean()
         found["entropy"] = entropy_of(replayed, rollout)
-        drawn = rollout.log_probs * thought.decided
-        found["mismatch"] = (thought.log_pi.detach() - drawn).abs().max()
-        return found | {"policy": loss}
+        return found | {"policy": losses["thought"] + drive_weight * losses["drive"]}
 
     def nft(self, replayed, rollout, advantage, beta, generator=None, levels=4):
         """The drive's loss without probabilities (DiffusionNFT, arXiv 2509.16117): flow matching
@@ -624,7 +629,7 @@ class Alpamayo(nn.Module):
         texts, thought in place of its own reasoning.
         The prompt's keys and values are stored once for all n samples. Returns a Rollout."""
         check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta, seed, noise)
-        check_says(says, scene)
+        check_ways(modes, says, scene)
         cfg = self.cfg
         reason = says is not None or (cfg.reasoning == "on" if reason is None else reason)
         generator = torch.Generator(self.device).manual_seed(seed) if seed is not None else None
@@ -632,7 +637,7 @@ class Alpamayo(nn.Module):
         def choose(logits):
             return pick(logits, temperature, top_p, generator)
         if says is not None:
-            choose = self.repeating(says, n, choose, temperature, top_p)
+            choose = self.repeating(says, n, choose, temperature, top_p, max_new_tokens)
         prompt = self.embed_prompt(scene, reason)
         clock.lap("vision")
         prefix = self.prefill(prompt, cfg.retrieve if reason else 1.0)
@@ -692,12 +697,13 @@ class Alpamayo(nn.Module):
         tokens, chosen, log_probs = (torch.stack(column, 1) for column in zip(*said))
         return Thought(tokens, chosen, log_probs, length, tail)
 
-    def repeating(self, says, n, choose, temperature, top_p):
-        """A choice of tokens for `think` that says a given text, one for each scene, and then
-        chooses. Returns as `pick` does; at temperature 0 the log-probability at 1."""
+    def repeating(self, says, n, choose, temperature, top_p, most):
+        """A choice of tokens for `think` that says a given text, one for each scene, of at most so
+        many tokens, and then chooses. Returns tokens and their log-probabilities, at temperature 0
+        those at 1."""
         ids = []
         for text in says:
-            given = self.vocabulary.encode(f"{text}<|cot_end|><|traj_future_start|>")
+            given = self.vocabulary.encode(f"{text}<|cot_end|><|traj_future_start|>")[:most]
             ids.append(torch.tensor(given, device=self.device))
         ids = nn.utils.rnn.pad_sequence(ids, padding_value=-1).repeat_interleave(n, 1)
         rest = iter(ids)  # a token (N,) of each sample at a time, -1 behind its text
@@ -749,7 +755,7 @@ class Alpamayo(nn.Module):
         x = noise.to(device)
         start = prefix.end + thought.length
         dtype = next(self.expert.parameters(), x).dtype
-        fast = by_hand(device, dtype) and modes == HORIZON
+        fast = by_hand(device, dtype) and (modes == HORIZON or not eta)
         if fast and stock.is_flow(Alpamayo.drive, self, prefix.layers):  # see kernels/stock.py
             parts = self.expert, self.action_in_proj, self.action_out_proj
             cos, sin = self.rope_of_actions(start, dtype)
@@ -817,8 +823,9 @@ class Alpamayo(nn.Module):
             velocity = self.velocity(x.flatten(0, 1), t.repeat(N), past, prefix.end + ends)
             velocity = velocity.unflatten(0, (N, noisy))
             for i in range(noisy):
-                now = x[:, i], velocity[:, i], i / steps, 1 / steps
-                mean, std = euler_step(*now, rollout.eta, rollout.modes)
+                where = x[:, i], velocity[:, i]
+                when = i / steps, 1 / steps
+                mean, std = euler_step(*where, *when, rollout.eta, rollout.modes)
                 means.append(mean)
                 stds.append(std)
         return Replay(logits, means, stds, (prefix, tail, T, length))
@@ -1757,8 +1764,9 @@ def euler_step(x, velocity, t, dt, eta=0.0, modes=HORIZON):  # kernels/flow_step
     anew, and both coefficients of the line stay what training showed (Coefficients-Preserving
     Sampling, arXiv 2509.05952): with s = t + dt and a = eta pi / 2 the next controls are
     s data + (1 - s) (cos(a) noise + sin(a) n), n ~ N(0, I). The last step, to s = 1, is always
-    Euler's, and eta = 0 is Euler to the bit. Fewer modes than 64 draw anew only what is slow in
-    the noise, see `slow_part`: a car cannot try out what shakes."""
+    Euler's, and eta = 0 is Euler to the bit. With fewer modes than 64 only what is slow in the
+    noise is drawn anew, see `slow_part`: a car cannot try out what shakes. What is fast then has no
+    probability, so no gradient and no KL hold it."""
     a = eta * math.pi / 2
     left = 1 - (t + dt)  # of the noise
     noise = slow_part(x - t * velocity, modes)
@@ -1767,14 +1775,16 @@ def euler_step(x, velocity, t, dt, eta=0.0, modes=HORIZON):  # kernels/flow_step
 
 
 def slow_part(x, modes):
-    """What of controls (..., 64, 2) the first cosine modes over time hold; 64 hold all."""
+    """What of controls (..., 64, 2) the first cosine modes over time hold; 64 hold all. Sums, not
+    matrix products: autocast would round those."""
     if modes == HORIZON:
         return x
     k = torch.arange(modes, device=x.device)
     at = torch.arange(HORIZON, device=x.device) + 0.5
-    basis = (math.pi / HORIZON * at[:, None] * k).cos()  # (64, modes)
-    basis = (basis / basis.norm(dim=0)).to(x.dtype)
-    return basis @ (basis.T @ x)
+    basis = (math.pi / HORIZON * at[:, None] * k).cos()
+    basis = (basis / basis.norm(dim=0)).to(x.dtype)[..., None]  # (64, modes, 1)
+    held = (basis * x[..., None, :]).sum(-3, keepdim=True)  # (..., 1, modes, 2)
+    return (basis * held).sum(-2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1805,8 +1815,9 @@ def grpo(objective, head, old, advantage, beta, kl_weight):
 
 
 def ratio_of(head, old):
-    """Importance ratios (B, G, T), 1 at the first update. Within e^20, so that none is infinite."""
-    return (head.log_pi - old).clamp(-20, 20).exp()
+    """Importance ratios (B, G, T), 1 at the first update. From e^-3 to e^3: none is infinite, and
+    one beyond has no gradient."""
+    return (head.log_pi - old).clamp(-3, 3).exp()
 
 
 def clipped_share(head, old):
@@ -1826,12 +1837,14 @@ def heads_of(replayed, rollout, reference=None):
     nats = token_log_probs(replayed.logits, ids, rollout.temperature, rollout.top_p)
     nats = nats.view(rollout.tokens.shape)
     kl_tokens, kl_steps = kl_of(replayed, reference, rollout)
+    parts = {"thought": thinks}
+    if len(rollout.flow) == 1:  # no Euler steps: the path was said
+        parts["drive"] = ~thinks
     heads = {}
-    for name, part in (("thought", thinks), ("drive", ~thinks)):
+    for name, part in parts.items():
         decided = rollout.chosen & part
-        if decided.any() or name == "thought":
-            log_pi = torch.where(decided, nats, 0)
-            heads[name] = Head(log_pi, decided, torch.where(decided, kl_tokens, 0).sum(2))
+        log_pi = torch.where(decided, nats, 0)
+        heads[name] = Head(log_pi, decided, torch.where(decided, kl_tokens, 0).sum(2))
     if replayed.stds:
         steps = []
         for i, (mean, std) in enumerate(zip(replayed.means, replayed.stds)):
@@ -1862,9 +1875,10 @@ def gaussian_log_prob(apart, std, modes=HORIZON):
 
 
 def kl_of(replayed, reference, rollout):
-    """KL[policy || reference policy] in nats from the two models' `replay`: of the tokens as they
-    are drawn, exact, (B, G, T), and of the flow's random steps together, Gaussians of one variance,
-    (B, G). Zeros without a reference."""
+    """KL[policy || reference policy] in nats from the two models' `replay`: of the tokens at the
+    rollout's temperature, over the whole vocabulary, (B, G, T), and of the flow's random steps
+    together, Gaussians of one variance in the modes that were drawn, (B, G). Zeros without a
+    reference."""
     B, G, T = rollout.tokens.shape
     steps = rollout.log_probs.new_zeros(B * G)
     if reference is None:

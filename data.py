@@ -415,7 +415,8 @@ def make_scenes(seeds, device="cpu", **view):
 @torch.no_grad()
 def drive_plans(seeds, plans, device="cpu"):
     """What comes of m plans of each scene, each driven from t0 to its end: what `drive` says of a
-    drive, {name: (n, m)}, and `beside` (n, m, T), metres to the left of the line to drive on.
+    drive but `ran`, {name: (n, m)}, and `beside` (n, m, T), metres to the left of the line to
+    drive on.
 
     plans: (n, m, T, 2), m/s^2 and 1/m. The others react, see World.step. ValueError,
     FloatingPointError where plans are none."""
@@ -537,7 +538,9 @@ def plan_of(policy, scene, asked, seeds, least):
 
 
 @torch.no_grad()
-def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **view):
+def drive(
+    policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, ask_all=False, **view,
+):  # fmt: skip
     """Let a policy drive n scenes of the world in closed loop, and judge it.
 
     policy: a function of a batched Scene (without a future) that returns controls (n, T, 2) in
@@ -545,8 +548,9 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
     images. None is the expert, who also drives up to t0 and does not know the cause yet. The other
     cars react, see World.step. A scenario ends at its first close encounter or when the ego leaves
     the road (as AlpaSim's do), else after `seconds`. A collision counts until GRACE seconds later.
-    The policy is not asked about scenarios that are over, unless there is a film: called with the
-    World, the Scene and the controls at every replanning. view: the options of `View`.
+    The policy is not asked about scenarios that are over, unless it wants to (ask_all) or there is
+    a film: called with the World, the Scene and the controls at every replanning. view: the options
+    of `View`.
 
     Returns {name: (n,)}:
         score       AlpaSim's: 0 after a collision or off the road, else progress / ENOUGH, at most
@@ -582,7 +586,7 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
         # Plan
         if policy and tick % every == 0:
             scene = recorder.scene()
-            asked = torch.ones_like(world.held) if film else tally.watched()
+            asked = tally.watched() | bool(film or ask_all)
             plan = plan_of(policy, scene, asked, seeds, every).to(device)
             if film:
                 film(world, scene, plan)

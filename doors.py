@@ -798,8 +798,11 @@ def check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta, se
         check_entry("noise", noise, ["N", "64", "2"], None, {})
 
 
-def check_says(says, scene):
-    """ValueError, one line, unless `says` of `Alpamayo.sample` is None or a text for each scene."""
+def check_ways(modes, says, scene):
+    """ValueError, one line, unless `modes` of `Alpamayo.sample` is a number of them, and `says`
+    None or a text for each scene."""
+    if not (isinstance(modes, int) and 1 <= modes <= 64):
+        raise ValueError(f"sample: modes must be a whole number from 1 to 64, not {modes!r}")
     if says is None:
         return
     count = len(scene["images"])

@@ -6,8 +6,9 @@ What stage rl needs beside its loss (Sec. 5.3): rewards, curation, the step. The
 
 A rollout is a reasoning and a path. The path is either the language model's 128 action tokens
 (`--policy tokens`, the paper's, which trains no expert) or the expert's flow (`--policy flow`),
-whose Euler steps are drawn with noise and so have a probability. Then reasoning and flow learn from
-one reward. The expert's loss never reaches the language model, here as everywhere.
+whose Euler steps are drawn with noise and so have a probability. Two heads decide, the thought and
+the drive, and each is rewarded for what it did: REWARDS. The expert's loss never reaches the
+language model, here as everywhere.
 
 What usual GRPO has and this leaves out, or leaves off by default:
     a value network       the group's mean reward is the baseline, which is GRPO's own idea
@@ -28,6 +29,8 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import NamedTuple
@@ -35,12 +38,12 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
+import data
 from alpamayo import DT, HORIZON, OF_EXPERT, Rollout, ade
 from data import (
     CAUSES,
     SPLITS,
     decisions,
-    drive,
     is_right,
     rows_of,
     seed_of,
@@ -66,7 +69,7 @@ from world import LEFT, RIGHT
 # --------------------------------------------------------------------------------------------------
 # Rewards (Sec. 5.3.2). The paper gives no weights; all numbers here are ours, chosen in our world.
 
-# A part's weight, and which head it teaches. To add one: a line here, a line in `rewards_of`.
+# A part's weight, and which heads it teaches. To add one: a line here, a line in `rewards_of`.
 REWARDS = {
     "reason": (0.2, ["thought"]),
     "consistency": (1.0, ["thought", "drive"]),
@@ -189,51 +192,63 @@ def trajectory(xyz, truth, collision=None):
     """Trajectory quality (Eq. 11), (B, G), at best 0, of paths xyz (B, G, 64, 3).
 
     What costs: the squared distance to the driven path truth (B, 64, 3), mean over 6.4 s; the
-    collision (B, G); jerk, the mean length of the third difference in m/s^3. Distance is capped, so
-    that one lost scene does not outweigh all others."""
+    collision (B, G); jerk. Distance is capped, so that one lost scene does not outweigh all
+    others."""
     squared = (xyz - truth[:, None])[..., :2].square().sum(-1).mean(-1)
-    jerk = (xyz[..., :2].diff(n=3, dim=-2) / DT**3).norm(dim=-1).mean(-1)
-    cost = (DISTANCE * squared).clamp(max=DISTANCE_MOST) + JERK * jerk
+    cost = (DISTANCE * squared).clamp(max=DISTANCE_MOST) + JERK * jerk(xyz)
     return -(cost if collision is None else cost + COLLISION * collision.float())
+
+
+def jerk(xyz):
+    """The mean length of paths' (..., 64, 3) third difference, m/s^3."""
+    return (xyz[..., :2].diff(n=3, dim=-2) / DT**3).norm(dim=-1).mean(-1)
 
 
 def rewards_of(scene, rollout, scenes, numbers, flags, judge=None):
     """What a Rollout of scenes number `numbers` is rewarded for, {name: (B, G)}: reason 0 to 5,
     consistency 0 or 1, trajectory up to 0, outcome 0 to 1: AlpaSim's scene score of the plan.
 
-    And their sums, see `sums_of`. To look at: collision, off_road, ade (m), comfort (0 to 1)."""
+    And their sums, see `sums_of`. To look at: collision, off_road, ade (m), comfort (0 to 1). Of a
+    clip nobody knows what would have come of it: no outcome, collision, off_road."""
     xyz = rollout.xyz.cpu().float()
     rot = rollout.rot.cpu().float()
     truth = scene["ego_future_xyz"].cpu()
-    none = torch.zeros(xyz.shape[:2])
-    met = scenes.drive_plans(numbers, rollout.actions.cpu())  # of a clip: nothing
+    met = scenes.drive_plans(numbers, rollout.actions.cpu())
+    found = {
+        "reason": grades_of(rollout, scene, judge),
+        "consistency": consistency(rollout.reasoning, scene, xyz, rot, met.get("beside")),
+        "trajectory": trajectory(xyz, truth, met.get("collision")),
+        "ade": ade(xyz, truth[:, None]),
+        "comfort": torch.stack(list(comfort(xyz, rot).values())).float().mean(0),
+    }
+    if met:
+        found["outcome"] = met["score"]
+        found["collision"] = met["collision"].float()
+        found["off_road"] = met["off_road"].float()
+    return found | sums_of(found, flags)
+
+
+def grades_of(rollout, scene, judge=None):
+    """Grades (B, G) of a Rollout's reasoning, by rule or by a judge."""
     pairs = []
     for row, true in zip(rollout.reasoning, scene["reasoning"]):
         pairs += [(said, true) for said in row]
     grades = judge(pairs) if judge else [grade(*pair) for pair in pairs]
-    collision = met.get("collision", none).float()
-    found = {
-        "reason": torch.tensor(grades, dtype=torch.float32).view(xyz.shape[:2]),
-        "consistency": consistency(rollout.reasoning, scene, xyz, rot, met.get("beside")),
-        "trajectory": trajectory(xyz, truth, collision),
-        "outcome": met.get("score", none),
-        "collision": collision,
-        "off_road": met.get("off_road", none).float(),
-        "ade": ade(xyz, truth[:, None]),
-        "comfort": torch.stack(list(comfort(xyz, rot).values())).float().mean(0),
-    }
-    return found | sums_of(found, flags)
+    return torch.tensor(grades, dtype=torch.float32).view(rollout.tokens.shape[:2])
 
 
 def sums_of(found, flags):
     """`total`, the weighted sum of the parts that are rewarded; `thought` and `drive`, what the
     heads are rewarded with: those that teach them, or with --credit total all."""
-    parts = {name: REWARDS[name][0] * found[name] for name in flags.rewards}
-    sums = {"total": sum(parts.values())}
+    parts = {}
+    for name in flags.rewards:
+        if name in found:
+            parts[name] = REWARDS[name][0] * found[name]
+    none = torch.zeros_like(found["reason"])
+    sums = {"total": sum(parts.values(), none)}
     for head in HEADS:
         taught = [part for name, part in parts.items() if head in REWARDS[name][1]]
-        own = sum(taught, torch.zeros_like(sums["total"]))
-        sums[head] = sums["total"] if flags.credit == "total" else own
+        sums[head] = sums["total"] if flags.credit == "total" else sum(taught, none)
     return sums
 
 
@@ -399,7 +414,8 @@ def hanging_up_after(seconds, line):
 def divergence(log_probs, rewards, beta):
     """KL[softmax(beta r) || softmax(log pi)] over each group, (B,); the paper names no measure.
 
-    log_probs (B, G): of tokens alone, as those of the flow only tell which noise was drawn."""
+    log_probs (B, G): of tokens alone, as those of the flow only tell which noise was drawn. A trace
+    that had to be told is both unlikely and good: such scenes come again soon."""
     wanted = (beta * rewards).log_softmax(1)
     ours = log_probs.log_softmax(1)
     return (wanted.exp() * (wanted - ours)).sum(1)
@@ -425,8 +441,8 @@ def choose(known, step, count, flags):
 # The step: try out, reward, learn
 
 
-class Lesson(NamedTuple):
-    """Rollouts to learn from."""
+class Experience(NamedTuple):
+    """Groups of rollouts to learn from."""
 
     scene: dict
     rollout: Rollout
@@ -436,80 +452,92 @@ class Lesson(NamedTuple):
 def step(model, reference, optimisers, scenes, number, known, flags, device, autocast, judge=None,
          rehearse=None):
     """Step `number` of a run. Brings known (scenes,), the divergences, up to date. rehearse: a
-    function that adds other gradients to an update's. Returns the line of the log."""
+    function of the update's number that adds other gradients to it. Returns the line of the log."""
     numbers, drawn = choose(known, number, len(scenes), flags)
     size = max(1, len(numbers) // flags.accumulate)
-    lessons, earned = [], []
+    lived, earned = [], []
     for first in range(0, len(numbers), size):
         some = numbers[first : first + size]
-        scene = to_device(scenes.batch(some), device)
-        seed = seed_of(flags.seed, number, first)
+        ask = partial(try_out, model, flags, autocast, seed_of(flags.seed, number, first))
         try:
-            with autocast:
-                if flags.episode:
-                    found, rewards, log_probs = drive_out(model, scenes, some, flags, seed, judge)
-                else:
-                    rollout = try_out(model, scene, flags, flags.group, seed)
-                    rewards = rewards_of(scene, rollout, scenes, some, flags, judge)
-                    log_probs = rollout.log_probs.sum(2).cpu()
-                    found = [Lesson(scene, rollout, advantage_of(rewards, flags))]
+            if flags.episode:
+                found, rewards, log_probs = drive_out(model, ask, scenes, some, flags, judge)
+            else:
+                scene = to_device(scenes.batch(some), device)
+                rollout = ask(scene)
+                rewards = rewards_of(scene, rollout, scenes, some, flags, judge)
+                log_probs = rollout.log_probs.sum(2).cpu()
+                found = [Experience(scene, rollout, advantage_of(rewards, flags))]
         except FloatingPointError as error:
             raise FloatingPointError(f"step {number + 1}: {error}") from None
         for name, value in rewards.items():
             expect_finite(number, f"reward `{name}`", value)
         known[some] = divergence(log_probs, rewards["total"], flags.beta)
         expect_finite(number, "divergence", known[some])
-        lessons += found
+        lived += found
         earned.append(rewards)
 
     looked = {}
-    old = [None] * len(lessons)
-    for _ in range(flags.updates):
-        for i, lesson in enumerate(lessons):
+    old = [None] * len(lived)
+    for update_number in range(flags.updates):
+        sums = {}
+        for i, one in enumerate(lived):
             seed = seed_of(flags.seed, number, i)
             with autocast:
-                losses = losses_of(model, reference, *lesson, flags, old[i], seed)
+                losses = losses_of(model, reference, *one, flags, old[i], seed)
             loss = losses.pop("policy")
             expect_finite(number, f"loss `{flags.objective}`", loss)
-            (loss / len(lessons)).backward()
+            (loss / len(lived)).backward()
             log_probs = losses.pop("log_probs")
             old[i] = old[i] or log_probs
             for name, value in losses.items():
-                looked[name] = looked.get(name, 0.0) + value.item() / len(lessons) / flags.updates
+                sums[name] = sums.get(name, 0.0) + value.item() / len(lived)
+        looked |= sums  # those of the last update: in the first no ratio differs from 1
         if rehearse:
-            looked["rehearsed"] = rehearse()
+            looked["rehearsed"] = rehearse(update_number)
         looked |= update(optimisers, number, flags)
-    looked |= log_of(lessons, earned, known[numbers], drawn)
+    looked |= log_of(lived, earned, known[numbers], drawn, flags.group)
     return {"step": number + 1, "stage": "rl"} | looked
 
 
-def advantage_of(rewards, flags):
-    """{head: (B, G)} of the heads that are rewarded."""
+def advantage_of(rewards, flags, counts=None):
+    """{head: (B, G)} of the heads that are rewarded: the group's mean is the baseline. counts
+    (B, G), 0 or 1: who is of the group; others have 0."""
     found = {}
     for head in HEADS:
-        if flags.credit == "total" or any(head in REWARDS[name][1] for name in flags.rewards):
-            found[head] = rewards[head] - rewards[head].mean(1, keepdim=True)
+        if is_taught(head, flags):
+            own = rewards[head]
+            counts = torch.ones_like(own) if counts is None else counts
+            mean = (own * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
+            found[head] = (own - mean) * counts
     return found
 
 
-def try_out(model, scene, flags, group, seed):
-    """A group of rollouts of each scene. With --tell, where none of a group decides right, the last
-    one is made again, and thinks the true trace."""
+def is_taught(head, flags):
+    """Whether a head is rewarded for anything."""
+    return flags.credit == "total" or any(head in REWARDS[name][1] for name in flags.rewards)
+
+
+def try_out(model, flags, autocast, seed, scene, group=None, part=0):
+    """A group of rollouts of each scene, by default --group. With --tell, where none of a group
+    decides right, the last one is made again, and thinks the true trace."""
     tokens = flags.policy == "tokens"
     options = dict(
         temperature=flags.temperature, top_p=flags.top_p, steps=1 if tokens else flags.flow_steps,
-        max_new_tokens=flags.max_new_tokens, seed=seed, reason=True, decode=flags.policy,
-        eta=0.0 if tokens or flags.objective == "nft" else flags.eta, modes=flags.modes,
+        max_new_tokens=flags.max_new_tokens, seed=seed_of(seed % 2**32, part), reason=True,
+        decode=flags.policy, eta=0.0 if tokens or flags.objective == "nft" else flags.eta,
+        modes=flags.modes,
     )  # fmt: skip
-    rollout = model.sample(scene, group, **options)
-    if not flags.tell:
-        return rollout
-    pairs = zip(rollout.reasoning, scene["reasoning"])
-    lost = [b for b, (row, true) in enumerate(pairs) if max(grade(said, true) for said in row) < 3]
-    if lost:
-        some = rows_of(scene, lost)
-        told = model.sample(some, 1, **options, says=some["reasoning"])
-        replace_last(rollout, lost, told, model.vocabulary["endoftext"])
+    with autocast:
+        rollout = model.sample(scene, group or flags.group, **options)
+        if flags.tell:
+            pairs = zip(rollout.reasoning, scene["reasoning"])
+            lost = [i for i, (row, true) in enumerate(pairs) if not any(
+                decisions(said) == decisions(true) for said in row)]
+            if lost:
+                some = rows_of(scene, lost)
+                told = model.sample(some, 1, **options, says=some["reasoning"])
+                replace_last(rollout, lost, told, model.vocabulary["endoftext"])
     return rollout
 
 
@@ -528,76 +556,80 @@ def replace_last(rollout, rows, other, padding):
         rollout.reasoning[row][-1] = texts[0]
 
 
-def drive_out(model, scenes, numbers, flags, seed, judge=None):
+def drive_out(model, ask, scenes, numbers, flags, judge=None):
     """A group of drives in closed loop of each scene: `--episode` seconds that are planned anew
-    every half second. Returns a Lesson for each moment, what the drives earned, as `rewards_of`,
-    and the log-probabilities of all that was said, (B, G).
+    every half second by ask(scene, group, part), a Rollout. Returns an Experience for each moment,
+    what the drives earned, as `rewards_of`, and the log-probabilities of all that was said, (B, G).
 
-    A thought is rewarded for its moment, a plan for what came of the drive."""
+    A thought is rewarded for its moment, beside the others of its group that still drive, though
+    these have come elsewhere by then. All plans of a drive are rewarded alike: for its outcome, and
+    the means of their consistency and their jerk."""
     groups = len(numbers), flags.group
     seeds = [scenes.seeds[i] for i in numbers for _ in range(flags.group)]
     moments = []  # a Scene and a Rollout of one sample each, of all drives
 
     def policy(scene):
-        rollout = try_out(model, scene, flags, 1, seed_of(seed, len(moments)))
-        moments.append((to_device(scene, model.device), rollout))
+        rollout = ask(scene, 1, len(moments))
+        moments.append((scene, rollout))
         return rollout.actions[:, 0]
 
-    # Who films asks about drives that are over, too. So a row is the same drive at all moments.
-    options = {"film": lambda *_: None, **view_of(model.cfg, flags.size)}
-    met = drive(policy, seeds, flags.episode, PAUSE, model.device, **options)
-    parts = [rewards_of_moment(scene, rollout, groups, judge) for scene, rollout in moments]
-    starts = PAUSE * torch.arange(len(moments))
-    goes_on = (met["seconds"].cpu() > starts[:, None]).float().view(-1, *groups)
-    rewards = {}
+    options = {"ask_all": True, **view_of(model.cfg, flags.size)}  # a row is always the same drive
+    met = data.drive(policy, seeds, flags.episode, PAUSE, model.device, **options)
+    met = {name: value.cpu().view(groups) for name, value in met.items()}
+    parts = []
+    for scene, rollout in moments:
+        xyz, rot = rollout.xyz.cpu().float(), rollout.rot.cpu().float()
+        parts.append({
+            "reason": grades_of(rollout, scene, judge).view(groups),
+            "consistency": consistency(rollout.reasoning, scene, xyz, rot).view(groups),
+            "trajectory": -JERK * jerk(xyz).view(groups),
+        })
+    starts = PAUSE * torch.arange(len(moments))[:, None, None]
+    counts = (met["seconds"] > starts).float()  # (moments, B, G): who still drives
+    rewards = {"outcome": met["score"], "comfort": met["comfort"]}
+    for name in ("collision", "off_road"):
+        rewards[name] = met[name].float()
     for name in parts[0]:
         values = torch.stack([part[name] for part in parts])
-        rewards[name] = (values * goes_on).sum(0) / goes_on.sum(0)
-    for name in ("collision", "off_road"):
-        rewards[name] = met[name].cpu().float().view(groups)
-    rewards["outcome"] = met["score"].cpu().view(groups)
+        rewards[name] = (values * counts).sum(0) / counts.sum(0)
     rewards["trajectory"] = rewards["trajectory"] - COLLISION * rewards["collision"]
     rewards |= sums_of(rewards, flags)
+
+    lived = []
     whole = advantage_of(rewards, flags)
-    lessons = []
-    for (scene, rollout), part, counts in zip(moments, parts, goes_on):
-        of_moment = advantage_of(sums_of(rewards | part, flags), flags)
-        advantage = whole | {head: of_moment[head] for head in of_moment if head == "thought"}
-        rows = {head: (a * counts).view(-1, 1) for head, a in advantage.items()}
-        lessons.append(Lesson(scene, rollout, rows))
+    for (scene, rollout), part, now in zip(moments, parts, counts):
+        own = rewards | {name: part[name] for name in ("reason", "consistency")}
+        advantage = advantage_of(sums_of(own, flags), flags, now)
+        if "drive" in whole:
+            advantage["drive"] = whole["drive"]
+        rows = now.flatten().nonzero()[:, 0].tolist()
+        scene = to_device(rows_of(scene, rows), model.device)
+        advantage = {head: a.flatten()[rows, None] for head, a in advantage.items()}
+        lived.append(Experience(scene, rows_of_rollout(rollout, rows), advantage))
     said = torch.stack([rollout.log_probs.sum(2).cpu().view(groups) for _, rollout in moments])
-    return lessons, rewards, (said * goes_on).sum(0)
+    return lived, rewards, (said * counts).sum(0)
 
 
-def rewards_of_moment(scene, rollout, groups, judge=None):
-    """What can be said of a moment of drives in closed loop, {name: groups}. Nobody drove on from
-    there, so trajectory is jerk alone."""
-    xyz = rollout.xyz.cpu().float()  # (B * G, 1, 64, 3)
-    rot = rollout.rot.cpu().float()
-    pairs = [(said, true) for (said,), true in zip(rollout.reasoning, scene["reasoning"])]
-    grades = judge(pairs) if judge else [grade(*pair) for pair in pairs]
-    found = {
-        "reason": torch.tensor(grades, dtype=torch.float32),
-        "consistency": consistency(rollout.reasoning, scene, xyz, rot),
-        "trajectory": trajectory(xyz, xyz[:, 0]),
-        "ade": torch.zeros(len(xyz)),
-        "comfort": torch.stack(list(comfort(xyz, rot).values())).float().mean(0),
-    }
-    return {name: value.view(groups) for name, value in found.items()}
+def rows_of_rollout(rollout, rows):
+    """Some scenes of a Rollout."""
+    names = ("tokens", "chosen", "log_probs", "actions", "xyz", "rot")
+    some = {name: getattr(rollout, name)[rows] for name in names}
+    texts = [rollout.reasoning[i] for i in rows]
+    return replace(rollout, reasoning=texts, flow=rollout.flow[:, rows], **some)
 
 
 def losses_of(model, reference, scene, rollout, advantage, flags, old=None, seed=0):
-    """`rl_losses` of a Lesson; reference: the KL term's frozen model, or None; seed: of what the
-    loss itself draws."""
+    """`rl_losses` of an Experience; reference: the KL term's frozen model, or None; seed: of what
+    the loss itself draws."""
     replay = None
     if reference:
         with without_adapters(reference):
-            replay = reference.replay(scene, rollout)
+            replay = reference.replay(scene, rollout)._replace(read=None)  # a cache to let go
     device = rollout.tokens.device
     return model(
         scene, "rl", rollout=rollout, advantage={k: v.to(device) for k, v in advantage.items()},
-        objective=flags.objective, beta=flags.beta, kl_weight=flags.kl,
-        drive_weight=flags.drive_weight, reference=replay, old=old,
+        objective=flags.objective, beta=flags.beta, drive_weight=flags.drive_weight,
+        kl_weight={"thought": flags.kl, "drive": flags.kl_drive}, reference=replay, old=old,
         generator=torch.Generator(device).manual_seed(seed),
     )  # fmt: skip
 
@@ -641,18 +673,19 @@ def expect_finite(number, what, value):
         raise FloatingPointError(f"step {number + 1}: {what} is not finite")
 
 
-def log_of(lessons, earned, divergences, drawn):
-    """What the log says of a step: of its Lessons; of the rewards, `earned` by each piece of the
-    batch; of its scenes' divergences, the first `drawn` of which were drawn by them."""
-    line = {"tokens": float(sum(lesson.rollout.tokens.numel() for lesson in lessons))}
+def log_of(lived, earned, divergences, drawn, group):
+    """What the log says of a step: of its Experiences; of the rewards, `earned` by each piece of
+    the batch; of its scenes' divergences, the first `drawn` of which were drawn by them."""
+    line = {"tokens": float(sum(one.rollout.tokens.numel() for one in lived))}
     for name in earned[0]:
         values = torch.cat([rewards[name] for rewards in earned])
         line[name] = values.mean().item()
         line[name + "_spread"] = values.std(1).mean().item()  # in a group: what there is to learn
     totals = torch.cat([rewards["total"] for rewards in earned])
     line["silent"] = (totals.std(1) < 1e-3).float().mean().item()  # groups of equal rewards
-    texts = [len(set(row)) == 1 for lesson in lessons for row in lesson.rollout.reasoning]
-    line["one_text"] = sum(texts) / len(texts)
+    texts = [text for one in lived for row in one.rollout.reasoning for text in row]
+    groups = [texts[i : i + group] for i in range(0, len(texts), group)]
+    line["one_text"] = sum(len(set(some)) == 1 for some in groups) / len(groups)
     for name, some in (("chosen", divergences[:drawn]), ("random", divergences[drawn:])):
         line[f"divergence_{name}"] = some.mean().item() if len(some) else None
     return line
@@ -676,12 +709,14 @@ def lines_of(when, values):
     """A validation as lines to read, one a split: how it thinks, how it drives, and both."""
     lines = []
     for split in dict.fromkeys(name.rpartition(" ")[0] for name in values):
-        of = {name.rpartition(" ")[2]: v for name, v in values.items() if name.startswith(split)}
-        thought = f"right {of['right']:4.0%}, grade {of['reason']:.2f}"
-        drive = (f"ADE {of['ade']:5.2f} m, collides {of['collision']:4.0%}, off the road "
-                 f"{of['off_road']:4.0%}, outcome {of['outcome']:.2f}")
-        lines.append(f"{when} {split:5} thought: {thought}  drive: {drive}  both: consistent "
-                     f"{of['consistency']:4.0%}, total {of['total']:.2f}")
+        of = {name.removeprefix(f"{split} "): value for name, value in values.items()}
+        words = [f"thought: right {of['right']:4.0%}, grade {of['reason']:.2f}",
+                 f"drive: ADE {of['ade']:5.2f} m"]
+        if "outcome" in of:
+            words[1] += (f", collides {of['collision']:4.0%}, off the road {of['off_road']:4.0%}, "
+                         f"outcome {of['outcome']:.2f}")
+        words.append(f"both: consistent {of['consistency']:4.0%}, total {of['total']:.2f}")
+        lines.append(f"{when} {split:5} " + "  ".join(words))
     return "\n".join(lines)
 
 
@@ -693,7 +728,8 @@ def likeliest(model, scenes, count, flags, judge=None):
     for first in range(0, count, 32):
         numbers = range(first, min(first + 32, count))
         scene = scenes.batch(numbers)
-        rollout = likeliest_of(model, scene, flags.flow_steps, length=flags.max_new_tokens)
+        options = dict(length=flags.max_new_tokens, decode=flags.policy)
+        rollout = likeliest_of(model, scene, flags.flow_steps, **options)
         rewards = rewards_of(scene, rollout, scenes, numbers, flags, judge)
         pairs = zip(rollout.reasoning, scene["reasoning"])
         right = [is_right(said, true)[2] for (said,), true in pairs]
@@ -702,21 +738,22 @@ def likeliest(model, scenes, count, flags, judge=None):
     return {name: torch.cat(values) for name, values in found.items()}
 
 
-def likeliest_of(model, scene, steps, reason=True, length=64):
+def likeliest_of(model, scene, steps, reason=True, length=64, decode="flow"):
     """The likeliest rollout of each scene: greedy reasoning, and the flow from zero, the middle of
     the noise. So drives closed loop too: from random noise the plans of successive half seconds
-    disagree, and the car wanders off. steps: Euler's; length: tokens, at most."""
+    disagree, and the car wanders off. steps: Euler's; length: tokens, at most; decode: see
+    Alpamayo.sample."""
     calm = torch.zeros(len(scene["name"]), HORIZON, 2)
-    return model.sample(
-        scene, 1, 0, steps=steps, max_new_tokens=length, noise=calm, reason=reason)
+    return model.sample(scene, 1, 0, steps=steps, max_new_tokens=length, noise=calm, reason=reason,
+                        decode=decode)
 
 
 # --------------------------------------------------------------------------------------------------
 # Flags and curves
 
 START = 100_000  # the first scene of a split that is tried out; validation takes the first ones
-# train.py's own flags in stage rl, where they are not given.
 PAUSE = 0.5  # s between the plans of an episode
+# train.py's own flags in stage rl, where they are not given.
 DEFAULTS = dict(scenes=1000, steps=100, batch=16, lr=1e-4, warmup=5, val_every=25, save_every=25)
 
 
@@ -736,7 +773,8 @@ def add_flags(add):
     add("--split", ["tail", "train"], "the world's scenes to try out, --scenes of each; "
         "validation: others of the first", nargs="+", choices=SPLITS)
     add("--group", 12, "rollouts of a scene", whole(2, 10_000))
-    add("--temperature", 1.5, "of the reasoning; a well-taught model says one thing at 0.6",
+    add("--temperature", None, "of what is said; a well-taught model says one thing at 0.6 "
+        "(default: 1.5, or 0.6 with --policy tokens, where it shakes the path)",
         real(0, 1000, above=0))
     add("--top-p", 1.0, "likeliest tokens that have this probability", real(0, 1, above=0))
     add("--eta", 0.5, "how stochastic the flow's steps are, in (0, 1]", real(0, 1, above=0))
@@ -744,8 +782,10 @@ def add_flags(add):
         whole(1, HORIZON))
     add("--flow-steps", 5, "Euler steps from noise to controls", whole(2, 1000))
     add("--max-new-tokens", 40, "of a trace, the paper's measure", whole(1, 10_000))
-    add("--beta", 2.0, "sharpness of Eq. 10's weights and of curation's", real(0, 1000, above=0))
-    add("--kl", 0.0, "weight of the KL to the reference policy", real(0, 1e6))
+    add("--beta", 2.0, "sharpness of Eq. 10's weights, of nft's and of curation's",
+        real(0, 1000, above=0))
+    add("--kl", 0.0, "weight of the thought's KL to the reference policy", real(0, 1e6))
+    add("--kl-drive", 0.0, "weight of the drive's", real(0, 1e6))
     add("--drive-weight", 1.0, "of the drive's loss beside the thought's", real(0, 1e6))
     add("--episode", 0.0, "seconds of closed loop that are rewarded, with a plan every half "
         "second; 0: a single plan of 6.4 s", real(0, 60))
@@ -757,18 +797,31 @@ def add_flags(add):
     add("--curate", 0.5, "share of the scenes drawn by divergence", real(0, 1))
 
 
+def fill_in(flags):
+    """Put in place what hangs on other flags."""
+    if flags.temperature is None:
+        flags.temperature = 0.6 if flags.policy == "tokens" else 1.5
+
+
 def check_flags(flags, error):
     """Call error(line) where flags of stage rl do not go together."""
-    if flags.policy == "tokens" and flags.train == "expert":
+    tokens = flags.policy == "tokens"
+    if tokens and flags.train == "expert":
         error("--policy tokens --train expert: nothing would learn, the tokens are the vlm's")
-    if flags.objective == "nft" and (flags.policy == "tokens" or flags.updates > 1):
-        error("--objective nft: it teaches the flow, and updates once: without --policy tokens and "
-              "--updates")
-    if flags.episode and (flags.data != "world" or flags.objective == "paper" or flags.tell):
-        error(f"--episode {flags.episode:g}: it takes --data world, and neither --objective paper "
-              "nor --tell")
-    if flags.episode and flags.episode < PAUSE:
-        error(f"--episode {flags.episode:g}: expected 0, or {PAUSE} s or more")
+    if flags.objective == "nft" and (tokens or flags.updates > 1 or flags.kl_drive):
+        error("--objective nft: it teaches the flow, without probabilities, and updates once: "
+              "without --policy tokens, --updates, --kl-drive")
+    learners = {"all": HEADS, "expert": HEADS[1:], "vlm": HEADS if tokens else HEADS[:1]}
+    if not any(is_taught(head, flags) for head in learners[flags.train]):
+        error(f"--rewards {' '.join(flags.rewards)} --train {flags.train}: nothing would learn, "
+              "they reward the other head")
+    if flags.episode:
+        if flags.data != "world" or flags.objective == "paper" or flags.tell or flags.plan:
+            error(f"--episode {flags.episode:g}: it takes --data world, and neither --objective "
+                  "paper nor --tell nor --plan")
+        if flags.episode < PAUSE or not data.ticks_of(flags.episode):
+            error(f"--episode {flags.episode:g}: expected 0, or {PAUSE} s or more in steps of "
+                  f"{DT} s")
     for name in ("rewards", "split"):
         values = getattr(flags, name)
         if len(set(values)) < len(values):
@@ -780,10 +833,12 @@ def line_of(line):
     then how they differ, and how far the heads move."""
     words = [f"step {line['step']:4}"]
     for name in ("total", *REWARDS):
-        words.append(f"{name} {line[name]:.2f} ± {line[name + '_spread']:.2f}")
-    words.append(f"one text {line['one_text']:.0%}, one reward {line['silent']:.0%}")
-    for name in ("entropy", "grad_norm", "grad_norm_expert"):
         if name in line:
+            words.append(f"{name} {line[name]:.2f} ± {line[name + '_spread']:.2f}")
+    words.append(f"one text {line['one_text']:.0%}, one reward {line['silent']:.0%}")
+    told = ("entropy", "grad_norm", "grad_norm_expert", "kl", "kl_drive", "clipped")
+    for name in (*told, "clipped_drive"):
+        if line.get(name):
             words.append(f"{name} {line[name]:.3g}")
     return "  ".join(words)
 

@@ -146,7 +146,7 @@ def signs_of(run):
     if run.reference and run.reference is not run.model:
         frozen += run.reference.parameters()
     told = []
-    for some in (run.scenes, run.val):
+    for some in (run.scenes, run.val, *filter(None, [run.ordinary])):
         told.append(json.dumps([some.names, some.reasoning]).encode())
         for i in range(0, len(some), -(-len(some) // 8)):  # up to eight, spread over all
             shown = some.batch([i]).values()

@@ -5,7 +5,7 @@ Look, think, drive: what a model says and does in one scene, printed and drawn.
     python sample.py --situation pedestrian    the first held-out scene of that kind
     python sample.py --clip FOLDER --t0 3      a real clip, in any layout that clips.py reads
     python sample.py --keep 0.5                half of the image tokens; no retraining
-    python sample.py --say "Stop and keep lane since a traffic light is red."
+    python sample.py --say "Stop and keep lane since the light ahead is red."
     python sample.py --json out/sample.json    what was said and driven, in numbers
 
 Each sample is compared with the truth: "right"; "other reason", for the same decisions; "wrong".
@@ -38,7 +38,7 @@ def main():
         scene = data.without_route(scene)
     out = model.sample(
         scene, args.n, args.temperature, args.top_p, args.steps, seed=args.seed, reason=args.reason,
-        says=args.say and [args.say])
+        says=None if args.say is None else [args.say])
     report_samples(scene, out)
     if args.json:
         doors.write_json(args.json, record_of(scene, out, args))

@@ -196,6 +196,7 @@ def check_flags(flags, error):
     """Calls error(line) where flags do not go together, or name folders that are not there."""
     if flags.lora and flags.train == "expert":
         error(f"--lora {flags.lora} --train expert: the vlm must be among what learns")
+    rl.fill_in(flags)
     if flags.stage == "rl":
         rl.check_flags(flags, error)
     if flags.plan:
@@ -370,7 +371,8 @@ def loop(run, first):
                     write_down(run, line, log, last)
     look = f"python sample.py --checkpoint {flags.out}"
     if flags.stage == "rl" and flags.data == "world":
-        watch = f"python -m tools.watch --split {flags.split[0]} --seed 3"
+        split = next((one for one in flags.split if one != "train"), "val")
+        watch = f"python -m tools.watch --split {split} --seed 3"
         look = f"{watch} --checkpoint {flags.init} --beside {flags.out}"
     run.say(f"done in {(time.time() - begin) / 60:.1f} minutes; look at it: {look}")
 
@@ -779,9 +781,9 @@ def prepare_rl(run):
     if flags.judge:
         answers = os.path.join(flags.out, "judge.jsonl")
         run.judge = rl.Judge(flags.judge, flags.judge_model, answers)
-    if flags.kl and flags.lora:
+    if (flags.kl or flags.kl_drive) and flags.lora:
         run.reference = run.model  # its adapters switched off
-    elif flags.kl:
+    elif flags.kl or flags.kl_drive:
         run.reference = Alpamayo.from_pretrained(flags.init, getattr(torch, flags.dtype),
                                                  run.device, **seeing(flags))
 
@@ -800,16 +802,19 @@ def rl_step(run, step):
     return line
 
 
-def rehearse(run, step):
-    """Adds the gradients of stage reason on a batch of ordinary scenes. Returns its loss."""
+def rehearse(run, step, update_number):
+    """Adds the gradients of stage reason on a batch of ordinary scenes. Returns its loss.
+
+    Of action tokens only where they are what drives."""
     flags = run.flags
-    generator = seeded(data.seed_of(flags.seed, step), run.device)
-    count = len(run.ordinary)
-    numbers = torch.randint(count, (flags.batch,), generator=seeded(data.seed_of(step)))
+    seed = data.seed_of(flags.seed, step, 1 + update_number)
+    generator = seeded(seed, run.device)
+    numbers = torch.randint(len(run.ordinary), (flags.batch,), generator=seeded(seed)).tolist()
     total = 0.0
-    for scene in pieces(run, run.ordinary, numbers.tolist()):
+    for scene in pieces(run, run.ordinary, numbers):
         with run.autocast:
-            losses = run.model(scene, "reason", action_tokens=False, generator=generator)
+            losses = run.model(scene, "reason", action_tokens=flags.policy == "tokens",
+                               generator=generator, flow_samples=flags.flow_samples)
             loss = total_loss(losses, flags) / flags.accumulate
         (flags.rehearse * loss).backward()
         total += loss.item()
@@ -932,7 +937,7 @@ def print_plan(flags):
     for optimiser, _ in run.optimisers:
         for group in optimiser.param_groups:
             group["foreach"] = flags.plan == "gpu"  # PyTorch's choice there
-    if flags.stage == "rl" and flags.kl:
+    if flags.stage == "rl" and (flags.kl or flags.kl_drive):
         run.reference = run.model if flags.lora else make()
     scene = memory.made_up_scene(cfg, run.piece, size, text)
     scene["images"] = fake.from_tensor(scene["images"])
@@ -952,6 +957,7 @@ def phases_of_step(run, scene):
         return {"losses": learn, "update": change}
     steps = 0 if flags.policy == "tokens" else flags.flow_steps
     out = memory.made_up_rollout(run.model, run.piece, flags.group, flags.max_new_tokens, steps)
+    out.eta = 0.0 if flags.objective == "nft" else out.eta
 
     def try_out():
         with run.autocast:
@@ -963,7 +969,10 @@ def phases_of_step(run, scene):
             losses = rl.losses_of(run.model, run.reference, scene, out, advantage, flags)
         losses["policy"].backward()
 
-    return {"rollouts": try_out, "losses": learn_from_rollouts, "update": change}
+    phases = {"rollouts": try_out, "losses": learn_from_rollouts}
+    if flags.rehearse:
+        phases["rehearsal"] = partial(backward, run, scene, "reason", False, None)
+    return phases | {"update": change}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 
 def flags_of(**other):
     usual = dict(policy="flow", objective="clip", rewards=list(rl.REWARDS), credit="heads", tell=False, episode=0.0, size=(H, W), group=4, temperature=1.3, top_p=0.9, eta=0.5, modes=64, flow_steps=3,
-                 max_new_tokens=12, beta=2.0, kl=0.0, drive_weight=1.0, lr=1e-3, expert_lr=1e-3, updates=1, curate=0.5, batch=2,
+                 max_new_tokens=12, beta=2.0, kl=0.0, kl_drive=0.0, drive_weight=1.0, lr=1e-3, expert_lr=1e-3, updates=1, curate=0.5, batch=2,
                  accumulate=1, clip=1.0, warmup=1, seed=0)  # fmt: skip
     return argparse.Namespace(**usual | other)
 
@@ -41,6 +42,10 @@ def flags_of(**other):
 def both(rewards):
     """The advantage of one reward for both heads."""
     return dict.fromkeys(rl.HEADS, rewards - rewards.mean(1, keepdim=True))
+
+
+def tried(model, scene, flags):
+    return rl.try_out(model, flags, contextlib.nullcontext(), 4, scene)
 
 
 def tiny(seed=0):
@@ -206,7 +211,7 @@ def test_an_update_makes_the_better_rollout_likelier(scene, policy, objective):
     small updates on these very rollouts it has gained on the others, in every decision that it is made of."""
     flags = flags_of(policy=policy, objective=objective, temperature=1.0, top_p=1.0, max_new_tokens=6, beta=20.0, group=3)
     model = tiny()
-    out = rl.try_out(model, scene, flags, flags.group, seed=4)
+    out = tried(model, scene, flags)
     rewards = torch.zeros(2, 3)
     rewards[0, 1] = rewards[1, 2] = 1.0
     better = rewards.bool()
@@ -235,7 +240,7 @@ def test_without_probabilities_the_flow_matches_what_was_better(scene):
     """DiffusionNFT's gradient is flow matching's on what the rollouts drove, each weighed from 1 for the best to -1."""
     flags = flags_of(objective="nft", beta=1.5)
     model = tiny()
-    out = rl.try_out(model, scene, flags, flags.group, seed=4)
+    out = tried(model, scene, flags)
     assert out.eta == 0
     rewards = torch.tensor([[0.0, 0.2, 0.4, 1.0], [3.0, -3.0, 0.5, 0.3]])
     rl.losses_of(model, None, scene, out, {"drive": both(rewards)["drive"]}, flags)["policy"].backward()
@@ -261,7 +266,7 @@ def test_without_probabilities_the_flow_matches_what_was_better(scene):
 
 
 def test_a_ratio_is_never_infinite():
-    """A log-ratio of 200 counts as the clip says: no gradient upwards, a finite one downwards."""
+    """Where a log-ratio is 200 the loss is finite, and has no gradient."""
     log_pi = torch.tensor([[[200.0], [-200.0]]], requires_grad=True)
     head = alpamayo.Head(log_pi, torch.ones(1, 2, 1, dtype=torch.bool), torch.zeros(1, 2))
     for rewards in ([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]):
@@ -273,7 +278,7 @@ def test_a_ratio_is_never_infinite():
 
 def test_each_head_learns_from_its_own_reward(scene):
     model = tiny()
-    out = rl.try_out(model, scene, flags_of(), 4, seed=4)
+    out = tried(model, scene, flags_of())
     rewards = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
     for name, learner, other in (("thought", model.vlm, model.expert), ("drive", model.expert, model.vlm)):
         model.zero_grad()
@@ -286,8 +291,8 @@ def test_what_none_of_a_group_said_is_told(scene):
     """The last rollout then says the truth, drives after it, and has the probability that it had."""
     model = tiny()
     flags = flags_of(tell=True, max_new_tokens=60)
-    out = rl.try_out(model, scene, flags, flags.group, seed=4)
-    plain = rl.try_out(model, scene, flags_of(max_new_tokens=60), 4, seed=4)
+    out = tried(model, scene, flags)
+    plain = tried(model, scene, flags_of(max_new_tokens=60))
     assert [row[-1] for row in out.reasoning] == scene["reasoning"]
     T = plain.tokens.shape[2]
     assert torch.equal(out.tokens[:, :-1, :T], plain.tokens[:, :-1]) and torch.equal(out.xyz[:, :-1], plain.xyz[:, :-1])
@@ -296,14 +301,12 @@ def test_what_none_of_a_group_said_is_told(scene):
         heads = alpamayo.heads_of(model.replay(scene, out), out)
     said = heads["thought"].decided * out.log_probs
     assert (heads["thought"].log_pi - said).abs().max() < 2e-4 and heads["thought"].decided[:, -1].sum() > 20
-    right = rl.try_out(model, scene | {"reasoning": [row[0] for row in plain.reasoning]}, flags, flags.group, seed=4)
-    assert right.reasoning == plain.reasoning or data.decisions(plain.reasoning[0][0]) is None
 
 
 def test_kl_is_zero_to_itself_and_holds_the_policy_back(scene):
     flags = flags_of(kl=1.0)
     model, other = tiny(), tiny(1)
-    out = rl.try_out(model, scene, flags, flags.group, seed=4)
+    out = tried(model, scene, flags)
     rewards = torch.randn(2, 4)
     look = rl.losses_of(model, model, scene, out, both(rewards), flags)
     assert look["kl"] == 0 and look["kl_drive"] == 0 and look["mismatch"] < 2e-5
@@ -613,20 +616,30 @@ def test_an_episode_teaches_each_moment(few):
     """A thought by its moment, a plan by the outcome of its drive; a drive that is over teaches nothing more."""
     model = tiny()
     flags = flags_of(group=3, episode=1.5, batch=2, max_new_tokens=6)
-    lessons, rewards, said = rl.drive_out(model, few, [0, 2], flags, seed=3)
-    assert len(lessons) == 3 and said.shape == rewards["outcome"].shape == (2, 3)
+    seen = []
+
+    def ask(scene, group, part):
+        seen.append((scene, rl.try_out(model, flags, contextlib.nullcontext(), 3, scene, group, part)))
+        return seen[-1][1]
+
+    lived, rewards, said = rl.drive_out(model, ask, few, [0, 2], flags)
+    assert len(lived) == 3 and said.shape == rewards["outcome"].shape == (2, 3)
     seeds = [few.seeds[i] for i in (0, 0, 0, 2, 2, 2)]
-    plans = iter([lesson.rollout.actions[:, 0] for lesson in lessons])
-    met = data.drive(lambda scene: next(plans), seeds, 1.5, 0.5, film=lambda *_: None, camera_ids=(1,), size=(2, 4), frames=1)
+    plans = iter([rollout.actions[:, 0] for _, rollout in seen])
+    met = data.drive(lambda scene: next(plans), seeds, 1.5, 0.5, ask_all=True, camera_ids=(1,), size=(2, 4), frames=1)
     assert torch.equal(rewards["outcome"], met["score"].view(2, 3)) and torch.equal(rewards["off_road"], met["off_road"].float().view(2, 3))
     drive = rewards["drive"] - rewards["drive"].mean(1, keepdim=True)
-    for i, (scene, rollout, advantage) in enumerate(lessons):
-        goes_on = met["seconds"] > 0.5 * i
-        assert torch.allclose(advantage["drive"][:, 0], drive.flatten() * goes_on)
+    for i, ((scene, rollout), one) in enumerate(zip(seen, lived)):
+        rows = (met["seconds"] > 0.5 * i).nonzero()[:, 0].tolist()
+        assert one.scene["reasoning"] == [scene["reasoning"][row] for row in rows]
+        assert torch.equal(one.rollout.tokens, rollout.tokens[rows]) and torch.equal(one.rollout.flow, rollout.flow[:, rows])
+        assert torch.allclose(one.advantage["drive"][:, 0], drive.flatten()[rows])
         grades = torch.tensor([rl.grade(row[0], true) for row, true in zip(rollout.reasoning, scene["reasoning"])]).float()
         agree = rl.consistency(rollout.reasoning, scene, rollout.xyz, rollout.rot)[:, 0]
-        earned = (0.2 * grades + agree).view(2, 3)
-        assert torch.allclose(advantage["thought"][:, 0], (earned - earned.mean(1, keepdim=True)).flatten() * goes_on, atol=1e-6)
+        earned = 0.2 * grades + agree
+        for row, advantage in zip(rows, one.advantage["thought"][:, 0]):
+            group = [other for other in rows if other // 3 == row // 3]
+            assert advantage == pytest.approx(earned[row] - earned[group].mean(), abs=1e-5)
     line, known = one_step(model, few, flags)
     assert line["outcome"] >= 0 and (known != 0).any()
 
@@ -649,7 +662,7 @@ def test_pieces_of_a_batch_are_the_batch(few):
     flags = flags_of()
     model = tiny()
     scene = few.batch(range(2))
-    out = rl.try_out(model, scene, flags, flags.group, seed=1)
+    out = tried(model, scene, flags)
     rewards = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     rl.losses_of(model, None, scene, out, both(rewards), flags)["policy"].backward()
     whole = [p.grad.clone() if p.grad is not None else None for p in model.parameters()]
@@ -688,8 +701,11 @@ def rl_command(cache, out, *more):
 
 
 def test_a_run_of_the_shipped_nano(cache, tmp_path):  # noqa: F811
-    said = run(rl_command(cache, tmp_path, "--steps", "2", "--kl", "0.01"))
-    assert "reason" in said and "validation:" in said
+    said = run(rl_command(cache, tmp_path, "--steps", "2", "--kl", "0.01", "--kl-drive", "0.01", "--rehearse", "0.1", "--tell", "--modes", "6"))
+    for split in ("tail", "val", "rare"):
+        assert re.search(rf"before +{split} +thought: right +\d+%, grade \d.\d\d  drive: ADE", said)
+        assert re.search(rf"step +2 {split} +thought: ", said)
+    assert f"tools.watch --split tail --seed 3 --checkpoint {os.path.join(ROOT, 'checkpoints', 'nano')} --beside {tmp_path}" in said
     lines = log(tmp_path)
     assert sorted(lines) == [1, 2] and lines[2]["divergence_chosen"] is not None
     for name in ("total", "reason", "consistency", "trajectory", "silent", "length", "entropy", "kl", "grad_norm", "grad_norm_expert"):
@@ -699,10 +715,15 @@ def test_a_run_of_the_shipped_nano(cache, tmp_path):  # noqa: F811
     Alpamayo.from_pretrained(str(tmp_path))  # a checkpoint as any other
 
 
+def test_a_run_without_probabilities(cache, tmp_path):  # noqa: F811
+    run(rl_command(cache, tmp_path, "--steps", "1", "--objective", "nft", "--split", "train", "--credit", "total"))
+    assert log(tmp_path)[1]["grad_norm_expert"] > 0
+
+
 def test_adapters_alone_learn_by_trying(cache, tmp_path):  # noqa: F811
     """--lora with the KL to the model without its adapters, the paper's objective and the paper's policy."""
     run(rl_command(cache, tmp_path, "--steps", "2", "--lora", "4", "--train", "vlm", "--kl", "0.1", "--objective", "paper",
-                   "--policy", "tokens", "--checkpointing"))  # fmt: skip
+                   "--policy", "tokens", "--checkpointing", "--kl-drive", "0.1"))  # fmt: skip
     lines = log(tmp_path)
     assert lines[1]["kl"] == 0 < lines[2]["kl"] and lines[2]["mismatch"] < 1e-3
     before, after = (load_file(os.path.join(folder, "model.safetensors")) for folder in (os.path.join(ROOT, "checkpoints", "nano"), tmp_path))
@@ -716,7 +737,8 @@ def test_ones_own_clips_are_tried_too(cache, folder, tmp_path):  # noqa: F811
     (folder / "reasoning.json").write_text(json.dumps([{"time": t, "text": PEDESTRIAN} for t in times]))
     run(rl_command(cache, tmp_path / "out", "--data", str(folder), "--steps", "1"))
     line = log(tmp_path / "out")[1]
-    assert line["collision"] == 0 and math.isfinite(line["total"]) and 0 <= line["consistency"] <= 1
+    assert "collision" not in line and "outcome" not in line  # nobody knows
+    assert math.isfinite(line["total"]) and 0 <= line["consistency"] <= 1
 
 
 def test_flags_that_cannot_be_meant_are_one_line(cache, tmp_path, capsys):  # noqa: F811
@@ -726,6 +748,12 @@ def test_flags_that_cannot_be_meant_are_one_line(cache, tmp_path, capsys):  # no
         (("--preset", "mini"), "--stage rl starts from a checkpoint of stage reason: give it with --init"),
         (("--policy", "tokens", "--train", "expert"), "--policy tokens --train expert: nothing would learn"),
         (("--rewards", "reason", "reason"), "--rewards reason reason: one of them is there twice"),
+        (("--rewards", "reason", "--train", "expert"), "--rewards reason --train expert: nothing would learn"),
+        (("--rewards", "outcome", "--train", "vlm"), "--rewards outcome --train vlm: nothing would learn"),
+        (("--objective", "nft", "--updates", "2"), "--objective nft: it teaches the flow"),
+        (("--episode", "0.73"), "--episode 0.73: expected 0, or 0.5 s or more in steps of 0.1 s"),
+        (("--episode", "61"), "--episode: expected a number, 0 or more and at most 60"),
+        (("--episode", "2", "--tell"), "--episode 2: it takes --data world, and neither"),
         (("--judge", "http://127.0.0.1:9/v1", "--steps", "1"), "train.py: --judge http://127.0.0.1:9/v1/chat/completions: no grade"),
     ):
         assert line in complaint(rl_command(cache, tmp_path, *more), capsys)

@@ -401,7 +401,7 @@ def test_the_table_trains_what_is_missing(short, here, cache, tmp_path, command,
     elsewhere = [SimpleNamespace(**vars(args) | other) for other in (
         {"train_steps": 2}, {"scenes": 5}, {"size": (H, 2 * W)}, {"seeds": [1]})]
     folders = {trainings.folder_of(*vision.trainings_of(ways[0], other), other) for other in elsewhere}
-    monkeypatch.setattr(data, "sources", lambda: "another world")
+    monkeypatch.setattr(trainings.runs, "sources", lambda: "another model")
     folders.add(trainings.folder_of(needed[0], args))
     assert len(folders - {folder}) == 5
     image, flex, pruned = rows.values()

@@ -14,6 +14,7 @@ from functools import partial
 
 import data
 import rl
+import runs
 import world
 from alpamayo import NANO, load_model
 from doors import whole
@@ -67,33 +68,34 @@ def trainings_of(row, args):
     return [Training(flags, seed) for seed in args.seeds]
 
 
-def measure(folder, args):
-    """{split: numbers} of a checkpoint, each found once."""
+def measure(folder, policy, args):
+    """{split: numbers} of a checkpoint, each found once. policy: what drives, flow or tokens."""
     kept = folder
     if folder == NANO:  # nothing is written beside what is shipped
         kept = folder_of(Training(f"--init {NANO}"), args)
     found = {}
     for split in args.splits:
-        settings = {"split": split, "eval": args.eval, "drive": args.drive, "world": data.sources()}
-        work = partial(think_and_drive, folder, split, args)
+        settings = {"split": split, "eval": args.eval, "drive": args.drive, "code": runs.sources()}
+        work = partial(think_and_drive, folder, policy, split, args)
         found[split] = measured(kept, settings, work)
     return found
 
 
-def think_and_drive(folder, split, args):
+def think_and_drive(folder, policy, split, args):
     """Means of a checkpoint's likeliest rollouts of scenes of a split, and of its drives."""
     model = load_model(folder, args.device)
     flags = flags_of_rl()
+    flags.policy = policy
     view = data.view_of(model.cfg, args.size)
     scenes = data.load_world(split, args.eval, FIRST, args.cache, **view)
     found = rl.likeliest(model, scenes, args.eval, flags)
 
-    def policy(scene):
-        out = rl.likeliest_of(model, scene, flags.flow_steps, length=flags.max_new_tokens)
-        return out.actions[:, 0]
+    def drive(scene):
+        options = dict(length=flags.max_new_tokens, decode=policy)
+        return rl.likeliest_of(model, scene, flags.flow_steps, **options).actions[:, 0]
 
     first = world.SEEDS[split] + FIRST
-    met = drive_scenes(policy, range(first, first + args.drive), seconds=20.0, **view)
+    met = drive_scenes(drive, range(first, first + args.drive), seconds=20.0, **view)
     found |= {f"drive {name}": value.float() for name, value in met.items()}
     return {name: value.mean().item() for name, value in found.items()}
 
@@ -102,7 +104,9 @@ def flags_of_rl():
     """Stage rl's own flags, as they are where none is given."""
     parser = argparse.ArgumentParser()
     rl.add_flags(lambda name, default, help, *_, **__: parser.add_argument(name, default=default))
-    return parser.parse_args([])
+    flags = parser.parse_args([])
+    rl.fill_in(flags)
+    return flags
 
 
 COLUMNS = {  # of a split: title, name, digits, scale
@@ -134,7 +138,8 @@ def main(args):
     rows = {}
     for row in args.rows:
         trained = [folder_of(one, args) for one in trainings_of(row, args)]
-        rows[row] = [measure(folder, args) for folder in trained or [NANO]]
+        policy = "tokens" if "--policy tokens" in (ROWS[row] or "") else "flow"
+        rows[row] = [measure(folder, policy, args) for folder in trained or [NANO]]
     for split in args.splits:
         print(table_of(rows, split), end="\n\n")
     print(f"{args.train_steps} steps; the likeliest rollout of {args.eval} scenes a split, "

@@ -6,6 +6,7 @@ Which part of stage rl's gradient is signal: what two independent draws of rollo
 A head that is rewarded for what it did not do learns noise: its gradient is as long, and points
 elsewhere with each draw.
 """
+from contextlib import nullcontext
 from itertools import combinations
 
 import numpy as np
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 import data
 import rl
-from alpamayo import NANO, OF_EXPERT, load_model
+from alpamayo import NANO, OF_EXPERT, grpo, heads_of, load_model
 from doors import whole
 from tools import markdown
 from tools.common import world_scenes
@@ -31,16 +32,17 @@ gradient; cosine: between the gradients of two draws, mean over pairs: 1 is sign
 alone."""
 
 
-def gradients(model, scene, rewards, rollout, flags):
+def gradients(model, scene, rewards, rollout):
     """{(head, part): gradient, flat} of what each head decided, rewarded for one part alone."""
-    heads = {"thought": model.vlm.parameters(), "drive": params_of_expert(model)}
+    learners = {"thought": list(model.vlm.parameters()), "drive": params_of_expert(model)}
+    decided = heads_of(model.replay(scene, rollout), rollout)
     found = {}
-    for head, params in heads.items():
-        params = list(params)
+    for head, params in learners.items():
         for part in PARTS:
-            advantage = rewards[part] - rewards[part].mean(1, keepdim=True)
-            loss = rl.losses_of(model, None, scene, rollout, {head: advantage}, flags)["policy"]
-            grads = torch.autograd.grad(loss, params, materialize_grads=True)
+            advantage = (rewards[part] - rewards[part].mean(1, keepdim=True)).to(model.device)
+            now = decided[head]
+            loss = grpo("clip", now, now.log_pi.detach(), advantage, beta=1.0, kl_weight=0.0)
+            grads = torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
             found[head, part] = torch.cat([grad.flatten().cpu() for grad in grads])
     return found
 
@@ -58,9 +60,9 @@ def main(args):
     flags = flags_of_rl()
     draws = []
     for seed in tqdm(range(args.draws), desc="drawing", leave=False):
-        rollout = rl.try_out(model, scene, flags, flags.group, seed)
+        rollout = rl.try_out(model, flags, nullcontext(), seed, scene)
         rewards = rl.rewards_of(scene, rollout, scenes, numbers, flags)
-        draws.append(gradients(model, scene, rewards, rollout, flags))
+        draws.append(gradients(model, scene, rewards, rollout))
     lines = []
     for part in PARTS:
         cells = [part]

@@ -1,9 +1,9 @@
 """
 Trainings that tables need: each once, some at a time, gone on with after a kill.
 
-A training lies in a folder whose name holds a hash of all that it depends on: its flags, the pages
-of the model, the training and the world, the weights that it starts from. So nothing stale is
-shown: who edits one of them gets another folder.
+A training lies in a folder whose name holds a hash of all that it depends on: its flags, the
+project's own Python, the weights that it starts from. So nothing stale is shown: who edits a page
+gets another folder.
 """
 import hashlib
 import json
@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,14 +18,10 @@ import numpy as np
 from safetensors import safe_open
 from tqdm import tqdm
 
-import data
 import doors
-import store
+import runs
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["alpamayo.py", "train.py"]
-PAGES_OF_RL = ["rl.py", "motion.py"]
-
 
 class Training(NamedTuple):
     """Flags of train.py, and a seed."""
@@ -39,15 +34,9 @@ class Training(NamedTuple):
         return words[words.index(name) + 1] if name in words else default
 
 
-@cache
-def hash_of_pages(pages):
-    return store.hash_of([(ROOT / page).read_text("utf-8") for page in pages])
-
-
 def folder_of(training, args):
     """Where a training's checkpoint lies."""
-    of_rl = training.option("--stage") == "rl"
-    parts = [training.flags, data.sources(), hash_of_pages(tuple(PAGES + PAGES_OF_RL * of_rl))]
+    parts = [training.flags, runs.sources()]
     init = training.option("--init")
     if init:
         parts.append(hashlib.sha256(Path(init, "model.safetensors").read_bytes()).hexdigest())
