@@ -280,7 +280,8 @@ def made_up_rollout(model, scenes, group, thought, steps):
     flow = torch.zeros(steps + 1, scenes, group, HORIZON, 2)
     chosen = torch.ones_like(tokens, dtype=torch.bool)
     log_probs = torch.full(tokens.shape, -1.0)
-    return Rollout([], tokens, chosen, log_probs, flow[0], None, None, flow, {}, eta=0.5)
+    eta = 0.5 if steps else 0.0
+    return Rollout([], tokens, chosen, log_probs, flow[0], None, None, flow, {}, eta=eta)
 
 
 # --------------------------------------------------------------------------------------------------

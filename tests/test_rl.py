@@ -639,7 +639,7 @@ def test_an_episode_teaches_each_moment(few):
         earned = 0.2 * grades + agree
         for row, advantage in zip(rows, one.advantage["thought"][:, 0]):
             group = [other for other in rows if other // 3 == row // 3]
-            assert advantage == pytest.approx(earned[row] - earned[group].mean(), abs=1e-5)
+            assert advantage == pytest.approx(float(earned[row] - earned[group].mean()), abs=1e-5)
     line, known = one_step(model, few, flags)
     assert line["outcome"] >= 0 and (known != 0).any()
 
