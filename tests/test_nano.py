@@ -13,7 +13,7 @@ from world import causes
 pytestmark = pytest.mark.in_pytorch(
     "what the weights know is asked in hundreds of scenes, too many for Triton's interpreter")
 CAUSED = [name for name in world.SITUATIONS if name not in ("free", "curve", "turn")]
-EACH = 10
+EACH = 8
 
 
 @pytest.fixture(scope="module")
