@@ -13,7 +13,7 @@ from world import causes
 pytestmark = pytest.mark.in_pytorch(
     "what the weights know is asked in hundreds of scenes, too many for Triton's interpreter")
 CAUSED = [name for name in world.SITUATIONS if name not in ("free", "curve", "turn")]
-EACH = 10
+EACH = 8
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_without_its_cause_a_reason_is_gone(nano, monkeypatch):
         named, still = named + with_it, still + without
     every = EACH * len(CAUSED)
     print(f"all            named in {named} of {every}; in {still} when it was taken away")
-    assert named >= 0.93 * every and still <= 0.1 * named
+    assert named >= 0.9 * every and still <= 0.1 * named
 
 
 def test_missing_cameras_leave_a_model_that_drives(nano):

@@ -34,6 +34,8 @@ def chosen_seeds():
     for split in ("val", "tail", "rare"):
         first = world.SEEDS[split]
         for seed in range(first, first + 1000):
+            if seeds.keys() >= set(world.KINDS[split]):
+                break
             one = world.draw(seed)
             kind = one.situation
             plain = one.dusk == one.rain == 0 and one.visibility == 150
