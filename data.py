@@ -253,7 +253,7 @@ def rows_of(scene, keep):
 
 
 def joined(scenes):
-    """Scenes as one batched Scene, one after the other."""
+    """Batched Scenes as one, in order; or dictionaries of numbers (B,) as one of (N,)."""
     found = {}
     for key, first in scenes[0].items():
         values = [scene[key] for scene in scenes]

@@ -17,7 +17,7 @@ import data
 import world
 from alpamayo import HORIZON, ade
 from motion import baselines, min_ade, yaw_of
-from tools.common import batches, concatenated
+from tools.common import batches
 
 SCENES = 4000  # of split train
 BLINK = dict(camera_ids=(1,), size=(2, 4), frames=1)  # the least that can be rendered
@@ -60,7 +60,7 @@ def measure(drivers, scenes):
         for name, (one, many) in drivers.items():
             numbers = {"ade": min_ade(one(scene), truth), "minade": min_ade(many(scene), truth)}
             parts[name].append(numbers)
-    return {name: concatenated(some) for name, some in parts.items()}
+    return {name: data.joined(some) for name, some in parts.items()}
 
 
 def training_scenes(count):

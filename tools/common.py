@@ -60,11 +60,6 @@ def batches(scenes, size=32):
         yield first, scenes.batch(range(first, last))
 
 
-def concatenated(parts):
-    """Dictionaries of numbers (B,) as one of (N,)."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
 SHARES = ("longitudinal", "lateral", "both", "exact")  # of the likeliest samples that are right
 
 
@@ -93,7 +88,7 @@ def measure_plans(model, scenes, args, show=dict):
             right[~torch.tensor(labelled)] = torch.nan  # (B, 4)
             numbers |= zip(SHARES, right.T)
         parts.append(numbers)
-    return concatenated(parts)
+    return data.joined(parts)
 
 
 class Policy:
@@ -118,4 +113,4 @@ def drive_scenes(policy, seeds, batch=32, **options):
     parts = []
     for first in tqdm(range(0, len(seeds), batch), desc="driving"):
         parts.append(data.drive(policy, seeds[first : first + batch], **options))
-    return concatenated(parts)
+    return data.joined(parts)
