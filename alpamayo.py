@@ -410,7 +410,7 @@ class Alpamayo(nn.Module):
 
     def supervised_losses(
         self, scene, reason, action_tokens=True, flow_samples=1, flow_t=None, flow_noise=None,
-        generator=None, hide_actions=0.0,
+        generator=None, hide_actions=0.0, insulate=True,
     ):  # fmt: skip
         """Stages action (Sec. 5.1) and, with `reason`, reason (Sec. 5.2): cross-entropy of what the
         language model should say, and the expert's flow matching.
@@ -418,7 +418,8 @@ class Alpamayo(nn.Module):
         all read one cache; flow_t (N,) and flow_noise (N, 64, 2) fix them. hide_actions: share of
         the scenes whose earlier action tokens are not read. Not of the paper: after two or three
         action tokens the rest can be guessed, and the expert sends the tower no gradient, so the
-        tower never learns the lane offset.
+        tower never learns the lane offset. insulate=False lets that gradient through, see
+        `flow_losses`.
         Returns `text` and `action`, mean nats a token of each kind (the release adds them); `flow`,
         a mean square; `ade`, m, of where the velocity points; `tokens`, how many were read."""
         rot = [] if "actions" in scene else ["ego_future_rot"]
@@ -432,7 +433,7 @@ class Alpamayo(nn.Module):
         x, cache = self.read(prompt, inputs)
         losses = self.token_losses(x, ids, ends if action_tokens else None)
         t, noise = self.draw_flow(actions, flow_samples, flow_t, flow_noise, generator)
-        losses |= self.flow_losses(scene, actions, prompt, cache, ends, t, noise)
+        losses |= self.flow_losses(scene, actions, prompt, cache, ends, t, noise, insulate)
         losses["tokens"] = torch.tensor(float(x.shape[0] * x.shape[1]))
         return losses
 
@@ -506,11 +507,13 @@ class Alpamayo(nn.Module):
             noise = torch.randn(N, HORIZON, 2, generator=generator, device=actions.device)
         return t, noise
 
-    def flow_losses(self, scene, actions, prompt, cache, ends, t, noise):
+    def flow_losses(self, scene, actions, prompt, cache, ends, t, noise, insulate=True):
         """Flow matching (Eq. 6, 7): x_t lies on the straight line from noise to the controls, and
         the expert learns the line's velocity, data - noise.
         actions (B, 64, 2), ends (B,): see `response_ids`; t (N,), noise (N, 64, 2), several a
-        scene. Returns `flow` and `ade`."""
+        scene. Returns `flow` and `ade`.
+        insulate: with the stop-gradient (knowledge insulation, Sec. 5.1). It keeps what a language
+        model knew before; one that learns from nothing has nothing to keep, and can be taught."""
         B, P = prompt.x.shape[:2]
         n = len(t) // B
         device = actions.device
@@ -518,10 +521,11 @@ class Alpamayo(nn.Module):
         share = t[:, None, None]
         x_t = share * data + (1 - share) * noise
 
-        # The stop-gradient (knowledge insulation): the expert reads the cache, detached.
         L = P + int(ends.max())
         mask = torch.arange(L, device=device) < (P + ends)[:, None]  # (B, L)
-        past = [Past((k[:, :, :L], v[:, :, :L]), None, mask).detach() for k, v in cache]
+        past = [Past((k[:, :, :L], v[:, :, :L]), None, mask) for k, v in cache]
+        if insulate:
+            past = [kv.detach() for kv in past]
         start = (prompt.positions.max() + 1 + ends).repeat_interleave(n)
         velocity = self.velocity(x_t, t, past, start)
         flow = F.mse_loss(velocity, data - noise)

@@ -150,7 +150,7 @@ def add_data_flags(add):
         real(0, 1))
     add("--routes", 0.5, "share of steps that tell the route, so that a model can do without",
         real(0, 1))
-    add("--own", 0, "so many scenes more, four times: the model drives, the expert says how to go "
+    add("--own", 0, "so many scenes more, three times: the model drives, the expert says how to go "
         "on from where it got to. Half of a batch are then such scenes (DAgger; not the paper's)",
         whole())
     add("--blind", False, "grey images: what can be known without looking")
@@ -189,6 +189,8 @@ def add_loss_flags(add):
         "Alpamayo.supervised_losses", real(0, 1))
     add("--drive-every", 8, "in stage `reason` one step in so many has no reasoning, so that the "
         "model can also drive at once; 0: none", whole())
+    add("--expert-teaches", False, "the flow's loss teaches the vlm, too, which the paper's "
+        "stop-gradient prevents")
     add("--flow-samples", 2, "noise levels a scene, which share its cache", whole(1, 1000))
 
 
@@ -196,6 +198,8 @@ def check_flags(flags, error):
     """Calls error(line) where flags do not go together, or name folders that are not there."""
     if flags.lora and flags.train == "expert":
         error(f"--lora {flags.lora} --train expert: the vlm must be among what learns")
+    if flags.expert_teaches and (flags.train != "all" or flags.stage == "rl"):
+        error("--expert-teaches: takes --train all, and another stage than rl")
     rl.fill_in(flags)
     if flags.stage == "rl":
         rl.check_flags(flags, error)
@@ -305,6 +309,8 @@ def start(flags):
                          "torchrun sets them")
     if flags.stage == "rl" and world_size > 1:
         raise ValueError("--stage rl runs in one process")
+    if flags.own % world_size:
+        raise ValueError(f"--own {flags.own}: must be a multiple of the {world_size} processes")
     if flags.threads:
         torch.set_num_threads(flags.threads)
     device = flags.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -534,7 +540,7 @@ def world_scenes(run, cfg):
     return train, load(split="val", scenes=flags.val_scenes)
 
 
-ROUNDS = 0.25, 0.4, 0.55, 0.7  # of the steps: when the model drives, and learns from that
+ROUNDS = 0.4, 0.6, 0.75  # of the steps: when the model drives, and learns from that
 OWN = 1_000_000  # train seeds apart that the rounds begin to drive
 
 
@@ -553,14 +559,18 @@ def add_own_scenes(run, step):
                 run.model, shown, flags.flow_steps, length=flags.max_new_tokens)
         return out.actions[:, 0]
 
-    folder = os.path.join(flags.out, f"own-{number}")
     first = OWN * (number + 1)
     view = data.view_of(run.model.cfg, flags.size)
-    for turn in (run.rank == 0, run.rank > 0):
-        with together(run):
-            if turn:
-                own = data.own_set(folder, policy, first, flags.own, **view)
-    run.scenes = data.Together([run.scenes, own])
+
+    def own_set(rank):
+        folder = os.path.join(flags.out, f"own-{number}-{rank}")
+        start = first + rank * OWN // run.world_size
+        return data.own_set(folder, policy, start, flags.own // run.world_size, **view)
+
+    with together(run):  # each process drives for its share
+        own_set(run.rank)
+    with together(run):
+        run.scenes = data.Together([run.scenes, *map(own_set, range(run.world_size))])
     run.own += flags.own
     add_own_scenes(run, step)  # a resumed run has several to add
 
@@ -725,7 +735,8 @@ def backward(run, scene, lesson, with_actions, generator):
     flags = run.flags
     with run.autocast:
         losses = run.model(scene, lesson, action_tokens=with_actions, generator=generator,
-                           flow_samples=flags.flow_samples, hide_actions=flags.hide_actions)
+                           flow_samples=flags.flow_samples, hide_actions=flags.hide_actions,
+                           insulate=not flags.expert_teaches)
         loss = total_loss(losses, flags) / flags.accumulate
     loss.backward()
     return losses

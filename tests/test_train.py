@@ -219,6 +219,20 @@ def test_the_losses_of_the_path_teach_the_expert_alone(scene):  # noqa: F811
         assert {n for n, grad in grads.items() if grad is not None and grad.any()} == expert, loss
 
 
+def test_an_expert_that_teaches_reaches_all_that_it_reads(scene):  # noqa: F811
+    """--expert-teaches: the same losses, and a gradient for the tower and the language model."""
+    model = build(torch.float32).requires_grad_(True)
+    losses = []
+    for insulate in (True, False):
+        model.zero_grad()
+        generator = torch.Generator().manual_seed(2)
+        losses.append(model(scene, "reason", generator=generator, insulate=insulate)["flow"])
+    losses[1].backward()
+    assert losses[0] == losses[1]
+    for part in (model.vlm.model.visual, model.vlm.model.language_model, model.expert):
+        assert any(p.grad is not None and p.grad.any() for p in part.parameters())
+
+
 def test_the_expert_learns_a_batch_by_heart(scene):  # noqa: F811
     """Three scenes with two fixed noises each: in 25 steps from scratch the flow loss falls to less
     than 0.4 of itself, 0.2 as measured."""
@@ -342,6 +356,7 @@ WRONG = """
 --drive-every -1 | --flow-samples 0 | --group 0 | --group 1 | --temperature nan | --temperature 0 | --top-p 0 | --top-p nan
 --eta nan | --flow-steps 1 | --max-new-tokens 0 | --beta inf | --kl -1 | --kl nan | --flow-weight nan | --expert-lr nan
 --updates 0 | --curate 1.1 | --device tpu | --device cuda:x | --workers -1 | --lora 4 --train expert | --policy tokens --train expert --stage rl
+--expert-teaches --train vlm | --expert-teaches --stage rl --init x
 """
 
 
@@ -650,7 +665,7 @@ def test_kernels_that_cannot_run_end_it_before_the_work(monkeypatch):
     monkeypatch.setattr("kernels._choice", None)
     monkeypatch.setenv("ALPAMAYO_KERNELS", "nonsense")
     with pytest.raises(ValueError, match="ALPAMAYO_KERNELS: expected auto, torch or triton"):
-        train.start(SimpleNamespace(stage="all", threads=0, device=torch.device("cpu")))
+        train.start(SimpleNamespace(stage="all", own=0, threads=0, device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize("rank, world_size", [("3", "1"), ("1", "1"), ("0", "0"), ("-1", "1"), ("x", "1"), ("0", "x"), ("0", "-1")])
@@ -658,7 +673,7 @@ def test_a_rank_that_cannot_be(rank, world_size, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world_size)
     with pytest.raises(ValueError, match="RANK|WORLD_SIZE") as error:
-        train.start(SimpleNamespace(stage="all", threads=0, device=torch.device("cpu")))
+        train.start(SimpleNamespace(stage="all", own=0, threads=0, device=torch.device("cpu")))
     assert "expected" in str(error.value) and "\n" not in str(error.value)
 
 
