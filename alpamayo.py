@@ -554,7 +554,7 @@ class Alpamayo(nn.Module):
 
     def rl_losses(
         self, scene, rollout, advantage, objective="clip", beta=2.0, kl_weight=None,
-        drive_weight=1.0, reference=None, old=None, generator=None,
+        drive_weight=1.0, reference=None, old=None, generator=None, insulate=True,
     ):  # fmt: skip
         """Stage rl (Sec. 5.3): GRPO on a group of rollouts of each scene. Two heads decide, the
         thought's tokens and the drive's random steps (or its action tokens). Each has its own
@@ -564,12 +564,12 @@ class Alpamayo(nn.Module):
         random steps (eta 0), and the thought by "clip"; kl_weight {head: float}: of the KL to the
         reference policy (the SFT model), whose `replay` of the rollout is `reference`;
         drive_weight: of the drive's loss beside the thought's; old: `log_probs` of the first update
-        on this rollout; generator: nft's draws.
+        on this rollout; generator: nft's draws; insulate: see `flow_losses`.
         Returns `policy`, the loss, and `log_probs`, detached, of what each head decided. To look
         at: length, tokens a thought; entropy, nats a token; kl, nats a rollout, and clipped, share
         of decisions whose ratio is out of bounds, of the thought; kl_drive and clipped_drive, of
         the drive; mismatch, how far rollout and replay differ in a token's log-probability."""
-        replayed = self.replay(scene, rollout)
+        replayed = self.replay(scene, rollout, insulate)
         heads = heads_of(replayed, rollout, reference)
         old = old or {name: head.log_pi.detach() for name, head in heads.items()}
         by_nft = objective == "nft"
@@ -587,7 +587,8 @@ class Alpamayo(nn.Module):
             found["kl" + end] = head.kl.mean().detach()
             found["clipped" + end] = clipped_share(head, old[name])
         if by_nft and "drive" in advantage:
-            losses["drive"] = self.nft(replayed, rollout, advantage["drive"], beta, generator)
+            good = advantage["drive"], beta, generator
+            losses["drive"] = self.nft(replayed, rollout, *good, insulate=insulate)
         tokens = [head for name, head in heads.items() if name == "thought" or not replayed.means]
         said = sum(head.log_pi.detach() for head in tokens)
         found["mismatch"] = (said - rollout.log_probs).abs().max()
@@ -595,7 +596,9 @@ class Alpamayo(nn.Module):
         found["entropy"] = entropy_of(replayed, rollout)
         return found | {"policy": losses["thought"] + drive_weight * losses["drive"]}
 
-    def nft(self, replayed, rollout, advantage, beta, generator=None, levels=4):
+    def nft(
+        self, replayed, rollout, advantage, beta, generator=None, levels=4, insulate=True,
+    ):  # fmt: skip
         """The drive's loss without probabilities (DiffusionNFT, arXiv 2509.16117): flow matching
         (Eq. 7) on what the rollouts drove, towards the better ones of a group and away from the
         worse. advantage (B, G); levels: noise levels a rollout.
@@ -609,7 +612,8 @@ class Alpamayo(nn.Module):
         t, noise = self.draw_flow(data, levels, generator=generator)
         data, good, length = (x.repeat_interleave(levels, 0) for x in (data, good, length))
         share = t[:, None, None]
-        past = self.expert_past(prefix, [repeated(kv, levels) for kv in tail], T, length)
+        repeats = [repeated(kv, levels) for kv in tail]
+        past = self.expert_past(prefix, repeats, T, length, insulate)
         x_t = share * data + (1 - share) * noise
         velocity = self.velocity(x_t, t, past, prefix.end + length)
         mirrored = 2 * velocity.detach() - velocity
@@ -780,17 +784,19 @@ class Alpamayo(nn.Module):
             flow.append(x)
         return torch.stack(flow)
 
-    def expert_past(self, prefix, tail, T, length):  # kernels/sampler.py has it too
+    def expert_past(self, prefix, tail, T, length, insulate=True):  # kernels/sampler.py has it too
         """The expert's `Past` of every layer: the prompt, and of a sample's own T tokens the first
-        length (N,). The stop-gradient is here too."""
+        length (N,). insulate: see `flow_losses`."""
         at = torch.arange(T + HORIZON, device=length.device)
         mask = (at < length[:, None]) | (at >= T)  # (N, T + 64): its 64 tokens see one another
-        return [Past(kv, own, None, mask[:, None]).detach() for kv, own in zip(prefix.layers, tail)]
+        past = [Past(kv, own, None, mask[:, None]) for kv, own in zip(prefix.layers, tail)]
+        return [kv.detach() for kv in past] if insulate else past
 
-    def replay(self, scene, rollout):
+    def replay(self, scene, rollout, insulate=True):
         """The passes of a Rollout once more, all at once and with gradients: a `Replay`.
         The prompt is read once, the n samples' tokens stand behind it side by side. ValueError
-        where the reasoning reads only a share of the cache (retrieve < 1)."""
+        where the reasoning reads only a share of the cache (retrieve < 1). insulate: see
+        `flow_losses`."""
         cfg, lm = self.cfg, self.vlm.model.language_model
         if cfg.retrieve < 1:
             raise ValueError(f"retrieve: replay reads the whole cache, not {cfg.retrieve} of it")
@@ -823,7 +829,8 @@ class Alpamayo(nn.Module):
             x = rollout.flow[:noisy].flatten(1, 2).transpose(0, 1)  # (N, S, 64, 2)
             t = torch.arange(noisy, device=device) / steps
             ends = length.repeat_interleave(noisy)
-            past = self.expert_past(prefix, [repeated(kv, noisy) for kv in tail], T, ends)
+            repeats = [repeated(kv, noisy) for kv in tail]
+            past = self.expert_past(prefix, repeats, T, ends, insulate)
             velocity = self.velocity(x.flatten(0, 1), t.repeat(N), past, prefix.end + ends)
             velocity = velocity.unflatten(0, (N, noisy))
             for i in range(noisy):

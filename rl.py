@@ -7,8 +7,8 @@ What stage rl needs beside its loss (Sec. 5.3): rewards, curation, the step. The
 A rollout is a reasoning and a path. The path is either the language model's 128 action tokens
 (`--policy tokens`, the paper's, which trains no expert) or the expert's flow (`--policy flow`),
 whose Euler steps are drawn with noise and so have a probability. Two heads decide, the thought and
-the drive, and each is rewarded for what it did: REWARDS. The expert's loss never reaches the
-language model, here as everywhere.
+the drive, and each is rewarded for what it did: REWARDS. The expert's loss does not reach the
+language model, here as everywhere, but with --expert-teaches.
 
 What usual GRPO has and this leaves out, or leaves off by default:
     a value network       the group's mean reward is the baseline, which is GRPO's own idea
@@ -630,7 +630,7 @@ def losses_of(model, reference, scene, rollout, advantage, flags, old=None, seed
         scene, "rl", rollout=rollout, advantage={k: v.to(device) for k, v in advantage.items()},
         objective=flags.objective, beta=flags.beta, drive_weight=flags.drive_weight,
         kl_weight={"thought": flags.kl, "drive": flags.kl_drive}, reference=replay, old=old,
-        generator=torch.Generator(device).manual_seed(seed),
+        generator=torch.Generator(device).manual_seed(seed), insulate=not flags.expert_teaches,
     )  # fmt: skip
 
 

@@ -198,8 +198,8 @@ def check_flags(flags, error):
     """Calls error(line) where flags do not go together, or name folders that are not there."""
     if flags.lora and flags.train == "expert":
         error(f"--lora {flags.lora} --train expert: the vlm must be among what learns")
-    if flags.expert_teaches and (flags.train != "all" or flags.stage == "rl"):
-        error("--expert-teaches: takes --train all, and another stage than rl")
+    if flags.expert_teaches and flags.train != "all":
+        error(f"--expert-teaches --train {flags.train}: takes --train all")
     rl.fill_in(flags)
     if flags.stage == "rl":
         rl.check_flags(flags, error)
@@ -825,7 +825,8 @@ def rehearse(run, step, update_number):
     for scene in pieces(run, run.ordinary, numbers):
         with run.autocast:
             losses = run.model(scene, "reason", action_tokens=flags.policy == "tokens",
-                               generator=generator, flow_samples=flags.flow_samples)
+                               generator=generator, flow_samples=flags.flow_samples,
+                               insulate=not flags.expert_teaches)
             loss = total_loss(losses, flags) / flags.accumulate
         (flags.rehearse * loss).backward()
         total += loss.item()

@@ -356,7 +356,7 @@ WRONG = """
 --drive-every -1 | --flow-samples 0 | --group 0 | --group 1 | --temperature nan | --temperature 0 | --top-p 0 | --top-p nan
 --eta nan | --flow-steps 1 | --max-new-tokens 0 | --beta inf | --kl -1 | --kl nan | --flow-weight nan | --expert-lr nan
 --updates 0 | --curate 1.1 | --device tpu | --device cuda:x | --workers -1 | --lora 4 --train expert | --policy tokens --train expert --stage rl
---expert-teaches --train vlm | --expert-teaches --stage rl --init x
+--expert-teaches --train vlm
 """
 
 
