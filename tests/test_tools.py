@@ -32,7 +32,7 @@ from alpamayo import Alpamayo
 from tools import blind, evaluate, gallery, judge, label
 from tools.common import batches
 from tools.experiments import __main__ as experiments
-from tools.experiments import rewards, signal, trainings, vision
+from tools.experiments import latency, rewards, signal, trainings, vision
 
 NANO = os.path.join(ROOT, "checkpoints", "nano")
 
@@ -210,7 +210,7 @@ WRONG = {
     experiments: [
         "", "snow", "vision --jobs 0", "vision --eval 0", "vision --train-steps -1", "vision --scenes 1e20", "vision --seeds -1",
         "vision --out a_file", "vision --picture a.xyz", "vision --picture a_file/a.png", "vision --size 0 0", "vision --device tpu",
-        "rl --rows none", "rl --drive 0", "rl --splits snow", "signal --draws 1", "list --jobs 2",
+        "rl --rows none", "rl --drive 0", "rl --splits snow", "signal --draws 1", "list --jobs 2", "latency --plans 0", "latency --presets huge",
     ],
 }  # fmt: skip
 
@@ -371,6 +371,20 @@ def test_the_signal_in_a_gradient(cache, command, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| rewarded for | thought: norm | cosine | drive: norm | cosine |"
     assert [line.split("|")[1].strip() for line in lines[2 : 2 + len(signal.PARTS)]] == list(signal.PARTS)
+
+
+def test_milliseconds_of_a_plan(command, capsys):
+    """A row for each way to drive, and what it cannot be faster than."""
+    command("experiments", "latency", "--presets", "nano", "--plans", 1)
+    experiments.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| nano, ms | vision | prefill | reasoning | path | all |"
+    (rows,) = json.loads(lines[-1]).values()
+    assert list(rows)[: len(latency.ROWS)] == list(latency.ROWS)
+    assert "reasoning" not in rows["path only, by flow"]
+    by_flow, by_tokens = (rows[f"floor, path by {way}"] for way in ("flow", "tokens"))
+    assert all(ms > 0 for ms in by_flow.values()) and by_flow["flow"] < by_tokens["flow"]
+    assert by_flow["reasoning"] == pytest.approx(by_tokens["flow"] * 40 / 128)
 
 
 @pytest.fixture

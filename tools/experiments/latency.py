@@ -1,0 +1,151 @@
+"""
+Table 13: where the milliseconds of one plan go, beside the least that this machine could take.
+
+    python -m tools.experiments latency                    nano and mini, of random weights
+    python -m tools.experiments latency --presets nano
+
+A reasoning is 40 tokens and a flow 5 Euler steps, as the paper's. The floor of a stage is the
+longer of two times: to read its weights once for every pass, and to multiply what it multiplies, at
+the rates of a large copy and a large product, which the tool measures.
+"""
+import json
+import time
+from statistics import median
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import data
+from alpamayo import HORIZON, OF_EXPERT, PRESETS, Alpamayo, Vocabulary
+from doors import whole
+from tools import markdown
+
+ABOUT = "Table 13: the milliseconds of a plan, stage by stage"
+NEEDS = "two minutes on one core"
+SIZES = {"nano": (64, 128), "mini": (128, 256)}  # H W, pixels of an image
+STEPS = 5  # Euler's
+TOKENS = 40  # of a reasoning
+STAGES = ("vision", "prefill", "reasoning", "flow")
+ROWS = {  # what drives, and whether it thinks first
+    "path only, by flow": ("flow", False),
+    "AR1, path by flow": ("flow", True),
+    "AR1, path by tokens": ("tokens", True),
+}
+PAPER = """\
+| the paper's Table 13, ms | vision | prefill | reasoning | path | all |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| path only, by flow | 3.43 | 16.54 | - | 8.75 | 29 |
+| AR1, path by flow | 3.43 | 16.54 | 70 | 8.75 | 99 |
+| AR1, path by tokens | 3.43 | 16.54 | 70 | 222 | 312 |"""
+
+
+def plan(model, scene, decode, thinks):
+    """One plan, and the seconds of its stages. It thinks TOKENS tokens of one word."""
+    says = ["a" * TOKENS] if thinks else None  # a token a letter, and it is cut off there
+    out = model.sample(
+        scene, 1, steps=STEPS, max_new_tokens=TOKENS, seed=0, reason=thinks, says=says,
+        decode=decode)
+    seconds = dict(out.seconds)
+    if decode == "tokens":  # they are said behind the reasoning, in one go
+        said = out.tokens.shape[2]
+        seconds["flow"] = seconds["reasoning"] * 2 * HORIZON / said
+        seconds["reasoning"] -= seconds["flow"]
+    return seconds
+
+
+def rates(device, n=2048, rounds=5):
+    """(bytes read and written, floating-point operations) a second, of a large copy and product."""
+    a = torch.randn(n, n, device=device)
+    b = torch.empty_like(a)
+    seconds = []
+    for work in (lambda: b.copy_(a), lambda: torch.mm(a, a, out=b)):
+        work()
+        times = []
+        for _ in range(rounds):
+            wait(device)
+            start = time.perf_counter()
+            work()
+            wait(device)
+            times.append(time.perf_counter() - start)
+        seconds.append(min(times))
+    return 2 * a.nbytes / seconds[0], 2 * n**3 / seconds[1]
+
+
+def wait(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def floors(model, scene, speed):
+    """The least seconds of each stage of a plan that thinks; `flow` and `tokens` are of its path.
+    speed: see `rates`."""
+    size = {"vision": 0, "language": 0, "expert": 0}
+    for name, p in model.named_parameters():
+        part = "vision" if ".visual." in name else "language"
+        if name.startswith(OF_EXPERT):
+            part = "expert"
+        if "embed_tokens" not in name:  # of a table only some rows are read
+            size[part] += p.nbytes
+    copied, multiplied = speed
+    counted = {}
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # a CPU's fused attention is not counted
+        with FlopCounterMode(display=False) as flops:
+            prompt = model.embed_prompt(scene, reason=True)
+        counted["vision"] = flops.get_total_flops()
+        with FlopCounterMode(display=False) as flops:
+            model.prefill(prompt)
+        counted["prefill"] = flops.get_total_flops()
+    read = {"vision": size["vision"], "prefill": size["language"]}
+    found = {name: max(read[name] / copied, counted[name] / multiplied) for name in read}
+    found["reasoning"] = TOKENS * size["language"] / copied
+    found["flow"] = STEPS * size["expert"] / copied
+    found["tokens"] = 2 * HORIZON * size["language"] / copied
+    return found
+
+
+def measure(preset, args):
+    """{row: {stage: milliseconds}} of a preset with random weights, and of its floors."""
+    cfg = PRESETS[preset]
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = Alpamayo(cfg, Vocabulary(cfg))
+    model.init_weights(torch.Generator().manual_seed(0))
+    model = model.to(device).eval()
+    scene = data.make_scenes([0], **data.view_of(cfg, SIZES[preset]))
+    rows = {}
+    for row, (decode, thinks) in tqdm(ROWS.items(), desc=preset, unit="row"):
+        laps = [plan(model, scene, decode, thinks) for _ in range(args.plans + 1)][1:]
+        rows[row] = {stage: 1000 * median(lap[stage] for lap in laps) for stage in STAGES}
+        rows[row]["all"] = 1000 * median(sum(lap.values()) for lap in laps)
+        if not thinks:
+            del rows[row]["reasoning"]
+    least = {name: 1000 * s for name, s in floors(model, scene, rates(device)).items()}
+    by_tokens = least.pop("tokens")
+    rows["floor, path by flow"] = least | {"all": sum(least.values())}
+    least = least | {"flow": by_tokens}
+    rows["floor, path by tokens"] = least | {"all": sum(least.values())}
+    return rows
+
+
+def main(args):
+    """Print a table for each preset, the paper's, then the numbers."""
+    found = {}
+    for preset in args.presets:
+        found[preset] = measure(preset, args)
+        lines = []
+        for row, ms in found[preset].items():
+            cells = [f"{ms[stage]:.2f}" if stage in ms else "-" for stage in (*STAGES, "all")]
+            lines.append([row, *cells])
+        print(markdown(lines, [f"{preset}, ms", "vision", "prefill", "reasoning", "path", "all"]))
+        print()
+    threads = torch.get_num_threads()
+    print(f"One scene, random weights, float32; {TOKENS} tokens of reasoning; {STEPS} Euler steps "
+          f"or {2 * HORIZON} tokens; median of {args.plans} plans; {threads} CPU thread(s).")
+    print(f"\n{PAPER}")
+    print(json.dumps(found))
+
+
+def add_flags(add):
+    add("--presets", nargs="+", choices=tuple(SIZES), default=list(SIZES), help="whose shape")
+    add("--plans", type=whole(1), default=50, help="of which the median is shown")
