@@ -563,38 +563,26 @@ class Alpamayo(nn.Module):
         objective, beta: see `grpo`; with "nft" the drive learns by `nft`, from rollouts without
         random steps (eta 0), and the thought by "clip"; kl_weight {head: float}: of the KL to the
         reference policy (the SFT model), whose `replay` of the rollout is `reference`;
-        drive_weight: of the drive's loss beside the thought's; old: `log_probs` of the first update
-        on this rollout; generator: nft's draws; insulate: see `flow_losses`.
-        Returns `policy`, the loss, and `log_probs`, detached, of what each head decided. To look
-        at: length, tokens a thought; entropy, nats a token; kl, nats a rollout, and clipped, share
-        of decisions whose ratio is out of bounds, of the thought; kl_drive and clipped_drive, of
-        the drive; mismatch, how far rollout and replay differ in a token's log-probability."""
+        drive_weight: of the drive's loss beside the thought's; old {head: (B, G, T)}: what its
+        decisions' log-probabilities were at the first update on this rollout; generator: of nft;
+        insulate: see `flow_losses`. Returns `policy`, the loss, and its `heads` and `replay`."""
         replayed = self.replay(scene, rollout, insulate)
         heads = heads_of(replayed, rollout, reference)
-        old = old or {name: head.log_pi.detach() for name, head in heads.items()}
         by_nft = objective == "nft"
         surrogate = "clip" if by_nft else objective
-        found = {"log_probs": old}
         losses = {"thought": 0.0, "drive": 0.0}
         for name, head in heads.items():
             weight = (kl_weight or {}).get(name, 0.0)
             if name in advantage:
-                more = advantage[name], beta, weight
-                losses[name] = grpo(surrogate, head, old[name], *more)
+                before = old[name] if old else head.log_pi.detach()
+                losses[name] = grpo(surrogate, head, before, advantage[name], beta, weight)
             elif weight:
                 losses[name] = weight * head.kl.mean()  # shared weights move it all the same
-            end = "_drive" * (name == "drive")
-            found["kl" + end] = head.kl.mean().detach()
-            found["clipped" + end] = clipped_share(head, old[name])
         if by_nft and "drive" in advantage:
             good = advantage["drive"], beta, generator
             losses["drive"] = self.nft(replayed, rollout, *good, insulate=insulate)
-        tokens = [head for name, head in heads.items() if name == "thought" or not replayed.means]
-        said = sum(head.log_pi.detach() for head in tokens)
-        found["mismatch"] = (said - rollout.log_probs).abs().max()
-        found["length"] = heads["thought"].decided.sum(2).float().mean()
-        found["entropy"] = entropy_of(replayed, rollout)
-        return found | {"policy": losses["thought"] + drive_weight * losses["drive"]}
+        policy = losses["thought"] + drive_weight * losses["drive"]
+        return {"policy": policy, "heads": heads, "replay": replayed}
 
     def nft(
         self, replayed, rollout, advantage, beta, generator=None, levels=4, insulate=True,
@@ -1831,13 +1819,6 @@ def ratio_of(head, old):
     return (head.log_pi - old).clamp(-3, 3).exp()
 
 
-def clipped_share(head, old):
-    """The share of a Head's decisions whose ratio is out of bounds; to look at."""
-    apart = ratio_of(head, old).detach() - 1
-    out = head.decided & ((apart < -CLIP[0]) | (apart > CLIP[1]))
-    return out.sum() / head.decided.sum().clamp(min=1)
-
-
 def heads_of(replayed, rollout, reference=None):
     """What was decided in a Rollout, from its `replay`, {name: Head}. "thought": the tokens of the
     reasoning. "drive": the action tokens, where there are any, or else the flow's random steps,
@@ -1906,11 +1887,3 @@ def kl_of(replayed, reference, rollout):
 def repeated(kv, times):
     """Keys and values (N, K, T, d), each sample `times` times, side by side; None stays None."""
     return kv and tuple(x.repeat_interleave(times, 0) for x in kv)
-
-
-def entropy_of(replayed, rollout):
-    """Mean entropy in nats of a chosen token, at the rollout's temperature; to look at."""
-    log_p = (replayed.logits.detach() / rollout.temperature).log_softmax(-1)
-    chosen = rollout.chosen.flatten(0, 1)
-    entropy = -(log_p.exp() * log_p).sum(-1) * chosen
-    return entropy.sum() / chosen.sum().clamp(min=1)

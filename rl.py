@@ -39,7 +39,7 @@ import torch
 from torch.nn.functional import pad
 
 import data
-from alpamayo import DT, HORIZON, OF_EXPERT, Rollout, ade
+from alpamayo import CLIP, DT, HORIZON, OF_EXPERT, Rollout, ade, ratio_of
 from data import (
     CAUSES,
     SPLITS,
@@ -619,19 +619,52 @@ def rows_of_rollout(rollout, rows):
 
 
 def losses_of(model, reference, scene, rollout, advantage, flags, old=None, seed=0):
-    """`rl_losses` of an Experience; reference: the KL term's frozen model, or None; seed: of what
-    the loss itself draws."""
-    replay = None
+    """Of an Experience: `policy`, the loss of `rl_losses`; `log_probs`, what each head decided,
+    without gradient; and `looks_of`. reference: the KL term's frozen model, or None; old:
+    `log_probs` of the first update; seed: of what the loss itself draws."""
+    theirs = None
     if reference:
         with without_adapters(reference):
-            replay = reference.replay(scene, rollout)._replace(read=None)  # a cache to let go
+            theirs = reference.replay(scene, rollout)._replace(read=None)  # a cache to let go
     device = rollout.tokens.device
-    return model(
+    losses = model(
         scene, "rl", rollout=rollout, advantage={k: v.to(device) for k, v in advantage.items()},
         objective=flags.objective, beta=flags.beta, drive_weight=flags.drive_weight,
-        kl_weight={"thought": flags.kl, "drive": flags.kl_drive}, reference=replay, old=old,
+        kl_weight={"thought": flags.kl, "drive": flags.kl_drive}, reference=theirs, old=old,
         generator=torch.Generator(device).manual_seed(seed), insulate=not flags.expert_teaches,
     )  # fmt: skip
+    heads = losses["heads"]
+    log_probs = {name: head.log_pi.detach() for name, head in heads.items()}
+    looks = looks_of(heads, old or log_probs, losses["replay"], rollout)
+    return {"policy": losses["policy"], "log_probs": log_probs} | looks
+
+
+@torch.no_grad()
+def looks_of(heads, old, replayed, rollout):
+    """What to look at in an update: length, tokens a thought; entropy, nats a token; kl, nats a
+    rollout, and clipped, share of decisions whose ratio is out of bounds, of the thought; kl_drive
+    and clipped_drive, of the drive; mismatch, how far rollout and replay differ in a token's
+    log-probability."""
+    looks = {}
+    for name, head in heads.items():
+        end = "_drive" * (name == "drive")
+        looks["kl" + end] = head.kl.mean()
+        looks["clipped" + end] = clipped_share(head, old[name])
+    tokens = [head for name, head in heads.items() if name == "thought" or not replayed.means]
+    said = sum(head.log_pi for head in tokens)
+    looks["mismatch"] = (said - rollout.log_probs).abs().max()
+    looks["length"] = heads["thought"].decided.sum(2).float().mean()
+    log_p = (replayed.logits / rollout.temperature).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1) * rollout.chosen.flatten(0, 1)
+    looks["entropy"] = entropy.sum() / rollout.chosen.sum().clamp(min=1)
+    return looks
+
+
+def clipped_share(head, old):
+    """The share of a Head's decisions whose ratio is out of bounds."""
+    apart = ratio_of(head, old) - 1
+    out = head.decided & ((apart < -CLIP[0]) | (apart > CLIP[1]))
+    return out.sum() / head.decided.sum().clamp(min=1)
 
 
 def make_optimisers(model, flags):

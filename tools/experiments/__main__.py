@@ -19,7 +19,7 @@ EXPERIMENTS = {"vision": vision, "rl": rewards, "signal": signal, "latency": lat
 
 def parse_flags():
     p = doors.Flags("Experiments of the paper in small.")
-    named = p.add_subparsers(dest="name", required=True, metavar="NAME", parser_class=doors.Flags)
+    named = p.add_subparsers(dest="name", required=True, parser_class=doors.Flags)
     named.add_parser("list", description="Names, and what they need.")
     for name, page in EXPERIMENTS.items():
         add = named.add_parser(name, description=page.ABOUT).add_argument
