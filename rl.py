@@ -478,13 +478,14 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
         earned.append(rewards)
 
     looked = {}
+    insulate = number < flags.expert_teaches * flags.steps
     old = [None] * len(lived)
     for update_number in range(flags.updates):
         sums = {}
         for i, one in enumerate(lived):
             seed = seed_of(flags.seed, number, i)
             with autocast:
-                losses = losses_of(model, reference, *one, flags, old[i], seed)
+                losses = losses_of(model, reference, *one, flags, old[i], seed, insulate)
             loss = losses.pop("policy")
             expect_finite(number, f"loss `{flags.objective}`", loss)
             (loss / len(lived)).backward()
@@ -618,10 +619,13 @@ def rows_of_rollout(rollout, rows):
     return replace(rollout, reasoning=texts, flow=rollout.flow[:, rows], **some)
 
 
-def losses_of(model, reference, scene, rollout, advantage, flags, old=None, seed=0):
+def losses_of(
+    model, reference, scene, rollout, advantage, flags, old=None, seed=0, insulate=True,
+):  # fmt: skip
     """Of an Experience: `policy`, the loss of `rl_losses`; `log_probs`, what each head decided,
     without gradient; and `looks_of`. reference: the KL term's frozen model, or None; old:
-    `log_probs` of the first update; seed: of what the loss itself draws."""
+    `log_probs` of the first update; seed: of what the loss itself draws; insulate: with the
+    stop-gradient."""
     theirs = None
     if reference:
         with without_adapters(reference):
@@ -631,7 +635,7 @@ def losses_of(model, reference, scene, rollout, advantage, flags, old=None, seed
         scene, "rl", rollout=rollout, advantage={k: v.to(device) for k, v in advantage.items()},
         objective=flags.objective, beta=flags.beta, drive_weight=flags.drive_weight,
         kl_weight={"thought": flags.kl, "drive": flags.kl_drive}, reference=theirs, old=old,
-        generator=torch.Generator(device).manual_seed(seed), insulate=not flags.expert_teaches,
+        generator=torch.Generator(device).manual_seed(seed), insulate=insulate,
     )  # fmt: skip
     heads = losses["heads"]
     log_probs = {name: head.log_pi.detach() for name, head in heads.items()}

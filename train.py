@@ -150,7 +150,7 @@ def add_data_flags(add):
         real(0, 1))
     add("--routes", 0.5, "share of steps that tell the route, so that a model can do without",
         real(0, 1))
-    add("--own", 0, "so many scenes more, three times: the model drives, the expert says how to go "
+    add("--own", 0, "so many scenes more, four times: the model drives, the expert says how to go "
         "on from where it got to. Half of a batch are then such scenes (DAgger; not the paper's)",
         whole())
     add("--blind", False, "grey images: what can be known without looking")
@@ -189,8 +189,8 @@ def add_loss_flags(add):
         "Alpamayo.supervised_losses", real(0, 1))
     add("--drive-every", 8, "in stage `reason` one step in so many has no reasoning, so that the "
         "model can also drive at once; 0: none", whole())
-    add("--expert-teaches", False, "the flow's loss teaches the vlm, too, which the paper's "
-        "stop-gradient prevents")
+    add("--expert-teaches", 1.0, "share of the steps from which on the flow's loss teaches the "
+        "vlm, too, which the paper's stop-gradient prevents; 1: never", real(0, 1))
     add("--flow-samples", 2, "noise levels a scene, which share its cache", whole(1, 1000))
 
 
@@ -198,8 +198,8 @@ def check_flags(flags, error):
     """Calls error(line) where flags do not go together, or name folders that are not there."""
     if flags.lora and flags.train == "expert":
         error(f"--lora {flags.lora} --train expert: the vlm must be among what learns")
-    if flags.expert_teaches and flags.train != "all":
-        error(f"--expert-teaches --train {flags.train}: takes --train all")
+    if flags.expert_teaches < 1 and flags.train != "all":
+        error(f"--expert-teaches {flags.expert_teaches:g} --train {flags.train}: takes --train all")
     rl.fill_in(flags)
     if flags.stage == "rl":
         rl.check_flags(flags, error)
@@ -309,8 +309,6 @@ def start(flags):
                          "torchrun sets them")
     if flags.stage == "rl" and world_size > 1:
         raise ValueError("--stage rl runs in one process")
-    if flags.own % world_size:
-        raise ValueError(f"--own {flags.own}: must be a multiple of the {world_size} processes")
     if flags.threads:
         torch.set_num_threads(flags.threads)
     device = flags.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -540,7 +538,7 @@ def world_scenes(run, cfg):
     return train, load(split="val", scenes=flags.val_scenes)
 
 
-ROUNDS = 0.4, 0.6, 0.75  # of the steps: when the model drives, and learns from that
+ROUNDS = 0.25, 0.4, 0.55, 0.7  # of the steps: when the model drives, and learns from that
 OWN = 1_000_000  # train seeds apart that the rounds begin to drive
 
 
@@ -559,18 +557,14 @@ def add_own_scenes(run, step):
                 run.model, shown, flags.flow_steps, length=flags.max_new_tokens)
         return out.actions[:, 0]
 
+    folder = os.path.join(flags.out, f"own-{number}")
     first = OWN * (number + 1)
     view = data.view_of(run.model.cfg, flags.size)
-
-    def own_set(rank):
-        folder = os.path.join(flags.out, f"own-{number}-{rank}")
-        start = first + rank * OWN // run.world_size
-        return data.own_set(folder, policy, start, flags.own // run.world_size, **view)
-
-    with together(run):  # each process drives for its share
-        own_set(run.rank)
-    with together(run):
-        run.scenes = data.Together([run.scenes, *map(own_set, range(run.world_size))])
+    for turn in (run.rank == 0, run.rank > 0):
+        with together(run):
+            if turn:
+                own = data.own_set(folder, policy, first, flags.own, **view)
+    run.scenes = data.Together([run.scenes, own])
     run.own += flags.own
     add_own_scenes(run, step)  # a resumed run has several to add
 
@@ -701,6 +695,7 @@ def supervised_step(run, step):
     flags = run.flags
     run.model.train()
     lesson, with_actions = lesson_at(step, flags)
+    insulate = step < flags.expert_teaches * flags.steps
     generator = seeded(data.seed_of(flags.seed, step, run.rank), run.device)
     means = defaultdict(float)
     with together(run):
@@ -709,7 +704,7 @@ def supervised_step(run, step):
                 scene = front_only(scene)
             if torch.rand(1, generator=generator, device=run.device) >= flags.routes:
                 scene = hide_route(scene)
-            losses = backward(run, scene, lesson, with_actions, generator)
+            losses = backward(run, scene, lesson, with_actions, generator, insulate)
             for name, value in losses.items():
                 rl.expect_finite(step, f"loss `{name}`", value)
                 means[name] += value.item() / flags.accumulate
@@ -730,13 +725,13 @@ def total_loss(losses, flags):
     return sum(weights[name] * losses[name] for name in weights if name in losses)
 
 
-def backward(run, scene, lesson, with_actions, generator):
+def backward(run, scene, lesson, with_actions, generator, insulate=True):
     """The losses of a piece of the batch. Their gradients add to those of the pieces before."""
     flags = run.flags
     with run.autocast:
         losses = run.model(scene, lesson, action_tokens=with_actions, generator=generator,
                            flow_samples=flags.flow_samples, hide_actions=flags.hide_actions,
-                           insulate=not flags.expert_teaches)
+                           insulate=insulate)
         loss = total_loss(losses, flags) / flags.accumulate
     loss.backward()
     return losses
@@ -826,7 +821,7 @@ def rehearse(run, step, update_number):
         with run.autocast:
             losses = run.model(scene, "reason", action_tokens=flags.policy == "tokens",
                                generator=generator, flow_samples=flags.flow_samples,
-                               insulate=not flags.expert_teaches)
+                               insulate=step < flags.expert_teaches * flags.steps)
             loss = total_loss(losses, flags) / flags.accumulate
         (flags.rehearse * loss).backward()
         total += loss.item()
@@ -965,7 +960,7 @@ def phases_of_step(run, scene):
     change = partial(update, run, 0)
     if flags.stage != "rl":
         lesson = "action" if flags.stage == "action" else "reason"
-        learn = partial(backward, run, scene, lesson, True, None)
+        learn = partial(backward, run, scene, lesson, True, None, flags.expert_teaches == 1)
         return {"losses": learn, "update": change}
     steps = 0 if flags.policy == "tokens" else flags.flow_steps
     out = memory.made_up_rollout(run.model, run.piece, flags.group, flags.max_new_tokens, steps)

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 def flags_of(**other):
     usual = dict(policy="flow", objective="clip", rewards=list(rl.REWARDS), credit="heads", tell=False, episode=0.0, size=(H, W), group=4, temperature=1.3, top_p=0.9, eta=0.5, modes=64, flow_steps=3,
                  max_new_tokens=12, beta=2.0, kl=0.0, kl_drive=0.0, drive_weight=1.0, lr=1e-3, expert_lr=1e-3, updates=1, curate=0.5, batch=2,
-                 accumulate=1, clip=1.0, warmup=1, seed=0, expert_teaches=False)  # fmt: skip
+                 accumulate=1, clip=1.0, warmup=1, seed=0, expert_teaches=1.0, steps=10)  # fmt: skip
     return argparse.Namespace(**usual | other)
 
 
@@ -241,9 +241,10 @@ def test_the_drive_teaches_the_language_model_only_if_asked(objective, scene):
     model = tiny()
     rewards = {"drive": torch.tensor([[1.0, -1.0, 0.5, -0.5], [3.0, -3.0, 0.5, -0.5]])}
     for teaches in (False, True):
-        flags = flags_of(objective=objective, expert_teaches=teaches)
+        flags = flags_of(objective=objective)
         model.zero_grad()
-        rl.losses_of(model, None, scene, tried(model, scene, flags), rewards, flags)["policy"].backward()
+        out = tried(model, scene, flags)
+        rl.losses_of(model, None, scene, out, rewards, flags, insulate=not teaches)["policy"].backward()
         for part in (model.vlm.model.visual, model.vlm.model.language_model):
             assert any(p.grad is not None and p.grad.any() for p in part.parameters()) == teaches
 

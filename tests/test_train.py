@@ -220,7 +220,7 @@ def test_the_losses_of_the_path_teach_the_expert_alone(scene):  # noqa: F811
 
 
 def test_an_expert_that_teaches_reaches_all_that_it_reads(scene):  # noqa: F811
-    """--expert-teaches: the same losses, and a gradient for the tower and the language model."""
+    """insulate=False: the same losses, and a gradient for the tower and the language model."""
     model = build(torch.float32).requires_grad_(True)
     losses = []
     for insulate in (True, False):
@@ -356,7 +356,7 @@ WRONG = """
 --drive-every -1 | --flow-samples 0 | --group 0 | --group 1 | --temperature nan | --temperature 0 | --top-p 0 | --top-p nan
 --eta nan | --flow-steps 1 | --max-new-tokens 0 | --beta inf | --kl -1 | --kl nan | --flow-weight nan | --expert-lr nan
 --updates 0 | --curate 1.1 | --device tpu | --device cuda:x | --workers -1 | --lora 4 --train expert | --policy tokens --train expert --stage rl
---expert-teaches --train vlm
+--expert-teaches 0 --train vlm | --expert-teaches 2
 """
 
 
@@ -665,7 +665,7 @@ def test_kernels_that_cannot_run_end_it_before_the_work(monkeypatch):
     monkeypatch.setattr("kernels._choice", None)
     monkeypatch.setenv("ALPAMAYO_KERNELS", "nonsense")
     with pytest.raises(ValueError, match="ALPAMAYO_KERNELS: expected auto, torch or triton"):
-        train.start(SimpleNamespace(stage="all", own=0, threads=0, device=torch.device("cpu")))
+        train.start(SimpleNamespace(stage="all", threads=0, device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize("rank, world_size", [("3", "1"), ("1", "1"), ("0", "0"), ("-1", "1"), ("x", "1"), ("0", "x"), ("0", "-1")])
@@ -673,7 +673,7 @@ def test_a_rank_that_cannot_be(rank, world_size, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world_size)
     with pytest.raises(ValueError, match="RANK|WORLD_SIZE") as error:
-        train.start(SimpleNamespace(stage="all", own=0, threads=0, device=torch.device("cpu")))
+        train.start(SimpleNamespace(stage="all", threads=0, device=torch.device("cpu")))
     assert "expected" in str(error.value) and "\n" not in str(error.value)
 
 
