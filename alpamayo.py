@@ -554,60 +554,29 @@ class Alpamayo(nn.Module):
 
     def rl_losses(
         self, scene, rollout, advantage, objective="clip", beta=2.0, kl_weight=None,
-        drive_weight=1.0, reference=None, old=None, generator=None, insulate=True,
+        drive_weight=1.0, reference=None, old=None, insulate=True,
     ):  # fmt: skip
         """Stage rl (Sec. 5.3): GRPO on a group of rollouts of each scene. Two heads decide, the
         thought's tokens and the drive's random steps (or its action tokens). Each has its own
         advantage {"thought": (B, G), "drive": (B, G)}, a reward less the group's mean; one without
         does not learn. What is rewarded, and curation, are in rl.py.
-        objective, beta: see `grpo`; with "nft" the drive learns by `nft`, from rollouts without
-        random steps (eta 0), and the thought by "clip"; kl_weight {head: float}: of the KL to the
-        reference policy (the SFT model), whose `replay` of the rollout is `reference`;
-        drive_weight: of the drive's loss beside the thought's; old {head: (B, G, T)}: what its
-        decisions' log-probabilities were at the first update on this rollout; generator: of nft;
-        insulate: see `flow_losses`. Returns `policy`, the loss, and its `heads` and `replay`."""
+        objective, beta: see `grpo`; kl_weight {head: float}: of the KL to the reference policy (the
+        SFT model), whose `replay` of the rollout is `reference`; drive_weight: of the drive's loss
+        beside the thought's; old {head: (B, G, T)}: what its decisions' log-probabilities were at
+        the first update on this rollout; insulate: see `flow_losses`.
+        Returns `policy`, the loss, and what it was made of, `heads` and `replay`."""
         replayed = self.replay(scene, rollout, insulate)
         heads = heads_of(replayed, rollout, reference)
-        by_nft = objective == "nft"
-        surrogate = "clip" if by_nft else objective
         losses = {"thought": 0.0, "drive": 0.0}
         for name, head in heads.items():
             weight = (kl_weight or {}).get(name, 0.0)
             if name in advantage:
                 before = old[name] if old else head.log_pi.detach()
-                losses[name] = grpo(surrogate, head, before, advantage[name], beta, weight)
+                losses[name] = grpo(objective, head, before, advantage[name], beta, weight)
             elif weight:
                 losses[name] = weight * head.kl.mean()  # shared weights move it all the same
-        if by_nft and "drive" in advantage:
-            good = advantage["drive"], beta, generator
-            losses["drive"] = self.nft(replayed, rollout, *good, insulate=insulate)
         policy = losses["thought"] + drive_weight * losses["drive"]
         return {"policy": policy, "heads": heads, "replay": replayed}
-
-    def nft(
-        self, replayed, rollout, advantage, beta, generator=None, levels=4, insulate=True,
-    ):  # fmt: skip
-        """The drive's loss without probabilities (DiffusionNFT, arXiv 2509.16117): flow matching
-        (Eq. 7) on what the rollouts drove, towards the better ones of a group and away from the
-        worse. advantage (B, G); levels: noise levels a rollout.
-
-        A rollout counts as good by a share r = (1 + beta * advantage) / 2, within 0 and 1. The
-        velocity v is drawn to the line from noise to it by r, and its mirror image, 2 v_old - v, by
-        1 - r. Where v_old is v, as here, the gradient is 2 r - 1 times that of flow matching."""
-        prefix, tail, T, length = replayed.read
-        good = ((1 + beta * advantage) / 2).clamp(0, 1).flatten()
-        data = rollout.flow[-1].flatten(0, 1)  # (N, 64, 2)
-        t, noise = self.draw_flow(data, levels, generator=generator)
-        data, good, length = (x.repeat_interleave(levels, 0) for x in (data, good, length))
-        share = t[:, None, None]
-        repeats = [repeated(kv, levels) for kv in tail]
-        past = self.expert_past(prefix, repeats, T, length, insulate)
-        x_t = share * data + (1 - share) * noise
-        velocity = self.velocity(x_t, t, past, prefix.end + length)
-        mirrored = 2 * velocity.detach() - velocity
-        towards = (velocity - (data - noise)).square().mean((1, 2))
-        away = (mirrored - (data - noise)).square().mean((1, 2))
-        return (good * towards + (1 - good) * away).mean()
 
     # -------------------------------------------------------------------------------- the sampler
 

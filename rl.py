@@ -39,7 +39,7 @@ import torch
 from torch.nn.functional import pad
 
 import data
-from alpamayo import CLIP, DT, HORIZON, OF_EXPERT, Rollout, ade, ratio_of
+from alpamayo import CLIP, DT, HORIZON, OF_EXPERT, Rollout, ade, ratio_of, repeated
 from data import (
     CAUSES,
     SPLITS,
@@ -630,17 +630,48 @@ def losses_of(
     if reference:
         with without_adapters(reference):
             theirs = reference.replay(scene, rollout)._replace(read=None)  # a cache to let go
-    device = rollout.tokens.device
+    by_nft = flags.objective == "nft"
+    advantage = {head: a.to(rollout.tokens.device) for head, a in advantage.items()}
+    drive = advantage.pop("drive", None) if by_nft else None
     losses = model(
-        scene, "rl", rollout=rollout, advantage={k: v.to(device) for k, v in advantage.items()},
-        objective=flags.objective, beta=flags.beta, drive_weight=flags.drive_weight,
-        kl_weight={"thought": flags.kl, "drive": flags.kl_drive}, reference=theirs, old=old,
-        generator=torch.Generator(device).manual_seed(seed), insulate=insulate,
+        scene, "rl", rollout=rollout, advantage=advantage,
+        objective="clip" if by_nft else flags.objective, beta=flags.beta,
+        drive_weight=flags.drive_weight, reference=theirs, old=old, insulate=insulate,
+        kl_weight={"thought": flags.kl, "drive": flags.kl_drive},
     )  # fmt: skip
+    policy = losses["policy"]
+    if drive is not None:
+        matched = nft(model, losses["replay"], rollout, drive, flags.beta, seed, insulate)
+        policy = policy + flags.drive_weight * matched
     heads = losses["heads"]
     log_probs = {name: head.log_pi.detach() for name, head in heads.items()}
     looks = looks_of(heads, old or log_probs, losses["replay"], rollout)
-    return {"policy": losses["policy"], "log_probs": log_probs} | looks
+    return {"policy": policy, "log_probs": log_probs} | looks
+
+
+def nft(model, replayed, rollout, advantage, beta, seed, insulate=True, levels=4):
+    """The drive's loss without probabilities (DiffusionNFT, arXiv 2509.16117): flow matching
+    (Eq. 7) on what the rollouts drove, towards the better ones of a group, away from the worse.
+
+    replayed: the Rollout's `replay`; advantage (B, G); seed: of noise and times; insulate: with the
+    stop-gradient; levels: noise levels a rollout. A rollout counts as good by a share
+    r = (1 + beta * advantage) / 2, within 0 and 1. The velocity v is drawn to the line from noise
+    to it by r, and its mirror image, 2 v_old - v, by 1 - r. Where v_old is v, as here, the gradient
+    is 2 r - 1 times that of flow matching."""
+    prefix, tail, T, length = replayed.read
+    good = ((1 + beta * advantage) / 2).clamp(0, 1).flatten()
+    x_1 = rollout.flow[-1].flatten(0, 1)  # (N, 64, 2)
+    generator = torch.Generator(x_1.device).manual_seed(seed)
+    t, noise = model.draw_flow(x_1, levels, generator=generator)
+    x_1, good, length = (x.repeat_interleave(levels, 0) for x in (x_1, good, length))
+    share = t[:, None, None]
+    repeats = [repeated(kv, levels) for kv in tail]
+    past = model.expert_past(prefix, repeats, T, length, insulate)
+    velocity = model.velocity(share * x_1 + (1 - share) * noise, t, past, prefix.end + length)
+    mirrored = 2 * velocity.detach() - velocity
+    towards = (velocity - (x_1 - noise)).square().mean((1, 2))
+    away = (mirrored - (x_1 - noise)).square().mean((1, 2))
+    return (good * towards + (1 - good) * away).mean()
 
 
 @torch.no_grad()
