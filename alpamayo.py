@@ -45,6 +45,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import release
-from doors import check_sampling, check_scene, check_ways, write_atomically
+from doors import check_sampling, check_scene, write_atomically
 from kernels import by_hand, one_launch, stock
 from kernels.flow_step import roll_out_by_kernel
 from kernels.prefix_attention import prefix_attention
@@ -583,32 +584,29 @@ class Alpamayo(nn.Module):
     @torch.no_grad()
     def sample(
         self, scene, n=6, temperature=0.6, top_p=0.98, steps=10, max_new_tokens=256, noise=None,
-        seed=None, reason=None, decode="flow", eta=0.0, modes=64, says=None,
+        seed=None, reason=None, decode="flow", eta=0.0, modes=64, choose=None,
     ):  # fmt: skip
         """Look, think, drive: n samples of B scenes, each with its own reasoning (Sec. 5.1).
         temperature 0 is greedy; top_p keeps the likeliest tokens that together have that
         probability; steps: of Euler from noise (B * n, 64, 2), drawn where not given; seed fixes
         both draws. reason=False drives without thinking; None: as the Config says. decode "flow":
         the expert drives; "tokens": the language model says its 128 action tokens, which is slow
-        and is what the paper's reinforcement learning scores. eta, modes: see euler_step. says: B
-        texts, thought in place of its own reasoning.
+        and is what the paper's reinforcement learning scores. eta, modes: see euler_step.
+        choose: in place of `pick`, logits (B * n, vocab) to tokens and log-probabilities (B * n,).
         The prompt's keys and values are stored once for all n samples. Returns a Rollout."""
-        check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta, seed, noise)
-        check_ways(modes, says, scene)
+        check_sampling(
+            n, temperature, top_p, steps, max_new_tokens, decode, eta, modes, seed, noise)
         cfg = self.cfg
-        reason = says is not None or (cfg.reasoning == "on" if reason is None else reason)
+        reason = cfg.reasoning == "on" if reason is None else reason
         generator = torch.Generator(self.device).manual_seed(seed) if seed is not None else None
         clock = Clock(self.device)
-        def choose(logits):
-            return pick(logits, temperature, top_p, generator)
-        if says is not None:
-            choose = self.repeating(says, n, choose, temperature, top_p, max_new_tokens)
+        usual = partial(pick, temperature=temperature, top_p=top_p, generator=generator)
         prompt = self.embed_prompt(scene, reason)
         clock.lap("vision")
         prefix = self.prefill(prompt, cfg.retrieve if reason else 1.0)
         clock.lap("prefill")
         due = 2 * HORIZON if decode == "tokens" else 0  # action tokens
-        thought = self.think(prefix, n, reason, due, max_new_tokens, choose)
+        thought = self.think(prefix, n, reason, due, max_new_tokens, choose or usual)
         clock.lap("reasoning")
         if decode == "tokens":
             flow = self.said_controls(thought)[None]
@@ -661,25 +659,6 @@ class Alpamayo(nn.Module):
             return Thought(none.long(), none.bool(), none, length, tail)
         tokens, chosen, log_probs = (torch.stack(column, 1) for column in zip(*said))
         return Thought(tokens, chosen, log_probs, length, tail)
-
-    def repeating(self, says, n, choose, temperature, top_p, most):
-        """A choice of tokens for `think` that says a given text, one for each scene, of at most so
-        many tokens, and then chooses. Returns tokens and their log-probabilities, at temperature 0
-        those at 1."""
-        ids = []
-        for text in says:
-            given = self.vocabulary.encode(f"{text}<|cot_end|><|traj_future_start|>")[:most]
-            ids.append(torch.tensor(given, device=self.device))
-        ids = nn.utils.rnn.pad_sequence(ids, padding_value=-1).repeat_interleave(n, 1)
-        rest = iter(ids)  # a token (N,) of each sample at a time, -1 behind its text
-
-        def repeat(logits):
-            token, log_prob = choose(logits)
-            given = next(rest, torch.full_like(token, -1))
-            nats = token_log_probs(logits, given.clamp(min=0), temperature or 1.0, top_p)
-            return given.where(given >= 0, token), nats.where(given >= 0, log_prob)
-
-        return repeat
 
     def allowed(self, logits, driving):
         """Logits (..., vocab) with disallowed tokens masked: trajectory tokens while it thinks, all

@@ -775,7 +775,9 @@ def check_entry(key, value, shape, kind, sizes):
         raise ValueError(f"scene: {key} holds NaN or infinite values")
 
 
-def check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta, seed, noise):
+def check_sampling(
+    n, temperature, top_p, steps, max_new_tokens, decode, eta, modes, seed, noise,
+):  # fmt: skip
     """ValueError, one line, where `Alpamayo.sample` is asked for what cannot be.
 
     A temperature too near 0 ends in infinite logits, a very high one would say masked tokens."""
@@ -790,25 +792,14 @@ def check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta, se
         raise ValueError(f"sample: top_p must be in (0, 1], not {top_p!r}")
     if not (finite(eta) and 0 <= eta <= 1):
         raise ValueError(f"sample: eta must be in [0, 1], not {eta!r}")
+    if not (isinstance(modes, int) and 1 <= modes <= 64):
+        raise ValueError(f"sample: modes must be a whole number from 1 to 64, not {modes!r}")
     if decode not in ("flow", "tokens"):
         raise ValueError(f"sample: decode must be flow or tokens, not {decode!r}")
     if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**64):
         raise ValueError(f"sample: seed must be a whole number of 64 bits, not {seed!r}")
     if noise is not None:
         check_entry("noise", noise, ["N", "64", "2"], None, {})
-
-
-def check_ways(modes, says, scene):
-    """ValueError, one line, unless `modes` of `Alpamayo.sample` is a number of them, and `says`
-    None or a text for each scene."""
-    if not (isinstance(modes, int) and 1 <= modes <= 64):
-        raise ValueError(f"sample: modes must be a whole number from 1 to 64, not {modes!r}")
-    if says is None:
-        return
-    count = len(scene["images"])
-    texts = isinstance(says, (list, tuple)) and all(isinstance(text, str) for text in says)
-    if not texts or len(says) != count:
-        raise ValueError(f"sample: says must be a list of {count} texts, one for each scene")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -37,9 +37,21 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 import data
-from alpamayo import CLIP, DT, HORIZON, OF_EXPERT, Rollout, ade, ratio_of, repeated
+from alpamayo import (
+    CLIP,
+    DT,
+    HORIZON,
+    OF_EXPERT,
+    Rollout,
+    ade,
+    pick,
+    ratio_of,
+    repeated,
+    token_log_probs,
+)
 from data import (
     CAUSES,
     SPLITS,
@@ -537,9 +549,31 @@ def try_out(model, flags, autocast, seed, scene, group=None, part=0):
                 decisions(said) == decisions(true) for said in row)]
             if lost:
                 some = rows_of(scene, lost)
-                told = model.sample(some, 1, **options, says=some["reasoning"])
+                choose = saying(model, some["reasoning"], 1, **options)
+                told = model.sample(some, 1, **options, choose=choose)
                 replace_last(rollout, lost, told, model.vocabulary["endoftext"])
     return rollout
+
+
+def saying(model, texts, n, temperature, top_p, max_new_tokens, seed, **_):
+    """A choice of tokens for `Alpamayo.sample` that says these texts, one for each scene, in all n
+    samples, of at most so many tokens; behind them it picks as `sample` does. Log-probabilities are
+    those that `pick` would give: at temperature 0 those at 1."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    ids = []
+    for text in texts:
+        given = model.vocabulary.encode(f"{text}<|cot_end|><|traj_future_start|>")
+        ids.append(torch.tensor(given[:max_new_tokens], device=model.device))
+    ids = pad_sequence(ids, padding_value=-1).repeat_interleave(n, 1)
+    rest = iter(ids)  # a token (N,) of each sample at a time, -1 behind its text
+
+    def choose(logits):
+        token, log_prob = pick(logits, temperature, top_p, generator)
+        given = next(rest, torch.full_like(token, -1))
+        nats = token_log_probs(logits, given.clamp(min=0), temperature or 1.0, top_p)
+        return given.where(given >= 0, token), nats.where(given >= 0, log_prob)
+
+    return choose
 
 
 def replace_last(rollout, rows, other, padding):

@@ -16,6 +16,7 @@ import numpy as np
 
 import data
 import doors
+import rl
 import world
 from alpamayo import NANO, ade, load_model
 from doors import real, whole
@@ -36,9 +37,11 @@ def main():
         scene, photos = world_scene(model.cfg, args)
     if not args.route:
         scene = data.without_route(scene)
-    out = model.sample(
-        scene, args.n, args.temperature, args.top_p, args.steps, seed=args.seed, reason=args.reason,
-        says=None if args.say is None else [args.say])
+    options = dict(
+        n=args.n, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+        max_new_tokens=256)
+    choose = None if args.say is None else rl.saying(model, [args.say], **options)
+    out = model.sample(scene, steps=args.steps, reason=args.reason, choose=choose, **options)
     report_samples(scene, out)
     if args.json:
         doors.write_json(args.json, record_of(scene, out, args))

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
+import rl
 from alpamayo import HORIZON, OF_EXPERT, PRESETS, Alpamayo, Vocabulary
 from doors import whole
 from tools import markdown
@@ -43,10 +44,10 @@ PAPER = """\
 
 def plan(model, scene, decode, thinks):
     """One plan, and the seconds of its stages. It thinks TOKENS tokens of one word."""
-    says = ["a" * TOKENS] if thinks else None  # a token a letter, and it is cut off there
-    out = model.sample(
-        scene, 1, steps=STEPS, max_new_tokens=TOKENS, seed=0, reason=thinks, says=says,
-        decode=decode)
+    options = dict(n=1, temperature=0.6, top_p=0.98, max_new_tokens=TOKENS, seed=0)
+    letters = ["a" * TOKENS]  # a token each; it is cut off there
+    choose = rl.saying(model, letters, **options) if thinks else None
+    out = model.sample(scene, steps=STEPS, reason=thinks, decode=decode, choose=choose, **options)
     seconds = dict(out.seconds)
     if decode == "tokens":  # they are said behind the reasoning, in one go
         said = out.tokens.shape[2]
