@@ -513,8 +513,8 @@ class Alpamayo(nn.Module):
         the expert learns the line's velocity, data - noise.
         actions (B, 64, 2), ends (B,): see `response_ids`; t (N,), noise (N, 64, 2), several a
         scene. Returns `flow` and `ade`.
-        insulate: with the stop-gradient (knowledge insulation, Sec. 5.1). It keeps what a language
-        model knew before; one that learns from nothing has nothing to keep, and can be taught."""
+        insulate: with the stop-gradient (knowledge insulation, Sec. 5.1), which keeps what the
+        language model knew before. Without it this loss teaches the vlm, too; not the paper's."""
         B, P = prompt.x.shape[:2]
         n = len(t) // B
         device = actions.device

@@ -233,6 +233,14 @@ def test_an_expert_that_teaches_reaches_all_that_it_reads(scene):  # noqa: F811
         assert any(p.grad is not None and p.grad.any() for p in part.parameters())
 
 
+def test_the_expert_teaches_from_its_share_of_the_steps_on(brief, cache, tmp_path, monkeypatch):
+    asked = []
+    losses = Alpamayo.flow_losses
+    monkeypatch.setattr(Alpamayo, "flow_losses", lambda self, *given: asked.append(given[-1]) or losses(self, *given))
+    run(command(cache, tmp_path, *brief.words, "--expert-teaches", "0.5", "--val-every", "9"))
+    assert asked[:3] == [True, True, False]  # of three steps, two begin before the half
+
+
 def test_the_expert_learns_a_batch_by_heart(scene):  # noqa: F811
     """Three scenes with two fixed noises each: in 25 steps from scratch the flow loss falls to less
     than 0.4 of itself, 0.2 as measured."""
