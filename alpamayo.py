@@ -215,7 +215,6 @@ class Rollout:
     temperature: float = 0.6  # how it was drawn, see `sample`
     top_p: float = 0.98
     eta: float = 0.0
-    modes: int = 64
 
     def __repr__(self):
         B, n, T = self.tokens.shape
@@ -559,11 +558,9 @@ class Alpamayo(nn.Module):
     ):  # fmt: skip
         """Stage rl (Sec. 5.3): GRPO on a group of rollouts of each scene. Two heads decide, the
         thought's tokens and the drive's random steps (or its action tokens). Each has its own
-        advantage {"thought": (B, G), "drive": (B, G)}, a reward less the group's mean; one without
-        does not learn. What is rewarded, and curation, are in rl.py.
-        objective, beta: see `grpo`; kl_weight {head: float}: of the KL to the reference policy (the
-        SFT model), whose `replay` of the rollout is `reference`; drive_weight: of the drive's loss
-        beside the thought's; old {head: (B, G, T)}: what its decisions' log-probabilities were at
+        advantage {"thought": (B, G), "drive": (B, G)}, a reward (rl.py) less the group's mean; one
+        without does not learn. objective, beta: see `grpo`; kl_weight {head: float}: of the KL to
+        the SFT model, whose `replay` is `reference`; old {head: (B, G, T)}: log-probabilities at
         the first update on this rollout; insulate: see `flow_losses`.
         Returns `policy`, the loss, and what it was made of, `heads` and `replay`."""
         replayed = self.replay(scene, rollout, insulate)
@@ -584,18 +581,17 @@ class Alpamayo(nn.Module):
     @torch.no_grad()
     def sample(
         self, scene, n=6, temperature=0.6, top_p=0.98, steps=10, max_new_tokens=256, noise=None,
-        seed=None, reason=None, decode="flow", eta=0.0, modes=64, choose=None,
+        seed=None, reason=None, decode="flow", eta=0.0, choose=None,
     ):  # fmt: skip
         """Look, think, drive: n samples of B scenes, each with its own reasoning (Sec. 5.1).
         temperature 0 is greedy; top_p keeps the likeliest tokens that together have that
         probability; steps: of Euler from noise (B * n, 64, 2), drawn where not given; seed fixes
         both draws. reason=False drives without thinking; None: as the Config says. decode "flow":
         the expert drives; "tokens": the language model says its 128 action tokens, which is slow
-        and is what the paper's reinforcement learning scores. eta, modes: see euler_step.
+        and is what the paper's reinforcement learning scores. eta: see euler_step.
         choose: in place of `pick`, logits (B * n, vocab) to tokens and log-probabilities (B * n,).
         The prompt's keys and values are stored once for all n samples. Returns a Rollout."""
-        check_sampling(
-            n, temperature, top_p, steps, max_new_tokens, decode, eta, modes, seed, noise)
+        check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta, seed, noise)
         cfg = self.cfg
         reason = cfg.reasoning == "on" if reason is None else reason
         generator = torch.Generator(self.device).manual_seed(seed) if seed is not None else None
@@ -611,7 +607,7 @@ class Alpamayo(nn.Module):
         if decode == "tokens":
             flow = self.said_controls(thought)[None]
         else:
-            flow = self.drive(prefix, thought, steps, noise, eta, generator, modes)
+            flow = self.drive(prefix, thought, steps, noise, eta, generator)
         actions = self.action_space.restore(flow[-1])  # (N, 64, 2)
         xyz, rot = roll_out(actions, self.speed(scene).repeat_interleave(n))
         clock.lap("flow")
@@ -623,7 +619,7 @@ class Alpamayo(nn.Module):
         by_sample = (*thought[:3], actions, xyz, rot)  # tokens, chosen, log_probs: (N, T)
         by_scene = [a.unflatten(0, (-1, n)) for a in by_sample]
         flow = flow.unflatten(1, (-1, n))
-        return Rollout(reasoning, *by_scene, flow, clock.seconds, temperature, top_p, eta, modes)
+        return Rollout(reasoning, *by_scene, flow, clock.seconds, temperature, top_p, eta)
 
     def think(self, prefix, n, reason, due, max_new_tokens, choose):
         """Say the reasoning token by token, and then `due` action tokens: a `Thought` of N samples.
@@ -687,9 +683,9 @@ class Alpamayo(nn.Module):
         bins = thought.tokens.gather(1, at) - self.vocabulary.first_action
         return from_bins(bins.view(-1, HORIZON, 2), -cfg.bin_range, cfg.bin_range, cfg.bins)
 
-    def drive(self, prefix, thought, steps, noise=None, eta=0.0, generator=None, modes=64):
+    def drive(self, prefix, thought, steps, noise=None, eta=0.0, generator=None):
         """Euler steps of the flow from noise (N, 64, 2) to controls, Eq. 7 from t = 0 to 1: all of
-        them, (steps + 1, N, 64, 2). eta, modes: see euler_step."""
+        them, (steps + 1, N, 64, 2). eta: see euler_step."""
         N, T = thought.tokens.shape
         device = thought.tokens.device
         if noise is None:
@@ -699,7 +695,7 @@ class Alpamayo(nn.Module):
         x = noise.to(device)
         start = prefix.end + thought.length
         dtype = next(self.expert.parameters(), x).dtype
-        fast = by_hand(device, dtype) and (modes == HORIZON or not eta)
+        fast = by_hand(device, dtype)
         if fast and stock.is_flow(Alpamayo.drive, self, prefix.layers):  # see kernels/stock.py
             parts = self.expert, self.action_in_proj, self.action_out_proj
             cos, sin = self.rope_of_actions(start, dtype)
@@ -713,10 +709,9 @@ class Alpamayo(nn.Module):
         for i in range(steps):
             t = i / steps
             velocity = self.velocity(x, torch.full((N,), t, device=device), past, start)
-            x, std = euler_step(x, velocity, t, 1 / steps, eta, modes)
+            x, std = euler_step(x, velocity, t, 1 / steps, eta)
             if std:
-                fresh = torch.randn(x.shape, generator=generator, device=device)
-                x = x + std * slow_part(fresh, modes)
+                x = x + std * torch.randn(x.shape, generator=generator, device=device)
             flow.append(x)
         return torch.stack(flow)
 
@@ -730,9 +725,8 @@ class Alpamayo(nn.Module):
 
     def replay(self, scene, rollout, insulate=True):
         """The passes of a Rollout once more, all at once and with gradients: a `Replay`.
-        The prompt is read once, the n samples' tokens stand behind it side by side. ValueError
-        where the reasoning reads only a share of the cache (retrieve < 1). insulate: see
-        `flow_losses`."""
+        The prompt is read once, the n samples' tokens stand behind it side by side. insulate: see
+        `flow_losses`. ValueError where reasoning reads only a share of the cache (retrieve < 1)."""
         cfg, lm = self.cfg, self.vlm.model.language_model
         if cfg.retrieve < 1:
             raise ValueError(f"retrieve: replay reads the whole cache, not {cfg.retrieve} of it")
@@ -743,9 +737,7 @@ class Alpamayo(nn.Module):
         said_start = tokens == self.vocabulary["traj_future_start"]
         reason = bool(said_start.any())
         prefix = self.prefill(self.embed_prompt(scene, reason))
-        length = torch.zeros(N, dtype=torch.long, device=device)
-        if reason:
-            length = said_start.int().argmax(1) + 1
+        length = said_start.int().argmax(1) + 1 if reason else tokens.new_zeros(N)
         tail = [None] * cfg.n_layer
         logits = prefix.x.new_zeros(N, 0, cfg.vocab)
         if T:
@@ -760,22 +752,17 @@ class Alpamayo(nn.Module):
             logits = self.allowed(self.vlm.lm_head(y).float(), at >= length[:, None])
         steps = len(rollout.flow) - 1
         noisy = steps - 1 if rollout.eta else 0  # the last step is Euler's
-        means, stds = [], []
+        moves = []
         if noisy:  # steps do not see one another: as more samples, one pass of the expert reads all
             x = rollout.flow[:noisy].flatten(1, 2).transpose(0, 1)  # (N, S, 64, 2)
             t = torch.arange(noisy, device=device) / steps
             ends = length.repeat_interleave(noisy)
-            repeats = [repeated(kv, noisy) for kv in tail]
-            past = self.expert_past(prefix, repeats, T, ends, insulate)
+            past = self.expert_past(prefix, [repeated(kv, noisy) for kv in tail], T, ends, insulate)
             velocity = self.velocity(x.flatten(0, 1), t.repeat(N), past, prefix.end + ends)
-            velocity = velocity.unflatten(0, (N, noisy))
             for i in range(noisy):
-                where = x[:, i], velocity[:, i]
-                when = i / steps, 1 / steps
-                mean, std = euler_step(*where, *when, rollout.eta, rollout.modes)
-                means.append(mean)
-                stds.append(std)
-        return Replay(logits, means, stds, (prefix, tail, T, length))
+                where = x[:, i], velocity.view_as(x)[:, i]
+                moves.append(euler_step(*where, i / steps, 1 / steps, rollout.eta))
+        return Replay(logits, moves, (prefix, tail, T, length))
 
 
 def load_model(folder=NANO, device=None, **switches):
@@ -832,8 +819,7 @@ class Past(NamedTuple):
 class Replay(NamedTuple):
     """A Rollout's passes once more."""
     logits: torch.Tensor  # (N, T, vocab), disallowed tokens masked
-    means: list  # of each random step of the flow, S of them: the next controls' mean (N, 64, 2)
-    stds: list  # and their standard deviation, a float
+    moves: list  # of each random step of the flow, S of them: see `euler_step`
     read: tuple  # what the expert reads: prefix, tail, T, and each thought's length (N,)
 
 
@@ -1702,7 +1688,7 @@ def flow_time(n, generator=None, device=None):
     return 0.999 * (1 - u ** (1 / 1.5))
 
 
-def euler_step(x, velocity, t, dt, eta=0.0, modes=HORIZON):  # kernels/flow_step.py has it too
+def euler_step(x, velocity, t, dt, eta=0.0):  # kernels/flow_step.py has it too
     """An Euler step of the flow from x_t (..., 64, 2) at time t by dt: the next controls' mean and
     standard deviation, which is 0 for eta = 0.
 
@@ -1711,32 +1697,16 @@ def euler_step(x, velocity, t, dt, eta=0.0, modes=HORIZON):  # kernels/flow_step
     anew, and both coefficients of the line stay what training showed (Coefficients-Preserving
     Sampling, arXiv 2509.05952): with s = t + dt and a = eta pi / 2 the next controls are
     s data + (1 - s) (cos(a) noise + sin(a) n), n ~ N(0, I). The last step, to s = 1, is always
-    Euler's, and eta = 0 is Euler to the bit. With fewer modes than 64 only what is slow in the
-    noise is drawn anew, see `slow_part`: a car cannot try out what shakes. What is fast then has no
-    probability, so no gradient and no KL hold it."""
+    Euler's, and eta = 0 is Euler to the bit."""
     a = eta * math.pi / 2
     left = 1 - (t + dt)  # of the noise
-    noise = slow_part(x - t * velocity, modes)
+    noise = x - t * velocity
     mean = x + dt * velocity - left * (1 - math.cos(a)) * noise
     return mean, left * math.sin(a) if left > 1e-9 else 0.0
 
 
-def slow_part(x, modes):
-    """What of controls (..., 64, 2) the first cosine modes over time hold; 64 hold all. Sums, not
-    matrix products: autocast would round those."""
-    if modes == HORIZON:
-        return x
-    k = torch.arange(modes, device=x.device)
-    at = torch.arange(HORIZON, device=x.device) + 0.5
-    basis = (math.pi / HORIZON * at[:, None] * k).cos()
-    basis = (basis / basis.norm(dim=0)).to(x.dtype)[..., None]  # (64, modes, 1)
-    held = (basis * x[..., None, :]).sum(-3, keepdim=True)  # (..., 1, modes, 2)
-    return (basis * held).sum(-2)
-
-
 # --------------------------------------------------------------------------------------------------
 # Reinforcement learning: GRPO (Sec. 5.3), and the log-probabilities of what a rollout decided
-
 
 CLIP = 0.2, 0.28  # how far below and above 1 a ratio counts: the release's
 
@@ -1769,27 +1739,21 @@ def ratio_of(head, old):
 
 def heads_of(replayed, rollout, reference=None):
     """What was decided in a Rollout, from its `replay`, {name: Head}. "thought": the tokens of the
-    reasoning. "drive": the action tokens, where there are any, or else the flow's random steps,
-    where there are any. reference: the reference policy's replay."""
+    reasoning. "drive": the flow's random steps, or else the action tokens. reference: the reference
+    policy's replay."""
     at = torch.arange(rollout.tokens.shape[2], device=rollout.tokens.device)
     thinks = (at < replayed.read[3][:, None]).view(rollout.tokens.shape)
     ids = rollout.tokens.flatten(0, 1)
-    nats = token_log_probs(replayed.logits, ids, rollout.temperature, rollout.top_p)
-    nats = nats.view(rollout.tokens.shape)
+    nats = token_log_probs(replayed.logits, ids, rollout.temperature, rollout.top_p).view_as(thinks)
     kl_tokens, kl_steps = kl_of(replayed, reference, rollout)
-    parts = {"thought": thinks}
-    if len(rollout.flow) == 1:  # no Euler steps: the path was said
-        parts["drive"] = ~thinks
     heads = {}
-    for name, part in parts.items():
+    for name, part in {"thought": thinks, "drive": ~thinks}.items():
         decided = rollout.chosen & part
         log_pi = torch.where(decided, nats, 0)
         heads[name] = Head(log_pi, decided, torch.where(decided, kl_tokens, 0).sum(2))
-    if replayed.stds:
-        steps = []
-        for i, (mean, std) in enumerate(zip(replayed.means, replayed.stds)):
-            apart = slow_part(rollout.flow[i + 1].flatten(0, 1) - mean, rollout.modes)
-            steps.append(gaussian_log_prob(apart, std, rollout.modes))
+    if replayed.moves:
+        after = rollout.flow[1:].flatten(1, 2)
+        steps = [gaussian_log_prob(x, *move) for x, move in zip(after, replayed.moves)]
         log_pi = torch.stack(steps, -1).view(*rollout.tokens.shape[:2], -1)
         heads["drive"] = Head(log_pi, torch.ones_like(log_pi, dtype=torch.bool), kl_steps)
     return heads
@@ -1808,28 +1772,27 @@ def token_log_probs(logits, tokens, temperature, top_p):
     return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
-def gaussian_log_prob(apart, std, modes=HORIZON):
-    """log N(x; mean, std^2 I) of x - mean (..., 64, 2), of which only these modes were drawn."""
-    nats = -0.5 * (apart / std).square().sum((-2, -1))
-    return nats - 2 * modes * math.log(std * math.sqrt(2 * math.pi))
+def gaussian_log_prob(x, mean, std):
+    """log N(x; mean, std^2 I) of (..., 64, 2), summed over the last two dimensions."""
+    z = (x - mean) / std
+    return (-0.5 * z**2 - math.log(std * math.sqrt(2 * math.pi))).sum((-2, -1))
 
 
 def kl_of(replayed, reference, rollout):
     """KL[policy || reference policy] in nats from the two models' `replay`: of the tokens at the
     rollout's temperature, over the whole vocabulary, (B, G, T), and of the flow's random steps
-    together, Gaussians of one variance in the modes that were drawn, (B, G). Zeros without a
-    reference."""
-    B, G, T = rollout.tokens.shape
-    steps = rollout.log_probs.new_zeros(B * G)
+    together, Gaussians of one variance, (B, G). Zeros without a reference."""
+    nothing = torch.zeros_like(rollout.log_probs)
+    steps = nothing.sum(2)
     if reference is None:
-        return rollout.log_probs.new_zeros(B, G, T), steps.view(B, G)
+        return nothing, steps
     ours = (replayed.logits / rollout.temperature).log_softmax(-1)
     theirs = (reference.logits / rollout.temperature).log_softmax(-1)
     tokens = (ours.exp() * (ours - theirs)).sum(-1)  # (N, T)
-    for mean, expected, std in zip(replayed.means, reference.means, replayed.stds):
-        apart = slow_part(mean - expected, rollout.modes) / std
-        steps = steps + apart.square().sum((1, 2)) / 2
-    return tokens.view(B, G, T), steps.view(B, G)
+    for (mean, std), (expected, _) in zip(replayed.moves, reference.moves):
+        apart = ((mean - expected) / std).square().sum((1, 2)) / 2
+        steps = steps + apart.view_as(steps)
+    return tokens.view_as(nothing), steps
 
 
 def repeated(kv, times):

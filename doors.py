@@ -775,9 +775,7 @@ def check_entry(key, value, shape, kind, sizes):
         raise ValueError(f"scene: {key} holds NaN or infinite values")
 
 
-def check_sampling(
-    n, temperature, top_p, steps, max_new_tokens, decode, eta, modes, seed, noise,
-):  # fmt: skip
+def check_sampling(n, temperature, top_p, steps, max_new_tokens, decode, eta, seed, noise):
     """ValueError, one line, where `Alpamayo.sample` is asked for what cannot be.
 
     A temperature too near 0 ends in infinite logits, a very high one would say masked tokens."""
@@ -792,8 +790,6 @@ def check_sampling(
         raise ValueError(f"sample: top_p must be in (0, 1], not {top_p!r}")
     if not (finite(eta) and 0 <= eta <= 1):
         raise ValueError(f"sample: eta must be in [0, 1], not {eta!r}")
-    if not (isinstance(modes, int) and 1 <= modes <= 64):
-        raise ValueError(f"sample: modes must be a whole number from 1 to 64, not {modes!r}")
     if decode not in ("flow", "tokens"):
         raise ValueError(f"sample: decode must be flow or tokens, not {decode!r}")
     if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**64):

@@ -539,7 +539,6 @@ def try_out(model, flags, autocast, seed, scene, group=None, part=0):
         temperature=flags.temperature, top_p=flags.top_p, steps=1 if tokens else flags.flow_steps,
         max_new_tokens=flags.max_new_tokens, seed=seed_of(seed % 2**32, part), reason=True,
         decode=flags.policy, eta=0.0 if tokens or flags.objective == "nft" else flags.eta,
-        modes=flags.modes,
     )  # fmt: skip
     with autocast:
         rollout = model.sample(scene, group or flags.group, **options)
@@ -719,7 +718,7 @@ def looks_of(heads, old, replayed, rollout):
         end = "_drive" * (name == "drive")
         looks["kl" + end] = head.kl.mean()
         looks["clipped" + end] = clipped_share(head, old[name])
-    tokens = [head for name, head in heads.items() if name == "thought" or not replayed.means]
+    tokens = [head for name, head in heads.items() if name == "thought" or not replayed.moves]
     said = sum(head.log_pi for head in tokens)
     looks["mismatch"] = (said - rollout.log_probs).abs().max()
     looks["length"] = heads["thought"].decided.sum(2).float().mean()
@@ -880,8 +879,6 @@ def add_flags(add):
         real(0, 1000, above=0))
     add("--top-p", 1.0, "likeliest tokens that have this probability", real(0, 1, above=0))
     add("--eta", 0.5, "how stochastic the flow's steps are, in (0, 1]", real(0, 1, above=0))
-    add("--modes", HORIZON, "cosine modes over time that a step draws anew; fewer are smoother",
-        whole(1, HORIZON))
     add("--flow-steps", 5, "Euler steps from noise to controls", whole(2, 1000))
     add("--max-new-tokens", 40, "of a trace, the paper's measure", whole(1, 10_000))
     add("--beta", 2.0, "sharpness of Eq. 10's weights, of nft's and of curation's",

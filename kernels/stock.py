@@ -58,7 +58,7 @@ PIECES = {
         "Expert.__init__": "471cc91445fd", "Expert.forward": "0c4c9d93676a",
         "Fourier.__init__": "1eebd909812c", "Fourier.forward": "8a30e7a87be0",
         "ActionEmbed.__init__": "d832f67c3df5", "ActionEmbed.forward": "24be111c6b3e",
-        "rotate": "d1f69083920b", "euler_step": "3547c2660a3e", "Alpamayo.drive": "c5d32f69338e",
+        "rotate": "d1f69083920b", "euler_step": "fcb97f60077d", "Alpamayo.drive": "5ba9237a6c43",
         "Alpamayo.velocity": "51bf40ed9505", "Alpamayo.expert_past": "b6458945dc2d",
     },
 }  # fmt: skip

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def flags_of(**other):
-    usual = dict(policy="flow", objective="clip", rewards=list(rl.REWARDS), credit="heads", tell=False, episode=0.0, size=(H, W), group=4, temperature=1.3, top_p=0.9, eta=0.5, modes=64, flow_steps=3,
+    usual = dict(policy="flow", objective="clip", rewards=list(rl.REWARDS), credit="heads", tell=False, episode=0.0, size=(H, W), group=4, temperature=1.3, top_p=0.9, eta=0.5, flow_steps=3,
                  max_new_tokens=12, beta=2.0, kl=0.0, kl_drive=0.0, drive_weight=1.0, lr=1e-3, expert_lr=1e-3, updates=1, curate=0.5, batch=2,
                  accumulate=1, clip=1.0, warmup=1, seed=0, expert_teaches=1.0, steps=10)  # fmt: skip
     return argparse.Namespace(**usual | other)
@@ -149,27 +149,10 @@ def test_noisy_steps_keep_the_amount_of_noise_that_training_showed():
         assert abs(x.mean() - s * d) < 0.03 and abs(x.std() - (1 - s)) < 0.02
 
 
-def test_slow_noise_is_slow_and_keeps_its_amount():
-    """Six cosine modes: what a step draws anew lies in them, all else is Euler's."""
-    n = torch.randn(4000, 64, 2, generator=torch.Generator().manual_seed(0))
-    slow = alpamayo.slow_part(n, 6)
-    assert torch.allclose(alpamayo.slow_part(slow, 6), slow, atol=1e-5)  # a projection,
-    assert slow.square().sum((1, 2)).mean() == pytest.approx(12, rel=0.02)  # of six modes of two controls
-    x, v = torch.randn(2, 3, 64, 2)
-    mean, std = euler_step(x, v, 0.2, 0.2, 0.5, 6)
-    eulers, _ = euler_step(x, v, 0.2, 0.2)
-    assert torch.allclose(mean - alpamayo.slow_part(mean, 6), eulers - alpamayo.slow_part(eulers, 6), atol=1e-5)
-    assert torch.allclose(alpamayo.slow_part(mean, 6), alpamayo.slow_part(euler_step(x, v, 0.2, 0.2, 0.5)[0], 6), atol=1e-5)
-
-
 def test_log_probability_of_a_step():
     x, mean = torch.randn(2, 3, 64, 2)
     expected = torch.distributions.Normal(mean, 0.3).log_prob(x).sum((1, 2))
-    assert torch.allclose(gaussian_log_prob(x - mean, 0.3), expected, rtol=1e-5)
-    few = torch.randn(3, 5, 2).double()  # five modes: the density of their coefficients
-    basis = torch.linalg.qr(alpamayo.slow_part(torch.eye(64).double(), 5))[0][:, :5]
-    expected = torch.distributions.Normal(0.0, 0.3).log_prob(0.3 * few).sum((1, 2))
-    assert torch.allclose(gaussian_log_prob(0.3 * basis @ few, 0.3, 5), expected)
+    assert torch.allclose(gaussian_log_prob(x, mean, 0.3), expected, rtol=1e-5)
 
 
 def test_gradient_of_the_flows_log_probability(scene):
@@ -182,9 +165,9 @@ def test_gradient_of_the_flows_log_probability(scene):
         out.flow += 0.05 * torch.randn_like(out.flow)  # any path will do
 
     def log_prob():
-        _, means, stds, _ = model.replay(scene, out)
-        assert len(stds) == 2 and min(stds) > 0  # the last step is Euler's
-        return sum(gaussian_log_prob(out.flow[i + 1].flatten(0, 1) - means[i], stds[i]).sum() for i in range(2))
+        moves = model.replay(scene, out).moves
+        assert len(moves) == 2 and min(std for _, std in moves) > 0  # the last step is Euler's
+        return sum(gaussian_log_prob(out.flow[i + 1].flatten(0, 1), *moves[i]).sum() for i in range(2))
 
     log_prob().backward()
     checked = 0
@@ -714,7 +697,7 @@ def rl_command(cache, out, *more):
 
 
 def test_a_run_of_the_shipped_nano(cache, tmp_path):  # noqa: F811
-    said = run(rl_command(cache, tmp_path, "--steps", "2", "--kl", "0.01", "--kl-drive", "0.01", "--rehearse", "0.1", "--tell", "--modes", "6"))
+    said = run(rl_command(cache, tmp_path, "--steps", "2", "--kl", "0.01", "--kl-drive", "0.01", "--rehearse", "0.1", "--tell"))
     for split in ("tail", "val", "rare"):
         assert re.search(rf"before +{split} +thought: right +\d+%, grade \d.\d\d  drive: ADE", said)
         assert re.search(rf"step +2 {split} +thought: ", said)

@@ -38,7 +38,6 @@ ROWS = {  # flags beside the usual ones
     "at random": "--curate 0",
     "told": "--tell",
     "rehearsed": "--rehearse 0.3",
-    "slow noise": "--modes 6",
     "expert teaches": "--expert-teaches 0",
     "expert alone": "--train expert",
     "episodes": "--episode 4 --batch 2 --group 8",
