@@ -862,9 +862,9 @@ def add_flags(add):
     """The flags of stage rl, for train.py's parser."""
     add("--policy", "flow", "what drives and learns beside the reasoning: the expert's flow | "
         "action tokens", choices=("flow", "tokens"))
-    add("--objective", "clip", "clipped surrogate (the release's recipe) | weighted likelihood "
-        "(Eq. 10) | clipped thoughts, and DiffusionNFT for the flow",
-        choices=("clip", "paper", "nft"))
+    add("--objective", None, "clipped surrogate (the release's recipe) | weighted likelihood "
+        "(Eq. 10) | clipped thoughts, and DiffusionNFT for the flow (default: that, or clip with "
+        "--policy tokens)", choices=("clip", "paper", "nft"))
     add("--rewards", list(REWARDS), "parts of the reward", nargs="+", choices=tuple(REWARDS))
     add("--credit", "heads", "what teaches a head, thought or drive: its own parts | all of them",
         choices=("heads", "total"))
@@ -898,8 +898,11 @@ def add_flags(add):
 
 def fill_in(flags):
     """Put in place what hangs on other flags."""
+    tokens = flags.policy == "tokens"
     if flags.temperature is None:
-        flags.temperature = 0.6 if flags.policy == "tokens" else 1.5
+        flags.temperature = 0.6 if tokens else 1.5
+    if flags.objective is None:
+        flags.objective = "clip" if tokens else "nft"
 
 
 def check_flags(flags, error):

@@ -697,7 +697,7 @@ def rl_command(cache, out, *more):
 
 
 def test_a_run_of_the_shipped_nano(cache, tmp_path):  # noqa: F811
-    said = run(rl_command(cache, tmp_path, "--steps", "2", "--kl", "0.01", "--kl-drive", "0.01", "--rehearse", "0.1", "--tell"))
+    said = run(rl_command(cache, tmp_path, "--steps", "2", "--objective", "clip", "--kl", "0.01", "--kl-drive", "0.01", "--rehearse", "0.1", "--tell"))
     for split in ("tail", "val", "rare"):
         assert re.search(rf"before +{split} +thought: right +\d+%, grade \d.\d\d  drive: ADE", said)
         assert re.search(rf"step +2 {split} +thought: ", said)

@@ -32,7 +32,7 @@ from alpamayo import Alpamayo
 from tools import blind, evaluate, gallery, judge, label
 from tools.common import batches
 from tools.experiments import __main__ as experiments
-from tools.experiments import latency, rewards, signal, trainings, vision
+from tools.experiments import decoding, latency, rewards, signal, trainings, vision
 
 NANO = os.path.join(ROOT, "checkpoints", "nano")
 
@@ -342,8 +342,8 @@ def here(command, monkeypatch):
 
 
 def test_rl_rows_are_trained_and_measured_once(here, cache, tmp_path, command, monkeypatch, capsys):
-    monkeypatch.setitem(rewards.ROWS, "per head", "--scenes 4 --group 2 --flow-steps 2")
-    flags = ("experiments", "rl", "--rows", "before", "per head", "--eval", 2, "--drive", 1, "--train-steps", 1,
+    monkeypatch.setitem(rewards.ROWS, "nft", "--scenes 4 --group 2 --flow-steps 2")
+    flags = ("experiments", "rl", "--rows", "before", "nft", "--eval", 2, "--drive", 1, "--train-steps", 1,
              "--splits", "tail", "--cache", cache, "--out", tmp_path)  # fmt: skip
     monkeypatch.setattr(rewards, "drive_scenes", lambda policy, seeds, **_: {
         name: torch.zeros(1) for name in ("score", "close", "off_road", "progress")})
@@ -357,7 +357,7 @@ def test_rl_rows_are_trained_and_measured_once(here, cache, tmp_path, command, m
     assert found[0][-len(lines) :] == lines and len(here) == 1  # before them, what training said
     assert lines[0].startswith("| tail | both right, % |") and lines[2].startswith("| before |")
     numbers = json.loads(lines[-1])
-    assert list(numbers) == ["before", "per head"] and 0 <= numbers["per head"][0]["tail"]["reason"] <= 5
+    assert list(numbers) == ["before", "nft"] and 0 <= numbers["nft"][0]["tail"]["reason"] <= 5
 
 
 def test_the_signal_in_a_gradient(cache, command, monkeypatch, capsys):
@@ -369,8 +369,31 @@ def test_the_signal_in_a_gradient(cache, command, monkeypatch, capsys):
     command("experiments", "signal", "--draws", 2, "--cache", cache)
     experiments.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| rewarded for | thought: norm | cosine | drive: norm | cosine |"
+    assert lines[0] == "| rewarded for | thought: norm | cosine | drive by steps: norm | cosine | drive by nft: norm | cosine |"
     assert [line.split("|")[1].strip() for line in lines[2 : 2 + len(signal.PARTS)]] == list(signal.PARTS)
+
+
+def test_ways_to_decode_a_path(cache, tmp_path, command, monkeypatch, capsys):
+    """Every row is measured once; more samples are never worse, and a second run says the same but for the times."""
+    monkeypatch.setattr(decoding, "ROWS", {name: decoding.ROWS[name] for name in ("128 tokens", "flow, 1 step")})
+    monkeypatch.setattr(decoding, "HEATS", (0.6,))
+    driven = []
+
+    def drive(policy, seeds, **_):
+        driven.append(policy(data.make_scenes(list(seeds), **data.view_of(alpamayo.PRESETS["nano"], (64, 128)))).shape)
+        return {name: torch.zeros(1) for name in ("score", "close")}
+
+    monkeypatch.setattr(decoding, "drive_scenes", drive)
+    found = []
+    for _ in range(2):
+        command("experiments", "decoding", "--eval", 2, "--drive", 1, "--plans", 1, "--cache", cache, "--out", tmp_path)
+        experiments.main()
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert driven == [(1, 64, 2)] * 2 and found[0]["samples"] == found[1]["samples"]
+    best = list(found[0]["samples"]["0.6"].values())
+    assert best == sorted(best, reverse=True)
+    for row, numbers in found[0]["rows"].items():
+        assert numbers["ade"] == found[1]["rows"][row]["ade"] > 0 and 0 < numbers["ms"] < numbers["ms of all"]
 
 
 def test_milliseconds_of_a_plan(command, capsys):

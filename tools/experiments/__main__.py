@@ -5,6 +5,7 @@ The paper's experiments in small: each prints Markdown tables, then its numbers 
     python -m tools.experiments vision     Table 12: four ways to see
     python -m tools.experiments rl         Table 9: what each reward adds
     python -m tools.experiments signal     which part of stage rl's gradient is signal
+    python -m tools.experiments decoding   Table 11: the path by tokens or by flow
     python -m tools.experiments latency    Table 13: the milliseconds of a plan
 
 What a table needs is trained once, --jobs at a time, and gone on with after a kill: trainings.py.
@@ -12,9 +13,15 @@ What a table needs is trained once, --jobs at a time, and gone on with after a k
 import doors
 from doors import whole
 from tools.common import SIDE
-from tools.experiments import latency, rewards, signal, vision
+from tools.experiments import decoding, latency, rewards, signal, vision
 
-EXPERIMENTS = {"vision": vision, "rl": rewards, "signal": signal, "latency": latency}
+EXPERIMENTS = {
+    "vision": vision,
+    "rl": rewards,
+    "signal": signal,
+    "decoding": decoding,
+    "latency": latency,
+}
 
 
 def parse_flags():

@@ -2,7 +2,7 @@
 Table 9, and stage rl's own choices: what each reward, objective and flag makes of the shipped nano.
 
     python -m tools.experiments rl --jobs 2 --seeds 0 1 2
-    python -m tools.experiments rl --rows "before" "per head" "nft"    some of its rows
+    python -m tools.experiments rl --rows "before" "nft" "by steps"    some of its rows
 
 Each row is trained by `train.py --stage rl` with its flags. It is measured on scenes that no
 training, no validation and no choice of a setting has seen: the likeliest rollout of --eval scenes
@@ -27,20 +27,22 @@ NEEDS = "10 minutes of a core for a training of 100 steps, 10 to measure it"
 FIRST = 50_000  # of a split, the first scene to measure on
 ROWS = {  # flags beside the usual ones
     "before": None,
+    "by steps": "--objective clip",
+    "nft": "--objective nft",
+    "told": "--objective nft --tell",
+    "rehearsed": "--objective nft --rehearse 0.3",
+    "expert teaches": "--objective nft --expert-teaches 0",
+    "told, rehearsed": "--objective nft --tell --rehearse 0.3",
+    "all three": "--objective nft --tell --rehearse 0.3 --expert-teaches 0",
+    "one reward for both": "--objective nft --credit total",
     "+ reasoning": "--rewards reason",
     "+ consistency": "--rewards reason consistency",
     "+ trajectory": "--rewards reason consistency trajectory",
-    "per head": "",
-    "one reward for both": "--credit total",
     "Eq. 10": "--objective paper",
-    "nft": "--objective nft",
     "tokens": "--policy tokens --train vlm",
     "at random": "--curate 0",
-    "told": "--tell",
-    "rehearsed": "--rehearse 0.3",
-    "expert teaches": "--expert-teaches 0",
-    "expert alone": "--train expert",
-    "episodes": "--episode 4 --batch 2 --group 8",
+    "expert alone": "--objective nft --train expert",
+    "episodes": "--objective nft --episode 4 --batch 2 --group 8",
 }
 PAPER = """\
 | the paper's Table 9 | ADE | reasoning | consistency | close encounters, % |

@@ -4,7 +4,8 @@ Which part of stage rl's gradient is signal: what two independent draws of rollo
     python -m tools.experiments signal
 
 A head that is rewarded for what it did not do learns noise: its gradient is as long, and points
-elsewhere with each draw.
+elsewhere with each draw. So does a drive that is given credit for the noise of its steps alone,
+where most of what sets it apart from others is how it began, and what it thought.
 """
 from contextlib import nullcontext
 from itertools import combinations
@@ -26,24 +27,30 @@ ABOUT = "which part of stage rl's gradient is signal"
 NEEDS = "some minutes"
 SCENES = 16
 PARTS = (*rl.REWARDS, "thought", "drive", "total")
+WAYS = {"thought": "clip", "drive by steps": "clip", "drive by nft": "nft"}  # head, objective
 SIGNAL_NOTE = """\
 {scenes} scenes of {split}, {draws} independent draws of {group} rollouts of each. norm: of the mean
 gradient; cosine: between the gradients of two draws, mean over pairs: 1 is signal alone, 0 noise
-alone."""
+alone. The drive by its random steps (flow-GRPO), and by nft."""
 
 
-def gradients(model, scene, rewards, rollout):
-    """{(head, part): gradient, flat} of what each head decided, rewarded for one part alone."""
-    learners = {"thought": list(model.vlm.parameters()), "drive": params_of_expert(model)}
-    decided = heads_of(model.replay(scene, rollout), rollout)
+def gradients(model, scene, rewards, rollout, beta, seed):
+    """{(way, part): gradient, flat} of what each head decided, rewarded for one part alone."""
+    replayed = model.replay(scene, rollout)
+    decided = heads_of(replayed, rollout)
     found = {}
-    for head, params in learners.items():
+    for way, objective in WAYS.items():
+        head = way.split()[0]
+        params = list(model.vlm.parameters()) if head == "thought" else params_of_expert(model)
         for part in PARTS:
             advantage = (rewards[part] - rewards[part].mean(1, keepdim=True)).to(model.device)
-            now = decided[head]
-            loss = grpo("clip", now, now.log_pi.detach(), advantage, beta=1.0, kl_weight=0.0)
+            if objective == "nft":
+                loss = rl.nft(model, replayed, rollout, advantage, beta, seed)
+            else:
+                now = decided[head]
+                loss = grpo("clip", now, now.log_pi.detach(), advantage, beta, kl_weight=0.0)
             grads = torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
-            found[head, part] = torch.cat([grad.flatten().cpu() for grad in grads])
+            found[way, part] = torch.cat([grad.flatten().cpu() for grad in grads])
     return found
 
 
@@ -58,22 +65,24 @@ def main(args):
     numbers = range(len(scenes))
     scene = data.to_device(scenes.batch(numbers), model.device)
     flags = flags_of_rl()
+    flags.objective = "clip"  # whose steps are random
     draws = []
     for seed in tqdm(range(args.draws), desc="drawing", leave=False):
         rollout = rl.try_out(model, flags, nullcontext(), seed, scene)
         rewards = rl.rewards_of(scene, rollout, scenes, numbers, flags)
-        draws.append(gradients(model, scene, rewards, rollout))
+        draws.append(gradients(model, scene, rewards, rollout, flags.beta, seed))
     lines = []
     for part in PARTS:
         cells = [part]
-        for head in rl.HEADS:
-            grads = [draw[head, part] for draw in draws]
+        for way in WAYS:
+            grads = [draw[way, part] for draw in draws]
             norm = torch.stack(grads).mean(0).norm()
             pairs = combinations(grads, 2)
             cosines = [F.cosine_similarity(a, b, dim=0).item() for a, b in pairs]
-            cells += [f"{norm:.2f}", f"{np.mean(cosines):.2f}"]
+            cells += [f"{norm:.2g}", f"{np.mean(cosines):.2f}"]
         lines.append(cells)
-    print(markdown(lines, ["rewarded for", "thought: norm", "cosine", "drive: norm", "cosine"]))
+    titles = [title for way in WAYS for title in (f"{way}: norm", "cosine")]
+    print(markdown(lines, ["rewarded for", *titles]))
     numbers = dict(scenes=len(scenes), split=args.split, draws=args.draws, group=flags.group)
     print(f"\n{SIGNAL_NOTE.format(**numbers)}")
 

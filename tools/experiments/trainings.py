@@ -74,7 +74,7 @@ def run_training(folder, training, args):
 
 
 def measured(folder, settings, work):
-    """What work() found of the checkpoint in a folder, {name: float}; kept there in measured.json
+    """What work() found of the checkpoint in a folder, a dictionary; kept there in measured.json
     with the settings that it was found with, and found again with others."""
     file = Path(folder, "measured.json")
     file.parent.mkdir(parents=True, exist_ok=True)
