@@ -682,7 +682,7 @@ def losses_of(
     return {"policy": policy, "log_probs": log_probs} | looks
 
 
-def nft(model, replayed, rollout, advantage, beta, seed, insulate=True, levels=4):
+def nft(model, replayed, rollout, advantage, beta, seed, insulate=True, levels=12):
     """The drive's loss without probabilities (DiffusionNFT, arXiv 2509.16117): flow matching
     (Eq. 7) on what the rollouts drove, towards the better ones of a group, away from the worse.
 
