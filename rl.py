@@ -49,7 +49,6 @@ from alpamayo import (
     ade,
     pick,
     ratio_of,
-    repeated,
     token_log_probs,
 )
 from data import (
@@ -682,24 +681,28 @@ def losses_of(
     return {"policy": policy, "log_probs": log_probs} | looks
 
 
-def nft(model, replayed, rollout, advantage, beta, seed, insulate=True, levels=12):
+def nft(model, replayed, rollout, advantage, beta, seed, insulate=True, most=6, levels=4):
     """The drive's loss without probabilities (DiffusionNFT, arXiv 2509.16117): flow matching
     (Eq. 7) on what the rollouts drove, towards the better ones of a group, away from the worse.
 
     replayed: the Rollout's `replay`; advantage (B, G); seed: of noise and times; insulate: with the
-    stop-gradient; levels: noise levels a rollout. A rollout counts as good by a share
-    r = (1 + beta * advantage) / 2, within 0 and 1. The velocity v is drawn to the line from noise
-    to it by r, and its mirror image, 2 v_old - v, by 1 - r. Where v_old is v, as here, the gradient
-    is 2 r - 1 times that of flow matching."""
+    stop-gradient; most: how many of a group teach, those that stand out; levels: noise levels of
+    each. A rollout counts as good by a share r = (1 + beta * advantage) / 2, within 0 and 1. The
+    velocity v is drawn to the line from noise to it by r, and its mirror image, 2 v_old - v, by
+    1 - r. Where v_old is v, as here, the gradient is 2 r - 1 times that of flow matching."""
     prefix, tail, T, length = replayed.read
-    good = ((1 + beta * advantage) / 2).clamp(0, 1).flatten()
-    x_1 = rollout.flow[-1].flatten(0, 1)  # (N, 64, 2)
+    B, G = advantage.shape
+    rows = advantage.abs().topk(min(most, G)).indices  # (B, most)
+    rows = (rows + G * torch.arange(B, device=rows.device)[:, None]).flatten()
+    rows = rows.repeat_interleave(levels)
+    good = ((1 + beta * advantage) / 2).clamp(0, 1).flatten()[rows]
+    x_1 = rollout.flow[-1].flatten(0, 1)[rows]  # (N, 64, 2)
     generator = torch.Generator(x_1.device).manual_seed(seed)
-    t, noise = model.draw_flow(x_1, levels, generator=generator)
-    x_1, good, length = (x.repeat_interleave(levels, 0) for x in (x_1, good, length))
+    t, noise = model.draw_flow(x_1, 1, generator=generator)
     share = t[:, None, None]
-    repeats = [repeated(kv, levels) for kv in tail]
-    past = model.expert_past(prefix, repeats, T, length, insulate)
+    own = [kv and tuple(x[rows] for x in kv) for kv in tail]
+    length = length[rows]
+    past = model.expert_past(prefix, own, T, length, insulate)
     velocity = model.velocity(share * x_1 + (1 - share) * noise, t, past, prefix.end + length)
     mirrored = 2 * velocity.detach() - velocity
     towards = (velocity - (x_1 - noise)).square().mean((1, 2))
