@@ -600,7 +600,7 @@ def drive(policy, seeds, seconds=20.0, replan=0.5, device="cpu", film=None, **vi
 
 
 @torch.no_grad()
-def own_scenes(policy, seeds, seconds=10.0, **view):
+def own_scenes(policy, seeds, seconds=20.0, **view):
     """Scenes that a policy got itself into, each with the expert's way on from there.
 
     This is DAgger (Ross et al. 2011), not the paper's: who only saw an expert drive never saw how

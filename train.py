@@ -150,7 +150,7 @@ def add_data_flags(add):
         real(0, 1))
     add("--routes", 0.5, "share of steps that tell the route, so that a model can do without",
         real(0, 1))
-    add("--own", 0, "so many scenes more, four times: the model drives, the expert says how to go "
+    add("--own", 0, "so many scenes more, three times: the model drives, the expert says how to go "
         "on from where it got to. Half of a batch are then such scenes (DAgger; not the paper's)",
         whole())
     add("--blind", False, "grey images: what can be known without looking")
@@ -307,6 +307,8 @@ def start(flags):
                          "torchrun sets them")
     if flags.stage == "rl" and world_size > 1:
         raise ValueError("--stage rl runs in one process")
+    if flags.own % world_size:
+        raise ValueError(f"--own {flags.own}: must be a multiple of the {world_size} processes")
     if flags.threads:
         torch.set_num_threads(flags.threads)
     device = flags.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -524,7 +526,7 @@ def world_scenes(flags, cfg):
     return train, load(split="val", scenes=flags.val_scenes)
 
 
-ROUNDS = 0.25, 0.4, 0.55, 0.7  # of the steps: when the model drives, and learns from that
+ROUNDS = 0.4, 0.6, 0.75  # of the steps: when the model drives, and learns from that
 OWN = 1_000_000  # train seeds apart that the rounds begin to drive
 
 
@@ -543,14 +545,18 @@ def add_own_scenes(run, step):
                 run.model, shown, flags.flow_steps, length=flags.max_new_tokens)
         return out.actions[:, 0]
 
-    folder = os.path.join(flags.out, f"own-{number}")
     first = OWN * (number + 1)
     view = data.view_of(run.model.cfg, flags.size)
-    for turn in (run.rank == 0, run.rank > 0):
-        with together(run):
-            if turn:
-                own = data.own_set(folder, policy, first, flags.own, **view)
-    run.scenes = data.Together([run.scenes, own])
+
+    def own_set(rank):
+        folder = os.path.join(flags.out, f"own-{number}-{rank}")
+        start = first + rank * OWN // run.world_size
+        return data.own_set(folder, policy, start, flags.own // run.world_size, **view)
+
+    with together(run):  # each process drives for its share
+        own_set(run.rank)
+    with together(run):
+        run.scenes = data.Together([run.scenes, *map(own_set, range(run.world_size))])
     run.own += flags.own
     add_own_scenes(run, step)  # a resumed run has several to add
 
