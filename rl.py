@@ -858,7 +858,7 @@ def likeliest_of(model, scene, steps, reason=True, length=64, decode="flow"):
 START = 100_000  # the first scene of a split that is tried out; validation takes the first ones
 PAUSE = 0.5  # s between the plans of an episode
 # train.py's own flags in stage rl, where they are not given.
-DEFAULTS = dict(scenes=1000, steps=100, batch=16, lr=1e-4, warmup=5, val_every=25, save_every=25)
+DEFAULTS = dict(scenes=1000, steps=60, batch=16, lr=1e-4, warmup=5, val_every=25, save_every=25)
 
 
 def add_flags(add):
@@ -981,7 +981,8 @@ def draw_curves(log, file):
             ax.plot(*zip(*points), style, color=MODEL, marker="o", markersize=4, label=label)
         ax.set_title(title, loc="left", fontsize=11)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False, fontsize=9)
+    named = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
     axes[2, 1].set_xlabel("step; what is tried out are other scenes each step, drawn at random")
     save_figure(figure, file)
 

@@ -23,7 +23,7 @@ from tools.common import COUNT, drive_scenes
 from tools.experiments.trainings import Training, folder_of, measured, spread, train
 
 ABOUT = "Table 9: what each reward adds, and stage rl's other choices"
-NEEDS = "10 minutes of a core for a training of 100 steps, 10 to measure it"
+NEEDS = "15 minutes of a core for a training of 60 steps, 6 to measure it"
 FIRST = 50_000  # of a split, the first scene to measure on
 ROWS = {  # flags beside the usual ones
     "before": None,
@@ -56,9 +56,9 @@ PAPER = """\
 def add_flags(add):
     add("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), metavar="ROW",
         help="of the table: " + ", ".join(ROWS))
-    add("--train-steps", type=whole(1), default=100, help="optimiser steps of each training")
-    add("--eval", type=COUNT, default=256, help="scenes a split to plan for")
-    add("--drive", type=COUNT, default=96, help="scenarios a split to drive")
+    add("--train-steps", type=whole(1), default=60, help="optimiser steps of each training")
+    add("--eval", type=COUNT, default=128, help="scenes a split to plan for")
+    add("--drive", type=COUNT, default=64, help="scenarios a split to drive")
     add("--splits", nargs="+", choices=data.SPLITS, default=["tail", "rare", "val"])
 
 

@@ -25,7 +25,7 @@ from tools.experiments.rewards import flags_of_rl
 
 ABOUT = "which part of stage rl's gradient is signal"
 NEEDS = "some minutes"
-SCENES = 16
+SCENES = 8
 PARTS = (*rl.REWARDS, "thought", "drive", "total")
 WAYS = {"thought": "clip", "drive by steps": "clip", "drive by nft": "nft"}  # head, objective
 SIGNAL_NOTE = """\
