@@ -197,7 +197,7 @@ def test_samples_of_different_length_are_separate_runs(model, scene, monkeypatch
 
     def sample(scene, n, rows):
         said = iter(script[rows].T)
-        monkeypatch.setattr(alpamayo, "pick", lambda *_: (t := next(said), torch.zeros(t.shape)))
+        monkeypatch.setattr(alpamayo, "pick", lambda *_, **__: (t := next(said), torch.zeros(t.shape)))
         return model.sample(scene, n=n, steps=2, noise=noise[rows])
 
     together = sample(scene, n, slice(None))

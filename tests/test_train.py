@@ -654,19 +654,21 @@ class Images:
 
 
 def test_other_images_are_another_sign():
-    """Of later scenes too, and of those to validate on."""
+    """Of later scenes too, of those to validate on, and of those to rehearse."""
     model = torch.nn.Linear(2, 2)
     model.cfg = train.PRESETS["nano"]
 
-    def sign(scenes, val):
-        run = SimpleNamespace(model=model, reference=None, scenes=Images(scenes), val=Images(val))
+    def sign(scenes, val, ordinary=None):
+        ordinary = ordinary if ordinary is None else Images(ordinary)
+        run = SimpleNamespace(model=model, reference=None, scenes=Images(scenes), val=Images(val), ordinary=ordinary)
         return runs.signs_of(run)["scenes"]
 
     plain = torch.zeros(20, 3)
     late = plain.clone()
     late[10:] = 1
     assert sign(plain, plain) == sign(plain.clone(), plain)
-    assert len({sign(plain, plain), sign(late, plain), sign(plain, late)}) == 3
+    others = sign(late, plain), sign(plain, late), sign(plain, plain, plain), sign(plain, plain, late)
+    assert len({sign(plain, plain), *others}) == 5
 
 
 def test_kernels_that_cannot_run_end_it_before_the_work(monkeypatch):

@@ -429,7 +429,7 @@ def test_retrieval_is_hiding(scene, monkeypatch):
     def run(model):
         logits.clear()
         said = iter([*script.T, torch.full((6,), model.vocabulary["traj_future_start"])])
-        monkeypatch.setattr(alpamayo, "pick", lambda x, *_: logits.append(x) or (t := next(said), torch.zeros(t.shape)))
+        monkeypatch.setattr(alpamayo, "pick", lambda x, **_: logits.append(x) or (t := next(said), torch.zeros(t.shape)))
         model.sample(in_double(scene), n=2, noise=noise)
         return torch.stack(logits)
 
