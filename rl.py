@@ -1,14 +1,16 @@
 """
 What stage rl needs beside its loss (Sec. 5.3): rewards, curation, the step. The loss, GRPO, is
-`rl_losses` in alpamayo.py; `python train.py --stage rl` runs the loop, in one process.
+`rl_losses` in alpamayo.py; `nft`, which is not the paper's, is here. `python train.py --stage rl`
+runs the loop, in one process.
 
     scenes -> a group of rollouts behind one prompt -> rewards (B, G) -> GRPO -> the next scenes
 
 A rollout is a reasoning and a path. The path is either the language model's 128 action tokens
-(`--policy tokens`, the paper's, which trains no expert) or the expert's flow (`--policy flow`),
-whose Euler steps are drawn with noise and so have a probability. Two heads decide, the thought and
-the drive, and each is rewarded for what it did: REWARDS. The expert's loss does not reach the
-language model, here as everywhere, but with --expert-teaches.
+(`--policy tokens`, the paper's, which trains no expert) or the expert's flow (`--policy flow`). Two
+heads decide, the thought and the drive, and each is rewarded for what it did: REWARDS. A flow has
+no probability. So it learns by flow matching on what was better and what was worse (`nft`), or its
+Euler steps are drawn with noise and so have one (`--objective clip`). The expert's loss does not
+reach the language model, here as everywhere, but with --expert-teaches.
 
 What usual GRPO has and this leaves out, or leaves off by default:
     a value network       the group's mean reward is the baseline, which is GRPO's own idea
@@ -881,7 +883,7 @@ def add_flags(add):
         "(default: 1.5, or 0.6 with --policy tokens, where it shakes the path)",
         real(0, 1000, above=0))
     add("--top-p", 1.0, "likeliest tokens that have this probability", real(0, 1, above=0))
-    add("--eta", 0.5, "how stochastic the flow's steps are, in (0, 1]", real(0, 1, above=0))
+    add("--eta", 0.5, "how stochastic the flow's steps are, but nft's", real(0, 1, above=0))
     add("--flow-steps", 5, "Euler steps from noise to controls", whole(2, 1000))
     add("--max-new-tokens", 40, "of a trace, the paper's measure", whole(1, 10_000))
     add("--beta", 2.0, "sharpness of Eq. 10's weights, of nft's and of curation's",
