@@ -30,7 +30,7 @@ ROWS = {  # flags beside the usual ones
     "by steps": "--objective clip",
     "nft": "--objective nft",
     "told": "--objective nft --tell",
-    "rehearsed": "--objective nft --rehearse 0.3",
+    "rehearsed": "--objective nft --rehearse 2",
     "expert teaches": "--objective nft --expert-teaches 0",
     "told, rehearsed": "--objective nft --tell --rehearse 0.3",
     "all three": "--objective nft --tell --rehearse 0.3 --expert-teaches 0",
