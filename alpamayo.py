@@ -560,8 +560,9 @@ class Alpamayo(nn.Module):
         thought's tokens and the drive's random steps (or its action tokens). Each has its own
         advantage {"thought": (B, G), "drive": (B, G)}, a reward (rl.py) less the group's mean; one
         without does not learn. objective, beta: see `grpo`; kl_weight {head: float}: of the KL to
-        the SFT model, whose `replay` is `reference`; old {head: (B, G, T)}: log-probabilities at
-        the first update on this rollout; insulate: see `flow_losses`.
+        the SFT model, whose `replay` is `reference`; drive_weight: of the drive's loss beside the
+        thought's; old {head: (B, G, T)}: log-probabilities at the first update on this rollout;
+        insulate: see `flow_losses`.
         Returns `policy`, the loss, and what it was made of, `heads` and `replay`."""
         replayed = self.replay(scene, rollout, insulate)
         heads = heads_of(replayed, rollout, reference)
@@ -757,7 +758,8 @@ class Alpamayo(nn.Module):
             x = rollout.flow[:noisy].flatten(1, 2).transpose(0, 1)  # (N, S, 64, 2)
             t = torch.arange(noisy, device=device) / steps
             ends = length.repeat_interleave(noisy)
-            past = self.expert_past(prefix, [repeated(kv, noisy) for kv in tail], T, ends, insulate)
+            own = [kv and tuple(z.repeat_interleave(noisy, 0) for z in kv) for kv in tail]
+            past = self.expert_past(prefix, own, T, ends, insulate)
             velocity = self.velocity(x.flatten(0, 1), t.repeat(N), past, prefix.end + ends)
             for i in range(noisy):
                 where = x[:, i], velocity.view_as(x)[:, i]
@@ -1793,8 +1795,3 @@ def kl_of(replayed, reference, rollout):
         apart = ((mean - expected) / std).square().sum((1, 2)) / 2
         steps = steps + apart.view_as(steps)
     return tokens.view_as(nothing), steps
-
-
-def repeated(kv, times):
-    """Keys and values (N, K, T, d), each sample `times` times, side by side; None stays None."""
-    return kv and tuple(x.repeat_interleave(times, 0) for x in kv)

@@ -463,7 +463,7 @@ class Experience(NamedTuple):
 
 
 def step(model, reference, optimisers, scenes, number, known, flags, device, autocast, judge=None,
-         rehearse=None):
+         rehearse=None, insulate=True):
     """Step `number` of a run. Brings known (scenes,), the divergences, up to date. rehearse: a
     function of the update's number that adds other gradients to it. Returns the line of the log."""
     numbers, drawn = choose(known, number, len(scenes), flags)
@@ -491,7 +491,6 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
         earned.append(rewards)
 
     looked = {}
-    insulate = number < flags.expert_teaches * flags.steps
     old = [None] * len(lived)
     for update_number in range(flags.updates):
         sums = {}

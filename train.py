@@ -701,7 +701,7 @@ def supervised_step(run, step):
     flags = run.flags
     run.model.train()
     lesson, with_actions = lesson_at(step, flags)
-    insulate = step < flags.expert_teaches * flags.steps
+    insulate = insulated(flags, step)
     generator = seeded(data.seed_of(flags.seed, step, run.rank), run.device)
     means = defaultdict(float)
     with together(run):
@@ -729,6 +729,11 @@ def total_loss(losses, flags):
     if flags.train != "vlm":
         weights |= {"flow": 1.0, "ade": flags.path_weight}
     return sum(weights[name] * losses[name] for name in weights if name in losses)
+
+
+def insulated(flags, step):
+    """Whether the expert's loss stops before the vlm in this step: --expert-teaches."""
+    return step < flags.expert_teaches * flags.steps
 
 
 def backward(run, scene, lesson, with_actions, generator, insulate=True):
@@ -807,14 +812,15 @@ def rl_step(run, step):
     if step == 0:
         line["before"] = validate(run, "rl")
         report(run, "before     ", "rl", line["before"])
-    rehearsal = partial(rehearse, run, step) if flags.rehearse else None
+    insulate = insulated(flags, step)
+    rehearsal = partial(rehearse, run, step, insulate) if flags.rehearse else None
     line |= rl.step(run.model, run.reference, run.optimisers, run.scenes, step, run.known, flags,
-                    run.device, run.autocast, run.judge, rehearsal)
+                    run.device, run.autocast, run.judge, rehearsal, insulate)
     run.say(rl.line_of(line))
     return line
 
 
-def rehearse(run, step, update_number):
+def rehearse(run, step, insulate, update_number):
     """Adds the gradients of stage reason on a batch of ordinary scenes. Returns its loss.
 
     Of action tokens only where they are what drives."""
@@ -827,7 +833,7 @@ def rehearse(run, step, update_number):
         with run.autocast:
             losses = run.model(scene, "reason", action_tokens=flags.policy == "tokens",
                                generator=generator, flow_samples=flags.flow_samples,
-                               insulate=step < flags.expert_teaches * flags.steps)
+                               insulate=insulate)
             loss = total_loss(losses, flags) / flags.accumulate
         (flags.rehearse * loss).backward()
         total += loss.item()
@@ -964,9 +970,10 @@ def phases_of_step(run, scene):
     """{name: function} of what a step on this Scene does, one after the other."""
     flags = run.flags
     change = partial(update, run, 0)
+    insulate = insulated(flags, flags.steps - 1)  # the last step takes most
     if flags.stage != "rl":
         lesson = "action" if flags.stage == "action" else "reason"
-        learn = partial(backward, run, scene, lesson, True, None, flags.expert_teaches == 1)
+        learn = partial(backward, run, scene, lesson, True, None, insulate)
         return {"losses": learn, "update": change}
     steps = 0 if flags.policy == "tokens" else flags.flow_steps
     out = memory.made_up_rollout(run.model, run.piece, flags.group, flags.max_new_tokens, steps)
@@ -979,12 +986,13 @@ def phases_of_step(run, scene):
     def learn_from_rollouts():
         advantage = dict.fromkeys(rl.HEADS, torch.zeros(run.piece, flags.group))
         with run.autocast:
-            losses = rl.losses_of(run.model, run.reference, scene, out, advantage, flags)
+            losses = rl.losses_of(run.model, run.reference, scene, out, advantage, flags,
+                                  insulate=insulate)
         losses["policy"].backward()
 
     phases = {"rollouts": try_out, "losses": learn_from_rollouts}
     if flags.rehearse:
-        phases["rehearsal"] = partial(backward, run, scene, "reason", False, None)
+        phases["rehearsal"] = partial(backward, run, scene, "reason", False, None, insulate)
     return phases | {"update": change}
 
 

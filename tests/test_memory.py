@@ -60,6 +60,7 @@ def test_a_planned_step_takes_what_pytorch_allocates(monkeypatch, capsys):
 
 OF_RL = (
     "--kl 0.1",
+    "--objective clip",
     "--policy tokens --train vlm --lora 4 --kl 0.1",
     "--policy tokens --checkpointing",
 )
@@ -81,6 +82,17 @@ def test_a_planned_step_of_rl_is_that_of_real_tensors(monkeypatch, capsys, more)
     found = memory.peaks(run, train.phases_of_step(run, scene))
     for i, phase in enumerate(("rollouts", "losses")):
         assert table["total"][i] == pytest.approx(found[phase].total() / 2**30, rel=0.02, abs=6e-4)
+
+
+def test_an_expert_that_teaches_in_rl_is_planned_so(monkeypatch, capsys):
+    asked = []
+    for name in ("expert_past", "flow_losses"):
+        plain = getattr(Alpamayo, name)
+        monkeypatch.setattr(Alpamayo, name, lambda self, *given, plain=plain: asked.append(given[-1]) or plain(self, *given))
+    for share in ("1", "0.5"):
+        planned(monkeypatch, capsys, f"cpu --stage rl --batch 1 --group 2 --rehearse 1 --objective nft --expert-teaches {share}")
+        assert asked == [share == "1"] * len(asked) and len(asked) == 2
+        asked.clear()
 
 
 def test_what_saves_memory_saves_it(monkeypatch, capsys):

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 def flags_of(**other):
     usual = dict(policy="flow", objective="clip", rewards=list(rl.REWARDS), credit="heads", tell=False, episode=0.0, size=(H, W), group=4, temperature=1.3, top_p=0.9, eta=0.5, flow_steps=3,
                  max_new_tokens=12, beta=2.0, kl=0.0, kl_drive=0.0, drive_weight=1.0, lr=1e-3, expert_lr=1e-3, updates=1, curate=0.5, batch=2,
-                 accumulate=1, clip=1.0, warmup=1, seed=0, expert_teaches=1.0, steps=10)  # fmt: skip
+                 accumulate=1, clip=1.0, warmup=1, seed=0)  # fmt: skip
     return argparse.Namespace(**usual | other)
 
 

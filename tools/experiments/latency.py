@@ -24,7 +24,7 @@ from doors import whole
 from tools import markdown
 
 ABOUT = "Table 13: the milliseconds of a plan, stage by stage"
-NEEDS = "two minutes on one core"
+NEEDS = "not timed yet"
 SIZES = {"nano": (64, 128), "mini": (128, 256)}  # H W, pixels of an image
 STEPS = 5  # Euler's
 TOKENS = 40  # of a reasoning

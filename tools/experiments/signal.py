@@ -24,7 +24,7 @@ from tools.common import world_scenes
 from tools.experiments.rewards import flags_of_rl
 
 ABOUT = "which part of stage rl's gradient is signal"
-NEEDS = "some minutes"
+NEEDS = "4 minutes on one core"
 SCENES = 8
 PARTS = (*rl.REWARDS, "thought", "drive", "total")
 WAYS = {"thought": "clip", "drive by steps": "clip", "drive by nft": "nft"}  # head, objective
