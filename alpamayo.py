@@ -54,7 +54,7 @@ import torch.nn.functional as F
 
 import release
 from doors import check_sampling, check_scene, write_atomically
-from kernels import by_hand, one_launch, stock
+from kernels import by_hand, decoding, one_launch, stock
 from kernels.flow_step import roll_out_by_kernel
 from kernels.prefix_attention import prefix_attention
 from kernels.pruned_attention import pruned_attention
@@ -306,8 +306,7 @@ class Alpamayo(nn.Module):
         B, cameras, frames, _, H, W = images.shape
         placed = cfg.pair_frames or cfg.view_embed or cfg.vision != "image"
         if placed and frames != cfg.frames:
-            raise ValueError(f"images: {frames} frames of each camera; this model reads "
-                             f"{cfg.frames}")
+            raise ValueError(f"images: {frames} frames a camera; this model reads {cfg.frames}")
         if cfg.pair_frames:
             images = images.view(-1, cfg.temporal_patch, 3, H, W)
         else:
@@ -359,8 +358,7 @@ class Alpamayo(nn.Module):
         routes = scene["route"] if cfg.route and "route" in scene else [""] * len(cameras)
         every = [self.prompt_ids(cameras[0].tolist(), images, reason, r) for r in routes]
         if len({len(ids) for ids in every}) > 1:
-            raise ValueError("route: the routes of a batch must have the same number of tokens, or "
-                             "none of them any")
+            raise ValueError("route: a batch's routes must have equally many tokens, or none any")
         grids = sum(images, [])
         positions = image_positions(every[0], vocab["image_pad"], grids).to(device)
         ids = torch.stack(every).to(device)
@@ -539,18 +537,17 @@ class Alpamayo(nn.Module):
         """The expert's velocity (N, 64, 2) of noisy controls x_t (N, 64, 2) at times t (N,).
         past: a `Past` for every layer; its 64 tokens take the positions from start (N,) on."""
         x = self.action_in_proj(x_t, t)
-        x = self.expert(x, *self.rope_of_actions(start, x.dtype), past)
+        x = self.expert(x, *self.rope_behind(start, HORIZON, x.dtype), past)
         return self.action_out_proj(x).to(x_t.dtype)
 
-    def rope_of_actions(self, start, dtype):
-        """cos and sin of the expert's 64 tokens, from positions start (N,) on."""
-        positions = start[:, None] + torch.arange(HORIZON, device=start.device)
+    def rope_behind(self, start, n, dtype):
+        """cos and sin (N, 1, n, d / 2) of n tokens from positions start (N,) on."""
+        positions = start[:, None] + torch.arange(n, device=start.device)
         return rope(positions.expand(3, -1, -1), self.cfg, dtype)
 
     def speed(self, scene):
         """Speed (B,) in m/s at t0."""
-        v0 = initial_speed(scene["ego_history_xyz"], scene["ego_history_rot"])
-        return v0.to(self.device)
+        return initial_speed(scene["ego_history_xyz"], scene["ego_history_rot"]).to(self.device)
 
     def rl_losses(
         self, scene, rollout, advantage, objective="clip", beta=2.0, kl_weight=None,
@@ -632,6 +629,9 @@ class Alpamayo(nn.Module):
         thinking = torch.full((N,), reason, device=x.device)
         length = torch.zeros(N, dtype=torch.long, device=x.device)  # up to <|traj_future_start|>
         tail = [None] * len(lm.layers)
+        room = due + (max_new_tokens if reason else 0)  # what may be said, and its angles
+        ahead = self.rope_behind(length[:1] + prefix.end, room, lm.embed_tokens.weight.dtype)
+        recorded = decoding.recorded(Alpamayo.think, self, prefix.recalled, N, ahead)
         said = []  # of each step: tokens, whether they were chosen, their log-probabilities
         while True:
             step = len(said)
@@ -647,10 +647,13 @@ class Alpamayo(nn.Module):
             said.append((token, chosen, log_prob * chosen))
             length = torch.where(thinking, step + 1, length)
             thinking = thinking & (token != vocab["traj_future_start"])
-            position = torch.full((3, 1, 1), prefix.end + step, device=x.device)
+            if recorded:
+                x = recorded.read(token)
+                continue
+            angles = [a[:, :, step : step + 1] for a in ahead]
             past = [Past(kv, own) for kv, own in zip(prefix.recalled, tail)]
-            x = lm.embed_tokens(token)[:, None]
-            x, tail = lm(x, *rope(position, self.cfg, x.dtype), past)
+            x, tail = lm(lm.embed_tokens(token)[:, None], *angles, past)
+        tail = recorded.tail(len(said)) if recorded else tail
         if not said:
             none = torch.zeros(N, 0, device=x.device)
             return Thought(none.long(), none.bool(), none, length, tail)
@@ -699,7 +702,7 @@ class Alpamayo(nn.Module):
         fast = by_hand(device, dtype)
         if fast and stock.is_flow(Alpamayo.drive, self, prefix.layers):  # see kernels/stock.py
             parts = self.expert, self.action_in_proj, self.action_out_proj
-            cos, sin = self.rope_of_actions(start, dtype)
+            cos, sin = self.rope_behind(start, HORIZON, dtype)
             seen = torch.arange(T, device=device) < thought.length[:, None]
             inputs = *parts, steps, x, cos, sin, prefix.layers, thought.tail, seen, eta, generator
             if one_launch.fits(self.cfg, HORIZON, dtype):

@@ -228,12 +228,19 @@ def name_kinds(tracker, run):
 # The plan: a model and a scene without contents
 
 
-def model_without_weights(cfg, fake, dtype=torch.float32):
-    """The model with fake weights. Its vocabulary takes a word for a token: no tokenizer needed."""
+def stand_in(cfg):
+    """A Vocabulary of this size that takes a word for a token and says nothing: no tokenizer
+    needed."""
     vocabulary = Vocabulary(replace(cfg, chat=False))
     vocabulary.text.encode = lambda text: [0] * len(split_words(text))
+    vocabulary.text.decode = lambda ids: ""
+    return vocabulary
+
+
+def model_without_weights(cfg, fake, dtype=torch.float32):
+    """The model with fake weights."""
     with fake:
-        model = Alpamayo(cfg, vocabulary)
+        model = Alpamayo(cfg, stand_in(cfg))
     for p in model.parameters():
         p.data = p.data.to(dtype)
     model.action_space = ActionSpace(cfg)  # real: its four numbers make actions real, too

@@ -3,8 +3,9 @@ Whether the model is still what the kernels write out again.
 
 Most kernels are functions of tensors that the model calls, so an edit around them is honoured. Two
 write a piece of the model out again: `sampler` the loop of Alpamayo.drive with the expert in it,
-`flow_step` the unicycle of roll_out. They run only while that piece is as it was. Before each call
-are compared
+`flow_step` the unicycle of roll_out. `decoding` records a pass of the language model, and what
+Python would do anew each time is then not done. They run only while that piece is as it was. Before
+each call are compared
 
     the page      what its names mean, with PIECES: a thing, or the fingerprint of its source
     the modules   with new ones of the same Config: class, children, shapes, hooks, numbers
@@ -35,31 +36,48 @@ from torch.utils._device import DeviceContext
 
 from kernels import prefix_attention, say
 
-CLASSES = "Attention", "MLP", "Layer", "Expert", "Fourier", "ActionEmbed"
-TORCHS = "nn.Linear", "nn.SiLU", "nn.RMSNorm", "nn.LayerNorm", "nn.Sequential"
 CALLS = "__call__", "_call_impl", "_compiled_call_impl"  # what runs before a forward
 Past = namedtuple("Past", "prefix tail prefix_mask mask")
+
+
+def meaning(torchs, classes):
+    """What torch's modules, and all that a page's classes get from nn.Module, should mean."""
+    own = {f"{name}.__bases__": (nn.Module,) for name in classes}
+    for name in ("nn.Module", *torchs, *classes):
+        own |= {f"{name}.{call}": getattr(nn.Module, call) for call in CALLS}
+    return own | {f"{name}.forward": attrgetter(name[3:])(nn).forward for name in torchs}
+
+
+LAYER = {  # of the expert and of the language model
+    "torch": torch, "math": math, "nn": nn, "F": F, "F.linear": F.linear, "F.silu": F.silu,
+    "F.rms_norm": F.rms_norm, "prefix_attention": prefix_attention.prefix_attention,
+    "Past.__bases__": (tuple,), "Past.detach": "00502331ed94",
+    **{f"Past.{name}.__code__": getattr(Past, name).__code__
+       for name in ("__new__", "_make", "_replace")},
+    "Attention.__init__": "0c9697867ddf", "Attention.forward": "465e540ab6e6",
+    "MLP.__init__": "8223deb045a0", "MLP.forward": "c4dc7ef8f4b1",
+    "Layer.__init__": "432811218633", "Layer.forward": "5b7406caa385", "rotate": "d1f69083920b",
+    **meaning(["nn.Linear", "nn.RMSNorm"], ["Attention", "MLP", "Layer"]),
+}  # fmt: skip
 PIECES = {
     "roll_out": {"torch": torch, "DT": 0.1, "roll_out": "63df729b3884", "rot_of": "c0adad838cd0"},
     "the flow": {
-        "torch": torch, "math": math, "prefix_attention": prefix_attention.prefix_attention,
-        "F": F, "F.linear": F.linear, "F.silu": F.silu, "F.rms_norm": F.rms_norm,
-        "F.layer_norm": F.layer_norm, "nn": nn,
-        **{f"{name}.forward": attrgetter(name[3:])(nn).forward for name in TORCHS},
-        **{f"{name}.__bases__": (nn.Module,) for name in CLASSES},
-        **{f"{name}.{call}": getattr(nn.Module, call)
-           for name in ("nn.Module", *TORCHS, *CLASSES) for call in CALLS},
-        "Past.__bases__": (tuple,), "Past.detach": "00502331ed94",
-        **{f"Past.{name}.__code__": getattr(Past, name).__code__
-           for name in ("__new__", "_make", "_replace")},
-        "Attention.__init__": "0c9697867ddf", "Attention.forward": "465e540ab6e6",
-        "MLP.__init__": "8223deb045a0", "MLP.forward": "c4dc7ef8f4b1",
-        "Layer.__init__": "432811218633", "Layer.forward": "5b7406caa385",
+        **LAYER, "F.layer_norm": F.layer_norm,
+        **meaning(
+            ["nn.SiLU", "nn.LayerNorm", "nn.Sequential"], ["Expert", "Fourier", "ActionEmbed"]
+        ),
         "Expert.__init__": "471cc91445fd", "Expert.forward": "0c4c9d93676a",
         "Fourier.__init__": "1eebd909812c", "Fourier.forward": "8a30e7a87be0",
         "ActionEmbed.__init__": "d832f67c3df5", "ActionEmbed.forward": "24be111c6b3e",
-        "rotate": "d1f69083920b", "euler_step": "fcb97f60077d", "Alpamayo.drive": "5ba9237a6c43",
-        "Alpamayo.velocity": "51bf40ed9505", "Alpamayo.expert_past": "b6458945dc2d",
+        "euler_step": "fcb97f60077d", "Alpamayo.drive": "23fd5c3c039c",
+        "Alpamayo.velocity": "b1a7427772e1", "Alpamayo.expert_past": "b6458945dc2d",
+    },
+    "the thought": {
+        **LAYER, "F.embedding": F.embedding, **meaning(["nn.Embedding"], ["LanguageModel"]),
+        "LanguageModel.forward": "ea0e4013572d", "Alpamayo.think": "b49baf4c7b9b",
+    },
+    "adapters": {
+        "F": F, "F.linear": F.linear, **meaning([], ["Adapted"]), "Adapted.forward": "a8fd3283d043",
     },
 }  # fmt: skip
 meanings = {piece: attrgetter(*names) for piece, names in PIECES.items()}
@@ -136,7 +154,7 @@ def edit_of_page(page, piece):
 # The modules
 
 COUNTED = "_modules", "_forward_hooks", "_forward_pre_hooks"
-NUMBERS = "eps", "normalized_shape", "n_head", "n_kv_head", "head_dim"
+NUMBERS = "eps", "normalized_shape", "n_head", "n_kv_head", "head_dim", "on"
 as_new = weakref.WeakKeyDictionary()  # model: the traits of its parts in a new one
 
 
@@ -196,12 +214,12 @@ MODES = [
 ]
 
 
-def edit_of_flow(page, model, layers):
-    """What makes this model drive otherwise than `sample_flow` does, or None."""
-    edit = edit_of_page(page, "the flow")
+def edit_around(page, model, piece, methods):
+    """What was edited in a piece's page, methods and call, or None."""
+    edit = edit_of_page(page, piece)
     if edit:
         return edit
-    for name in ("velocity", "expert_past", "drive"):
+    for name in methods:
         if getattr(getattr(model, name), "__func__", None) is not getattr(page.Alpamayo, name):
             return f"{type(model).__name__}.{name} was edited"
     if of_all._global_forward_hooks or of_all._global_forward_pre_hooks:
@@ -211,6 +229,14 @@ def edit_of_flow(page, model, layers):
     active = {type(x) for stack in MODES for x in stack()} - {DeviceContext}  # a default device
     if active:
         return f"{active.pop().__name__} is active"
+    return None
+
+
+def edit_of_flow(page, model, layers):
+    """What makes this model drive otherwise than `sample_flow` does, or None."""
+    edit = edit_around(page, model, "the flow", ("velocity", "expert_past", "drive"))
+    if edit:
+        return edit
     if page.HORIZON not in (16, 32, 64, 128):
         return f"HORIZON is {page.HORIZON}, no power of two"
     edit = edit_of_modules(page, model)
@@ -219,6 +245,35 @@ def edit_of_flow(page, model, layers):
     if len(layers) != len(model.expert.layers) or len({x.shape for kv in layers for x in kv}) > 1:
         return "the cache has layers of several shapes, or not as many as the expert"
     return None
+
+
+def edit_of_thought(page, model, layers):
+    """What makes a token's pass through this language model one that may differ from the last in
+    more than its tensors, or None."""
+    edit = edit_around(page, model, "the thought", ("think",))
+    if edit:
+        return edit
+    lm = model.vlm.model.language_model
+    known = {page.LanguageModel, page.Layer, page.Attention, page.MLP}
+    known |= {nn.Embedding, nn.Linear, nn.RMSNorm, nn.ModuleList}
+    room = sys.modules.get("memory")
+    if room and not edit_of_page(room, "adapters"):
+        known.add(room.Adapted)
+    for name, m in lm.named_modules():
+        if type(m) not in known or "forward" in vars(m) or any(vars(m)[x] for x in COUNTED[1:]):
+            return f"language_model.{name} was edited".replace(". ", " ")
+    if {type(x) for x in tensors_in(all_in([lm]))} - {nn.Parameter}:
+        return "a weight of the language model is of another type"
+    if len(layers) != len(lm.layers) or len({x.shape for kv in layers for x in kv}) > 1:
+        return "the cache has layers of several shapes, or not as many as the language model"
+    return None
+
+
+def state_of(module):
+    """All that a recording of a module depends on: what its parts compute with, and where their
+    tensors lie."""
+    modules = all_in([module])
+    return traits(modules), [x.data_ptr() for x in tensors_in(modules)]
 
 
 def unless(edit, piece):
@@ -233,6 +288,13 @@ def is_flow(drive, model, layers):
     layers: the prompt's keys and values (B, G, P, d) of each."""
     page = sys.modules.get(getattr(drive, "__module__", None))
     return unless(edit_of_flow(page, model, layers), "the flow")
+
+
+def is_thought(think, model, layers):
+    """Whether `decoding` may record what `think`, Alpamayo's method, runs for each token. layers:
+    as in `is_flow`."""
+    page = sys.modules.get(getattr(think, "__module__", None))
+    return unless(edit_of_thought(page, model, layers), "the thought")
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once, while it traces

@@ -154,7 +154,7 @@ def test_the_plain_loop_is_the_model(eta):
     fresh = [torch.randn(noise.shape, generator=seeded[0]) for _ in range(2)]
     with kernels.using("torch"):
         flow = model.drive(alpamayo.Prefix(prefix, prefix, None, 7), thought, 3, noise, eta, seeded[1])
-    cos, sin = model.rope_of_actions(7 + length, torch.float32)
+    cos, sin = model.rope_behind(7 + length, 64, torch.float32)
     seen = torch.arange(3) < length[:, None]
     assert torch.equal(flow, plainly(parts, 3, noise, cos, sin, prefix, tail, seen, eta, fresh))
 

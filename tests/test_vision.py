@@ -501,7 +501,7 @@ def test_bad_values_are_one_clear_line(scene, tmp_path, monkeypatch):
     model = build(torch.float32, vision="triplane")
     with pytest.raises(ValueError, match="scene: intrinsics is missing, expected"):
         model.embed_prompt({k: v for k, v in scene.items() if k != "intrinsics"})
-    with pytest.raises(ValueError, match="2 frames of each camera; this model reads 4"):
+    with pytest.raises(ValueError, match="2 frames a camera; this model reads 4"):
         model.look({**scene, "images": scene["images"][:, :, :2]})
     model.save_pretrained(str(tmp_path))
     text = json.loads((tmp_path / "config.json").read_text())

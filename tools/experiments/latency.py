@@ -1,12 +1,13 @@
 """
 Table 13: where the milliseconds of one plan go, beside the least that this machine could take.
 
-    python -m tools.experiments latency                    nano and mini, of random weights
-    python -m tools.experiments latency --presets nano
+    python -m tools.experiments latency                            nano and mini
+    python -m tools.experiments latency --presets alpamayo-r1-10b  on a GPU of 40 GB or more
 
-A reasoning is 40 tokens and a flow 5 Euler steps, as the paper's. The floor of a stage is the
-longer of two times: to read its weights once for every pass, and to multiply what it multiplies, at
-the rates of a large copy and a large product, which the tool measures.
+Weights are random, on a GPU in bfloat16. A reasoning is 40 tokens and a flow 5 Euler steps, as the
+paper's. The floor of a stage is the longer of two times: to read its weights once for every pass,
+and to multiply what it multiplies, at the rates of a large copy and a large product, which the tool
+measures.
 """
 import json
 import time
@@ -18,14 +19,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
+import memory
 import rl
-from alpamayo import HORIZON, OF_EXPERT, PRESETS, Alpamayo, Vocabulary
+from alpamayo import HORIZON, OF_EXPERT, PRESETS, ActionSpace, Alpamayo, Vocabulary
 from doors import whole
 from tools import markdown
 
 ABOUT = "Table 13: the milliseconds of a plan, stage by stage"
 NEEDS = "not timed yet"
-SIZES = {"nano": (64, 128), "mini": (128, 256)}  # H W, pixels of an image
+SIZES = {  # H W, pixels of an image
+    "nano": (64, 128),
+    "mini": (128, 256),
+    "alpamayo-r1-10b": (320, 576),
+}
 STEPS = 5  # Euler's
 TOKENS = 40  # of a reasoning
 STAGES = ("vision", "prefill", "reasoning", "flow")
@@ -45,8 +51,8 @@ PAPER = """\
 def plan(model, scene, decode, thinks):
     """One plan, and the seconds of its stages. It thinks TOKENS tokens of one word."""
     options = dict(n=1, temperature=0.6, top_p=0.98, max_new_tokens=TOKENS, seed=0)
-    letters = ["a" * TOKENS]  # a token each; it is cut off there
-    choose = rl.saying(model, letters, **options) if thinks else None
+    words = [" a" * TOKENS]  # it is cut off at as many tokens
+    choose = rl.saying(model, words, **options) if thinks else None
     out = model.sample(scene, steps=STEPS, reason=thinks, decode=decode, choose=choose, **options)
     seconds = dict(out.seconds)
     if decode == "tokens":  # they are said behind the reasoning, in one go
@@ -56,9 +62,10 @@ def plan(model, scene, decode, thinks):
     return seconds
 
 
-def rates(device, n=2048, rounds=5):
+def rates(device, dtype, rounds=5):
     """(bytes read and written, floating-point operations) a second, of a large copy and product."""
-    a = torch.randn(n, n, device=device)
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
     b = torch.empty_like(a)
     seconds = []
     for work in (lambda: b.copy_(a), lambda: torch.mm(a, a, out=b)):
@@ -75,7 +82,7 @@ def rates(device, n=2048, rounds=5):
 
 
 def wait(device):
-    if torch.device(device).type == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize()
 
 
@@ -110,9 +117,14 @@ def measure(preset, args):
     """{row: {stage: milliseconds}} of a preset with random weights, and of its floors."""
     cfg = PRESETS[preset]
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = Alpamayo(cfg, Vocabulary(cfg))
-    model.init_weights(torch.Generator().manual_seed(0))
-    model = model.to(device).eval()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    vocabulary = memory.stand_in(cfg) if cfg.chat else Vocabulary(cfg)
+    torch.set_default_dtype(dtype)  # the 10B in float32 would not fit first
+    with torch.device(device):
+        model = Alpamayo(cfg, vocabulary).eval()
+    torch.set_default_dtype(torch.float32)
+    model.action_space = ActionSpace(cfg).to(device)
+    model.init_weights(torch.Generator(device).manual_seed(0))
     scene = data.make_scenes([0], **data.view_of(cfg, SIZES[preset]))
     rows = {}
     for row, (decode, thinks) in tqdm(ROWS.items(), desc=preset, unit="row"):
@@ -121,7 +133,7 @@ def measure(preset, args):
         rows[row]["all"] = 1000 * median(sum(lap.values()) for lap in laps)
         if not thinks:
             del rows[row]["reasoning"]
-    least = {name: 1000 * s for name, s in floors(model, scene, rates(device)).items()}
+    least = {name: 1000 * s for name, s in floors(model, scene, rates(device, dtype)).items()}
     by_tokens = least.pop("tokens")
     rows["floor, path by flow"] = least | {"all": sum(least.values())}
     least = least | {"flow": by_tokens}
@@ -141,12 +153,12 @@ def main(args):
         print(markdown(lines, [f"{preset}, ms", "vision", "prefill", "reasoning", "path", "all"]))
         print()
     threads = torch.get_num_threads()
-    print(f"One scene, random weights, float32; {TOKENS} tokens of reasoning; {STEPS} Euler steps "
+    print(f"One scene, random weights; {TOKENS} tokens of reasoning; {STEPS} Euler steps "
           f"or {2 * HORIZON} tokens; median of {args.plans} plans; {threads} CPU thread(s).")
     print(f"\n{PAPER}")
     print(json.dumps(found))
 
 
 def add_flags(add):
-    add("--presets", nargs="+", choices=tuple(SIZES), default=list(SIZES), help="whose shape")
+    add("--presets", nargs="+", choices=tuple(SIZES), default=["nano", "mini"], help="whose shape")
     add("--plans", type=whole(1), default=50, help="of which the median is shown")
