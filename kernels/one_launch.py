@@ -309,9 +309,9 @@ def sample_in_one_launch(
     if T not in (16, 32, 64):
         raise ValueError(f"noise: {T} action tokens; the kernel's tiles need 16, 32 or 64")
     ordered = *embed.parameters(), *expert.parameters(), *project.parameters()
-    weights = parameters_to_vector(ordered)
-    freqs = parameters_to_vector(embed.buffers())
     keys = torch.stack([x for kv in prefix for x in kv])  # (2 layers, B, G, P, D)
+    weights = parameters_to_vector(ordered).to(keys.dtype)  # which under autocast differs
+    freqs = parameters_to_vector(embed.buffers())
     _, B, G, P, D = keys.shape
     said = [x for kv in tail if kv is not None for x in kv]
     S = T + (said[0].shape[2] if said else 0)

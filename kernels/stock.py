@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch.nn.modules import module as of_all
 from torch.utils import _python_dispatch
 from torch.utils._device import DeviceContext
+from torch.utils.checkpoint import checkpoint
 
 from kernels import prefix_attention, say
 
@@ -173,10 +174,22 @@ def tensors_in(modules):
     return [x for some in own if some for x in some.values() if x is not None]
 
 
+def own_of(module):
+    """What a module has of its own. A `forward` that checkpoints its class's (memory.py) is none:
+    without gradients it is the class's."""
+    own = vars(module)
+    forward = own.get("forward")
+    if type(forward) is functools.partial and forward.func is checkpoint:
+        [method] = forward.args
+        if method.__self__ is module and method.__func__ is type(module).forward:
+            own = {name: value for name, value in own.items() if name != "forward"}
+    return own
+
+
 def traits(modules):
     """Of modules, and of their tensors: all that they compute with but the tensors' values."""
     tensors = tensors_in(modules)
-    own = [*map(vars, modules)]  # a `forward` of its own is one more
+    own = [*map(own_of, modules)]  # a `forward` of its own is one more
     counts = [[len(x[name]) for x in own] for name in COUNTED]
     numbers = [[x.get(name) for x in own] for name in NUMBERS]
     return [[*map(type, modules)], [*map(len, own)], *counts, *numbers], [
@@ -260,7 +273,8 @@ def edit_of_thought(page, model, layers):
     if room and not edit_of_page(room, "adapters"):
         known.add(room.Adapted)
     for name, m in lm.named_modules():
-        if type(m) not in known or "forward" in vars(m) or any(vars(m)[x] for x in COUNTED[1:]):
+        own = own_of(m)
+        if type(m) not in known or "forward" in own or any(own[x] for x in COUNTED[1:]):
             return f"language_model.{name} was edited".replace(". ", " ")
     if {type(x) for x in tensors_in(all_in([lm]))} - {nn.Parameter}:
         return "a weight of the language model is of another type"

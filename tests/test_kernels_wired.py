@@ -15,8 +15,9 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 import alpamayo  # noqa: E402
 import data  # noqa: E402
 import kernels  # noqa: E402
+import memory  # noqa: E402
 import world  # noqa: E402
-from kernels import one_launch  # noqa: E402
+from kernels import decoding, one_launch  # noqa: E402
 
 # Triton's interpreter computes in masked-off lanes too
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -150,3 +151,23 @@ def test_driving_without_thinking(both, eta, small, monkeypatch):
     assert used == (ONE_LAUNCH if small else SAMPLER | {"_attend"})
     assert torch.equal(flow[0], x) and (flow[2] - flow[0]).abs().mean() > 0.1
     assert (flow - ours).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_sampling_under_autocast(small, scene, both, monkeypatch):
+    """As stage rl tries things out on a GPU, with weights that learn and activation checkpointing."""
+    model = tiny()
+    memory.checkpoint_activations(model)
+    if not small:
+        monkeypatch.setattr(one_launch, "MOST_BYTES", 0)
+
+    def run():
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return model.sample(scene, n=2, temperature=0, steps=1, max_new_tokens=2, seed=0)
+
+    out, ours, used = both(run)
+    assert used >= {"_attend"} | (ONE_LAUNCH if small else SAMPLER)
+    assert model.vlm.model.language_model in decoding.kept
+    assert torch.equal(out.tokens, ours.tokens)
+    moved, by_ours = out.flow[1] - out.flow[0], ours.flow[1] - ours.flow[0]
+    assert (moved - by_ours).norm() <= 3e-2 * moved.norm()
