@@ -705,7 +705,7 @@ class Alpamayo(nn.Module):
             cos, sin = self.rope_behind(start, HORIZON, dtype)
             seen = torch.arange(T, device=device) < thought.length[:, None]
             inputs = *parts, steps, x, cos, sin, prefix.layers, thought.tail, seen, eta, generator
-            if one_launch.fits(self.cfg, HORIZON, dtype):
+            if one_launch.fits(self.cfg, HORIZON, prefix.layers[0][0].dtype):
                 return one_launch.sample_in_one_launch(*inputs)
             return sample_flow(*inputs)
         past = self.expert_past(prefix, thought.tail, T, thought.length)
@@ -771,10 +771,10 @@ class Alpamayo(nn.Module):
 
 
 def load_model(folder=NANO, device=None, **switches):
-    """A checkpoint on a device (default: a GPU if there is one); a large one there in bfloat16."""
+    """A checkpoint on a device, by default a GPU if there is one. A GPU's kernels want bfloat16."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    large = read_config(folder).max_pixels > 0
-    dtype = torch.bfloat16 if large and device.type != "cpu" else torch.float32
+    half = device.type == "cuda" or device.type != "cpu" and read_config(folder).max_pixels > 0
+    dtype = torch.bfloat16 if half else torch.float32
     return Alpamayo.from_pretrained(folder, dtype, device, **switches)
 
 

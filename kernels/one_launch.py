@@ -19,10 +19,11 @@ In sampler.py, for a large expert, a launch is one matrix product, cut over all 
 Here a sample has one multiprocessor, which reads from L2 at most 64 bytes a clock: weights of 4 MiB
 in 38 us, and so often as there are steps. `fits` draws the line there.
 
-It computes what it should on an H200; its time was not measured. By arithmetic for nano in 16 bits:
-its 1.2 MB of weights are 11 us a step, and its products as long at a tenth of what a multiprocessor
-can multiply. But a layer is some 25 products of which each waits for the one before. At 0.8 us each
-that is 80 us a step, for one sample or 132.
+It runs in 16 bits. In 32 the compiled kernel wrote beside its shared memory on an H200, at some
+sizes and not at others (triton 3.6.0, sm_90), so `fits` leaves that to sampler.py. By arithmetic for
+nano: its 1.2 MB of weights are 11 us a step, and its products as long at a tenth of what a
+multiprocessor can multiply. But a layer is some 25 products of which each waits for the one before.
+At 0.8 us each that is 80 us a step, for one sample or 132.
 """
 import math
 
@@ -61,14 +62,13 @@ def plain_sample(
 @triton.jit
 def _linear(X, W, row, n, ok, K: tl.constexpr, BK: tl.constexpr):
     """x W^T in float32: these rows of X (.., K); these rows of W (.., K), which become columns, 0
-    where not ok. tf32x3: 32-bit numbers are multiplied as three products of 19-bit ones, which
-    together have nearly all digits."""
+    where not ok."""
     y = tl.zeros([row.shape[0], n.shape[0]], tl.float32)
     for k in range(0, K, BK):
         k = k + tl.arange(0, BK)
         x = tiles.read_block(X, row, k, None, K)
         w = tiles.read_block(W, n, k, ok, K)
-        y = tl.dot(x, tl.trans(w), y, input_precision="tf32x3")
+        y = tl.dot(x, tl.trans(w), y)
     return y
 
 
@@ -119,7 +119,7 @@ def _embed_into(H, a, k, time, W, FREQS, Z, row, A: tl.constexpr, F: tl.constexp
     x = tl.where((j < F)[None, :], a[:, None], tl.where((j < 2 * F)[None, :], k[:, None], time))
     z = _wave(x * freq.to(tl.float32)[None, :], (j % F < F // 2)[None, :]) * 1.4142135623730951
     w = tiles.read_block(W, i, j, i < A, 3 * F)
-    y = tl.dot(z.to(w.dtype), tl.trans(w), input_precision="tf32x3")
+    y = tl.dot(z.to(w.dtype), tl.trans(w))
     W += A * 3 * F
     for layer in tl.static_range(DEPTH):
         if layer > 0:
@@ -170,11 +170,11 @@ def _look(q, K, V, SEEN, keys, best, total, y, D: tl.constexpr, BN: tl.constexpr
         if SEEN is not None:
             seen = tl.load(SEEN + key, mask=seen, other=0) != 0
         k, v = tiles.read_block(K, key, d, seen, D), tiles.read_block(V, key, d, seen, D)
-        score = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+        score = tl.dot(q, tl.trans(k))
         score = tl.where(seen[None, :], score * (1.4426950408889634 * D**-0.5), float("-inf"))
         new = tl.maximum(best, tl.max(score, 1))
         w, fade = tl.exp2(score - new[:, None]), tl.exp2(best - new)
-        y = tl.dot(w.to(v.dtype), v, y * fade[:, None], input_precision="tf32x3")
+        y = tl.dot(w.to(v.dtype), v, y * fade[:, None])
         best, total = new, total * fade + tl.sum(w, 1)
     return best, total, y
 
@@ -268,12 +268,12 @@ def padded(n):
 
 
 def fits(cfg, T, dtype):
-    """Whether one launch samples T controls for this Config's expert: its weights are at most 4
-    MiB, and its tiles fit in a program's registers."""
+    """Whether one launch samples T controls for this Config's expert: in 16 bits, its weights are
+    at most 4 MiB, and its tiles fit in a program's registers."""
     G, H, D, C, A = cfg.n_kv_head, cfg.e_head, cfg.head_dim, cfg.e_embd, cfg.a_embd
     layer = (2 * (H + G) * D + 3 * cfg.e_mlp) * C
     embed = (3 * cfg.a_fourier + (cfg.a_layer - 1) * A + C) * A
-    if (cfg.n_layer * layer + embed) * dtype.itemsize > MOST_BYTES:
+    if dtype.itemsize > 2 or (cfg.n_layer * layer + embed) * dtype.itemsize > MOST_BYTES:
         return False
     widest = max(C, A, 3 * cfg.a_fourier, 2 * D)
     return widest <= 128 and H in (G, 2 * G) and T in (16, 32, 64)
@@ -281,9 +281,8 @@ def fits(cfg, T, dtype):
 
 def sizes_of(expert, embed, like):
     """The kernel's constants but T. like: the weights. The blocks of keys and of the MLP are as
-    large as registers allow: where products take their factors from them, or in 32 bits, less."""
-    half = like.element_size() == 2
-    block = 64 if half and capability(like.device) in (90, 100) else 32
+    large as registers allow: less where products take their factors from them."""
+    block = 64 if capability(like.device) in (90, 100) else 32
     layer = expert.layers[0]
     attention, trunk = layer.self_attn, embed.encoder.trunk
     C, A, D = len(expert.norm.weight), trunk[-1].in_features, attention.head_dim
@@ -291,7 +290,7 @@ def sizes_of(expert, embed, like):
     return dict(
         C=C, M=layer.mlp.up_proj.out_features, HEADS=attention.n_head, G=attention.n_kv_head, D=D,
         A=A, F=F, DEPTH=len(trunk) // 3, BF=padded(3 * F), BA=padded(A), BC=padded(C),
-        BH=padded(D // 2), BD=padded(D), BM=block, BN=block, BK=64 if half else 16,
+        BH=padded(D // 2), BD=padded(D), BM=block, BN=block, BK=64,
     )  # fmt: skip
 
 
@@ -326,7 +325,6 @@ def sample_in_one_launch(
         return weights.new_empty(N * T, width, dtype=dtype)
 
     rows = torch.arange(0, N * T, T, dtype=torch.int32, device=device)
-    half = weights.element_size() == 2
     sizes = sizes_of(expert, embed, weights)
     heads = sizes["HEADS"] * D
     angle = eta * math.pi / 2
@@ -337,6 +335,6 @@ def sample_in_one_launch(
         cos.contiguous(), sin.contiguous(), rows, scratch(sizes["C"], torch.float32),
         scratch(max(sizes["C"], sizes["A"])), scratch(heads), scratch(heads), scratch(sizes["M"]),
         steps, len(prefix), N // B, P, S, 1 - math.cos(angle), math.sin(angle), T=T, **sizes,
-        num_warps=8, **(dict(num_stages=2) if half else dict(num_stages=1, maxnreg=255)),
+        num_warps=8, num_stages=2,
     )  # fmt: skip
     return flow

@@ -70,7 +70,7 @@ PIECES = {
         "Expert.__init__": "471cc91445fd", "Expert.forward": "0c4c9d93676a",
         "Fourier.__init__": "1eebd909812c", "Fourier.forward": "8a30e7a87be0",
         "ActionEmbed.__init__": "d832f67c3df5", "ActionEmbed.forward": "24be111c6b3e",
-        "euler_step": "fcb97f60077d", "Alpamayo.drive": "23fd5c3c039c",
+        "euler_step": "fcb97f60077d", "Alpamayo.drive": "3a519a4eecdd",
         "Alpamayo.velocity": "b1a7427772e1", "Alpamayo.expert_past": "b6458945dc2d",
     },
     "the thought": {

@@ -161,12 +161,12 @@ def test_the_plain_loop_is_the_model(eta):
 
 def test_which_experts_are_small():
     """nano's is; mini's has 23 MB. A width that a program's registers have no room for is not."""
-    half, single = torch.float16, torch.float32
-    assert one_launch.fits(NANO, 64, half) and one_launch.fits(NANO, 64, single)
-    assert one_launch.fits(ODD, 16, single) and one_launch.fits(WIDE, 16, half)
+    half = torch.float16
+    assert one_launch.fits(NANO, 64, half) and not one_launch.fits(NANO, 64, torch.float32)
+    assert one_launch.fits(ODD, 16, half) and one_launch.fits(WIDE, 16, torch.bfloat16)
     assert not one_launch.fits(alpamayo.PRESETS["mini"], 64, half)
     assert not one_launch.fits(alpamayo.Config(), 64, half)
-    assert not one_launch.fits(replace(NANO, e_mlp=2048), 64, single)
+    assert not one_launch.fits(replace(NANO, e_mlp=4096), 64, half)
     for odd in (dict(e_embd=160), dict(a_embd=136), dict(e_head=8)):
         assert not one_launch.fits(replace(NANO, **odd), 64, half)
     assert not one_launch.fits(NANO, 128, half)
@@ -198,13 +198,7 @@ def test_the_widest_compiles():
     gate(90, WIDEST, torch.float16)
 
 
-@cross_compiled
-def test_32_bits_compile():
-    """Three products each, by the matrix units. A few addresses are kept outside registers."""
-    gate(90, NANO, torch.float32, spilled=256)
-
-
-def gate(chip, cfg, dtype, eta=0.0, spilled=0):
+def gate(chip, cfg, dtype, eta=0.0):
     inputs = left_behind(cfg, dtype, 1, 6, 64, 150, 33)
     with compiling(chip) as builds:
         one_launch.sample_in_one_launch(*parts_of(cfg, dtype), 2, *inputs, eta)
@@ -213,7 +207,7 @@ def gate(chip, cfg, dtype, eta=0.0, spilled=0):
     said += f"shared, {build.matrix()}, {sum(build.instructions.values())} instructions"
     print(said)
     assert build.grid == (6,)
-    assert build.spilled <= spilled and build.fits, said
+    assert build.spilled == 0 and build.fits, said
     assert build.matrix() == MATRIX[chip], said
 
 

@@ -121,36 +121,35 @@ def test_under_autocast(scene, both, monkeypatch):
     torch.testing.assert_close(torch.stack(our_grads), torch.stack(grads), rtol=0.3, atol=1e-3)
 
 
-@pytest.mark.parametrize("small", [True, False])  # one launch samples, or the sampler's
-def test_thoughts_and_paths(small, scene, both, monkeypatch):
+def test_thoughts_and_paths(scene, both):
     model = tiny()
-    if not small:
-        monkeypatch.setattr(one_launch, "MOST_BYTES", 0)
     out, ours, used = both(lambda: model.sample(scene, n=2, steps=2, max_new_tokens=5, seed=0))
-    assert used >= {"_attend", "_roll_out"} | (ONE_LAUNCH if small else SAMPLER)
+    assert used >= {"_attend", "_roll_out"} | SAMPLER
     assert torch.equal(out.tokens, ours.tokens)
     assert (out.flow - ours.flow).abs().max() < 1e-3 and (out.xyz - ours.xyz).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("dtype, kernels_used, tolerance", [  # in 16 bits one launch samples
+    (torch.float32, SAMPLER | {"_attend"}, 1e-4), (torch.bfloat16, ONE_LAUNCH, 3e-2),
+])  # fmt: skip
 @pytest.mark.parametrize("eta", [0.0, 0.4])
-def test_driving_without_thinking(both, eta, small, monkeypatch):
-    """No tail but the action tokens' own. Euler's steps, and steps with noise."""
-    model = tiny()
-    if not small:
-        monkeypatch.setattr(one_launch, "MOST_BYTES", 0)
+def test_driving_without_thinking(both, eta, dtype, kernels_used, tolerance):
+    """No tail but the action tokens' own. Euler's steps, and steps with noise. What rounding makes
+    of the first step, features of a high frequency make much larger in the second."""
+    model = tiny().to(dtype)
     cfg, x = model.cfg, torch.randn(4, 64, 2, device=DEVICE)
     size = cfg.n_layer, 2, 2, cfg.n_kv_head, 9, cfg.head_dim
-    layers = [tuple(kv) for kv in torch.randn(size, device=DEVICE)]
+    layers = [tuple(kv) for kv in torch.randn(size, device=DEVICE, dtype=dtype)]
     none = torch.zeros(4, 0, dtype=torch.long, device=DEVICE)
     length = torch.zeros(4, dtype=torch.long, device=DEVICE)
     thought = alpamayo.Thought(none, none, none, length, [None] * cfg.n_layer)
     prefix = alpamayo.Prefix(layers, layers, None, 12)
     run = torch.no_grad()(lambda: model.drive(prefix, thought, 2, x, eta, seeded()))
     flow, ours, used = both(run)
-    assert used == (ONE_LAUNCH if small else SAMPLER | {"_attend"})
+    assert used == kernels_used
     assert torch.equal(flow[0], x) and (flow[2] - flow[0]).abs().mean() > 0.1
-    assert (flow - ours).abs().max() < 1e-3
+    assert (flow[1] - ours[1]).norm() <= tolerance * (flow[1] - flow[0]).norm()
+    assert dtype == torch.bfloat16 or (flow - ours).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("small", [True, False])
