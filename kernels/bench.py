@@ -10,7 +10,7 @@ operations and bytes a second; and how far that is from the floor. No kernel can
 its products at the rate of a large matrix product, nor than its inputs and outputs at the rate of a
 copy. Both rates are measured first. What n samples share is counted once. Attention and salience
 are one layer's. `sample_flow` is the whole sampler, all layers and steps; its floor reads the
-expert's weights and the prefix once a step.
+expert's weights and the prefix once a step. `decoding` is the language model's pass over one token.
 
 Each result is a line of JSON in --out at once, and what is there is not timed again. Rivals that
 compile first come last. One that fails says so in its line and stops nobody.
@@ -35,7 +35,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 import alpamayo
 import kernels
-from kernels import flow_step, prefix_attention, pruned_attention, salience, sampler
+from kernels import decoding, flow_step, prefix_attention, pruned_attention, salience, sampler
 
 try:
     import flash_attn
@@ -519,8 +519,69 @@ def sampler_cases(shape):
         yield Case("sample_flow", name, operations, steps * 2 * (every + keys), partial(make, n))
 
 
+# --------------------------------------------------------------------------------------------------
+# A token of the language model
+
+
+def read_token(lm, token, cos, sin, prefix, tail):
+    """What Alpamayo.think runs for each token, in PyTorch or by the kernels that are chosen."""
+    past = [alpamayo.Past(tuple(kv), tuple(own)) for kv, own in zip(prefix, tail)]
+    return lm(lm.embed_tokens(token)[:, None], cos, sin, past)[0]
+
+
+def read_by_kernels(*inputs):
+    with kernels.using("triton"):
+        return read_token(*inputs)
+
+
+def read_recorded(recordings, lm, token, cos, sin, prefix, tail):
+    """The same token again and again, behind a tail that stays as it is."""
+    S = tail.shape[4]
+    if not recordings:
+        angles = [a.expand(-1, -1, S + 1, -1) for a in (cos, sin)]
+        made = decoding.Recording(lm, prefix, len(token), prefix.shape[4], angles)
+        made.begin(prefix, angles)
+        made.tails[..., :S, :] = tail
+        made.taken[..., :S] = True
+        recordings.append(made)
+    (one,) = recordings
+    one.place.fill_(S)
+    one.taken[..., S] = False
+    return one.read(token)
+
+
+def decoding_cases(shape):
+    """All layers of the language model, for one token of each sample, not what is then chosen."""
+    cfg, P, S = shape.cfg, shape.prefix, shape.tail
+    G, d = cfg.n_kv_head, cfg.head_dim
+
+    def make(n, dtype):
+        lm = alpamayo.LanguageModel(cfg).to(dtype).requires_grad_(False)
+        angles = alpamayo.rope(torch.full((3, 1, 1), P + S), cfg, dtype)
+        prefix = torch.randn(cfg.n_layer, 2, 1, G, P, d, dtype=dtype)
+        tail = torch.randn(cfg.n_layer, 2, n, G, S, d, dtype=dtype)
+        token = torch.randint(cfg.text_vocab, (n,))
+        inputs = [lm, token, *angles, prefix, tail]
+
+        def rivals(*_):
+            found = {"the loop in PyTorch": (None, read_token)}
+            return found | {"the loop by the kernels": (None, read_by_kernels)}
+
+        return Problem(inputs, partial(read_recorded, []), read_token, rivals)
+
+    with torch.device("meta"):
+        lm = alpamayo.LanguageModel(cfg)
+    read = sum(p.numel() for p in lm.parameters()) - lm.embed_tokens.weight.numel()
+    for n in shape.samples:
+        keys = cfg.n_layer * 2 * G * (P + n * S) * d  # and values
+        operations = 2 * n * (read + 2 * cfg.n_layer * cfg.n_head * (P + S) * d)
+        name = f"{shape.name}, {n} sample{'s' * (n > 1)}"
+        yield Case("decoding", name, operations, 2 * (read + keys), partial(make, n))
+
+
 CASES = {
     "sampler": sampler_cases,
+    "decoding": decoding_cases,
     "prefix_attention": prefix_attention_cases,
     "pruned_attention": pruned_attention_cases,
     "roll_out": roll_out_cases,

@@ -20,10 +20,11 @@ Here a sample has one multiprocessor, which reads from L2 at most 64 bytes a clo
 in 38 us, and so often as there are steps. `fits` draws the line there.
 
 It runs in 16 bits. In 32 the compiled kernel wrote beside its shared memory on an H200, at some
-sizes and not at others (triton 3.6.0, sm_90), so `fits` leaves that to sampler.py. By arithmetic for
-nano: its 1.2 MB of weights are 11 us a step, and its products as long at a tenth of what a
-multiprocessor can multiply. But a layer is some 25 products of which each waits for the one before.
-At 0.8 us each that is 80 us a step, for one sample or 132.
+sizes and not at others (triton 3.6.0, sm_90), so `fits` leaves that to sampler.py. nano's five
+steps, with all that is around them, take 3.2 ms there. By arithmetic: its 1.2 MB of weights are 11
+us a step, and its products as long at a tenth of what a multiprocessor can multiply. But a layer is
+some 25 products of which each waits for the one before. At 0.8 us each that is 80 us a step, for
+one sample or 132.
 """
 import math
 
