@@ -42,6 +42,7 @@ ROWS = {  # flags beside the usual ones
     "tokens": "--policy tokens --train vlm",
     "at random": "--curate 0",
     "expert alone": "--objective nft --train expert",
+    "thought alone": "--objective nft --train vlm",
     "episodes": "--objective nft --episode 4 --batch 2 --group 8",
 }
 PAPER = """\
