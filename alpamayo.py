@@ -358,7 +358,7 @@ class Alpamayo(nn.Module):
         routes = scene["route"] if cfg.route and "route" in scene else [""] * len(cameras)
         every = [self.prompt_ids(cameras[0].tolist(), images, reason, r) for r in routes]
         if len({len(ids) for ids in every}) > 1:
-            raise ValueError("route: a batch's routes must have equally many tokens, or none any")
+            raise ValueError("route: a batch's routes must have equally many tokens, or none")
         grids = sum(images, [])
         positions = image_positions(every[0], vocab["image_pad"], grids).to(device)
         ids = torch.stack(every).to(device)
@@ -629,8 +629,7 @@ class Alpamayo(nn.Module):
         thinking = torch.full((N,), reason, device=x.device)
         length = torch.zeros(N, dtype=torch.long, device=x.device)  # up to <|traj_future_start|>
         tail = [None] * len(lm.layers)
-        room = due + (max_new_tokens if reason else 0)  # what may be said, and its angles
-        ahead = self.rope_behind(length[:1] + prefix.end, room, lm.embed_tokens.weight.dtype)
+        ahead = self.rope_behind(length[:1] + prefix.end, due + max_new_tokens * reason, x.dtype)
         recorded = decoding.recorded(Alpamayo.think, self, prefix.recalled, N, ahead)
         said = []  # of each step: tokens, whether they were chosen, their log-probabilities
         while True:
@@ -771,9 +770,10 @@ class Alpamayo(nn.Module):
 
 
 def load_model(folder=NANO, device=None, **switches):
-    """A checkpoint on a device, by default a GPU if there is one. A GPU's kernels want bfloat16."""
+    """A checkpoint on a device, by default a GPU if there is one. There it is in bfloat16."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    half = device.type == "cuda" or device.type != "cpu" and read_config(folder).max_pixels > 0
+    large = read_config(folder).max_pixels > 0
+    half = device.type == "cuda" or (large and device.type != "cpu")
     dtype = torch.bfloat16 if half else torch.float32
     return Alpamayo.from_pretrained(folder, dtype, device, **switches)
 

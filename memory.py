@@ -16,9 +16,10 @@ optimisers) on tensors that have shape and type but no contents, PyTorch's FakeT
 every storage from birth to death. A GPU is planned as a CPU with bfloat16 matrix products, whose
 optimisers update all tensors at once, as a GPU's do.
 
-Not counted: scratch memory inside kernels, CUDA's own share, fragmentation. On a GPU leave a tenth
-and one GiB for these. The plan is for one process. Under torchrun each process needs all of it for
-its share of the batch, and its gradients once more while they are averaged.
+On a GPU it adds what the Triton kernels keep while stage rl tries out. Not counted: scratch memory
+inside PyTorch's kernels, CUDA's own share, fragmentation. Leave a tenth and one GiB for these. The
+plan is for one process. Under torchrun each process needs all of it for its share of the batch, and
+its gradients once more while they are averaged.
 """
 import weakref
 from collections import Counter
@@ -37,8 +38,10 @@ from torch.utils.checkpoint import checkpoint
 import data
 from alpamayo import (
     HORIZON,
+    ActionEmbed,
     ActionSpace,
     Alpamayo,
+    Expert,
     Layer,
     Past,
     Rollout,
@@ -47,6 +50,7 @@ from alpamayo import (
     pick,
     rope,
 )
+from kernels import decoding, in_multiples, one_launch, sampler
 from release import Vocabulary, split_words
 
 # --------------------------------------------------------------------------------------------------
@@ -291,6 +295,44 @@ def made_up_rollout(model, scenes, group, thought, steps):
     return Rollout([], tokens, chosen, log_probs, flow[0], None, None, flow, {}, eta=eta)
 
 
+def with_kernels(peaks, run, scene):
+    """The peaks with what the Triton kernels keep, on a GPU, once stage rl has tried out."""
+    flags = run.flags
+    if flags.stage != "rl" or flags.plan != "gpu":
+        return peaks
+    said, steps = flags.max_new_tokens, flags.flow_steps
+    if flags.policy == "tokens":
+        said, steps = said + 2 * HORIZON, 0
+    kept = kept_by_kernels(run.model, scene, flags.group, said, steps)
+    return {phase: peak + Counter(kernels=kept) for phase, peak in peaks.items()}
+
+
+@torch.no_grad()
+def kept_by_kernels(model, scene, group, said, steps):
+    """Bytes that the kernels keep for groups that say so many tokens and take so many steps of the
+    flow, or none: buffers of graphs, and of an expert that learns a 16-bit copy."""
+    cfg, half = model.cfg, torch.bfloat16
+    B, P, _ = model.embed_prompt(scene).x.shape
+    N = B * group
+    kept, copy = [], 0
+    with torch.device("meta"):
+        layers = [torch.empty(2, B, cfg.n_kv_head, P, cfg.head_dim, dtype=half).unbind()]
+        layers *= cfg.n_layer
+        angles = torch.empty(2, 1, 1, said, cfg.head_dim // 2).unbind()
+        room = in_multiples(P, decoding.SHARED)
+        kept.append(decoding.Recording(None, layers, N, room, angles))
+        if steps and not one_launch.fits(cfg, HORIZON, half):
+            parts = Expert(cfg), ActionEmbed(cfg), nn.Linear(cfg.e_embd, 2)
+            parts = nn.ModuleList(parts).to(half)
+            room = in_multiples(said, sampler.ROOM)
+            kept.append(sampler.Buffers(*parts, steps, B, N, HORIZON, P, room))
+            if next(model.expert.parameters()).dtype == torch.float32:
+                copy = sum(p.nbytes for p in parts.parameters())
+    tensors = [t for t in tree_leaves([vars(x) for x in kept]) if torch.is_tensor(t)]
+    storages = [t.untyped_storage() for t in tensors if not isinstance(t, nn.Parameter)]
+    return copy + sum({s._cdata: s.nbytes() for s in storages}.values())
+
+
 # --------------------------------------------------------------------------------------------------
 # The plan: its table
 
@@ -302,6 +344,7 @@ KINDS_OF_BYTES = (
     "optimiser",
     "keys and values",
     "activations",
+    "kernels",
 )
 
 

@@ -963,7 +963,8 @@ def print_plan(flags):
     rollouts = f" of {flags.group} rollouts" if flags.stage == "rl" else ""
     print(f"{flags.init or flags.preset}, stage {flags.stage}: {counts(run)}; {run.piece} scenes"
           f"{rollouts} at a time, {run.arithmetic} arithmetic")
-    print(memory.table(memory.peaks(run, phases_of_step(run, scene))))
+    found = memory.peaks(run, phases_of_step(run, scene))
+    print(memory.table(memory.with_kernels(found, run, scene)))
 
 
 def phases_of_step(run, scene):
@@ -974,7 +975,7 @@ def phases_of_step(run, scene):
     if flags.stage != "rl":
         lesson = "action" if flags.stage == "action" else "reason"
         learn = partial(backward, run, scene, lesson, True, None, insulate)
-        return {"losses": learn, "update": change}
+        return {"losses": partial(twice, run, learn), "update": change}
     steps = 0 if flags.policy == "tokens" else flags.flow_steps
     out = memory.made_up_rollout(run.model, run.piece, flags.group, flags.max_new_tokens, steps)
     out.eta = 0.0 if flags.objective == "nft" else out.eta
@@ -990,10 +991,16 @@ def phases_of_step(run, scene):
                                   insulate=insulate)
         losses["policy"].backward()
 
-    phases = {"rollouts": try_out, "losses": learn_from_rollouts}
+    phases = {"rollouts": try_out, "losses": partial(twice, run, learn_from_rollouts)}
     if flags.rehearse:
         phases["rehearsal"] = partial(backward, run, scene, "reason", False, None, insulate)
     return phases | {"update": change}
+
+
+def twice(run, learn):
+    """With --accumulate a second piece of the batch finds the gradients of the first."""
+    for _ in range(min(2, run.flags.accumulate)):
+        learn()
 
 
 if __name__ == "__main__":

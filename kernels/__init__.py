@@ -5,6 +5,7 @@ What costs most on a GPU, written by hand in Triton, each kernel beside the PyTo
     pruned_attention.py   attention among the patches that are kept, image by image
     prefix_attention.py   attention of n samples over the prompt they share and a tail each
     flow_step.py          Euler step of the flow with the embedding of the new controls; roll-out
+    decoding.py           the language model's pass over one token, recorded as a CUDA graph
     sampler.py            all steps of the flow over the expert, recorded as one CUDA graph
     one_launch.py         the same for a small expert, nano's, in one launch
     roll_out.cu           the roll-out once more, in CUDA C++, to compare (roll_out_cuda.py)
@@ -86,6 +87,11 @@ def multiprocessors(device):
 def _properties(device):
     found = torch.cuda.get_device_properties(device)
     return 10 * found.major + found.minor, found.multi_processor_count
+
+
+def in_multiples(n, of):
+    """The multiple that has room for n."""
+    return -(-n // of) * of
 
 
 def say(line):

@@ -47,6 +47,7 @@ import torch
 from kernels import (
     capability,
     flow_step,
+    in_multiples,
     prefix_attention,
     stock,
     tiles,
@@ -401,6 +402,7 @@ def as_autocast(*parts):
     return made
 
 
+ROOM = 64
 kept = weakref.WeakKeyDictionary()  # expert: (where its weights lie, {shape: its last buffers})
 
 
@@ -413,12 +415,12 @@ def sample_flow(expert, embed, project, steps, noise, cos, sin, prefix, tail, se
     cos, sin (N, 1, T, d / 2): rope of the action tokens. prefix: each layer's k, v (B, G, P, d),
     which the N / B samples of a scene share. tail: each layer's (N, G, S, d) of the tokens that a
     sample has generated, or None. seen (N, S): which of these there are. Tails are given room for a
-    multiple of 64, so that few shapes, and graphs, are made."""
+    multiple of ROOM, so that few shapes, and graphs, are made."""
     N, T, _ = noise.shape
     if T < 16 or T & (T - 1):
         raise ValueError(f"noise: {T} action tokens; the kernels' tiles need 16, 32, 64, ...")
     B, _, P, _ = prefix[0][0].shape
-    S = 0 if tail[0] is None else -(-tail[0][0].shape[2] // 64) * 64
+    S = 0 if tail[0] is None else in_multiples(tail[0][0].shape[2], ROOM)
     expert, embed, project = as_autocast(expert, embed, project)
     modules = stock.all_in((expert, embed, project))
     places = [x.data_ptr() for x in stock.tensors_in(modules)]

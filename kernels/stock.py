@@ -3,8 +3,8 @@ Whether the model is still what the kernels write out again.
 
 Most kernels are functions of tensors that the model calls, so an edit around them is honoured. Two
 write a piece of the model out again: `sampler` the loop of Alpamayo.drive with the expert in it,
-`flow_step` the unicycle of roll_out. `decoding` records a pass of the language model, and what
-Python would do anew each time is then not done. They run only while that piece is as it was. Before
+`flow_step` the unicycle of roll_out. `decoding` records a pass of the language model, so what
+Python would do anew each time is not done. All three run only while that piece is as it was. Before
 each call are compared
 
     the page      what its names mean, with PIECES: a thing, or the fingerprint of its source
@@ -75,7 +75,7 @@ PIECES = {
     },
     "the thought": {
         **LAYER, "F.embedding": F.embedding, **meaning(["nn.Embedding"], ["LanguageModel"]),
-        "LanguageModel.forward": "ea0e4013572d", "Alpamayo.think": "b49baf4c7b9b",
+        "LanguageModel.forward": "ea0e4013572d", "Alpamayo.think": "678ace354ff1",
     },
     "adapters": {
         "F": F, "F.linear": F.linear, **meaning([], ["Adapted"]), "Adapted.forward": "a8fd3283d043",
@@ -155,8 +155,9 @@ def edit_of_page(page, piece):
 # The modules
 
 COUNTED = "_modules", "_forward_hooks", "_forward_pre_hooks"
-NUMBERS = "eps", "normalized_shape", "n_head", "n_kv_head", "head_dim", "on"
+NUMBERS = "eps", "normalized_shape", "n_head", "n_kv_head", "head_dim", "on", "max_norm"
 as_new = weakref.WeakKeyDictionary()  # model: the traits of its parts in a new one
+made_of = weakref.WeakKeyDictionary()  # language model: {class: what its modules have when new}
 
 
 def all_in(parts):
@@ -180,8 +181,7 @@ def own_of(module):
     own = vars(module)
     forward = own.get("forward")
     if type(forward) is functools.partial and forward.func is checkpoint:
-        [method] = forward.args
-        if method.__self__ is module and method.__func__ is type(module).forward:
+        if forward.args == (type(module).forward.__get__(module),):
             own = {name: value for name, value in own.items() if name != "forward"}
     return own
 
@@ -267,15 +267,19 @@ def edit_of_thought(page, model, layers):
     if edit:
         return edit
     lm = model.vlm.model.language_model
-    known = {page.LanguageModel, page.Layer, page.Attention, page.MLP}
-    known |= {nn.Embedding, nn.Linear, nn.RMSNorm, nn.ModuleList}
-    room = sys.modules.get("memory")
-    if room and not edit_of_page(room, "adapters"):
-        known.add(room.Adapted)
+    if lm not in made_of:
+        with torch.device("meta"):
+            new = page.LanguageModel(model.cfg)
+        made_of[lm] = {type(m): (set(vars(m)), set(m._modules)) for m in new.modules()}
+    adapters = sys.modules.get("memory")
     for name, m in lm.named_modules():
         own = own_of(m)
-        if type(m) not in known or "forward" in own or any(own[x] for x in COUNTED[1:]):
-            return f"language_model.{name} was edited".replace(". ", " ")
+        has, parts = made_of[lm].get(type(m), ((), None))
+        if adapters and type(m) is adapters.Adapted and not edit_of_page(adapters, "adapters"):
+            has, parts = {*made_of[lm][nn.Linear][0], "on"}, set()
+        hooked = any(own[x] for x in COUNTED[1:])
+        if parts != set(own["_modules"]) or hooked or not set(own) <= set(has):
+            return " ".join(filter(None, ["language_model", name])) + " was edited"
     if {type(x) for x in tensors_in(all_in([lm]))} - {nn.Parameter}:
         return "a weight of the language model is of another type"
     if len(layers) != len(lm.layers) or len({x.shape for kv in layers for x in kv}) > 1:

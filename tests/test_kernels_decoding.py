@@ -4,6 +4,9 @@ something else each time, the loop reads. Without a GPU a Recording runs and is 
 
     python -m pytest tests/test_kernels_decoding.py
 """
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -79,7 +82,7 @@ def recordings(model):
 def test_a_recorded_thought_is_the_loops(B, n, P, words, due):
     model = tiny()
     assert_same(*both(model, prefix_of(model, B, P), n, words, due))
-    assert recordings(model)[0].prefix.shape[4] % decoding.SHARED == 0
+    assert recordings(model)[0].prompt.shape[4] % decoding.SHARED == 0
 
 
 def test_prompts_of_other_lengths_share_it_and_leave_nothing_behind():
@@ -157,6 +160,12 @@ def own_class(model, told):
     model.vlm.model.language_model.layers[0].mlp.__class__ = Counted
 
 
+def own_call(model, told):
+    """As mlp.compile() leaves it."""
+    mlp = model.vlm.model.language_model.layers[0].mlp
+    mlp._compiled_call_impl = lambda x: told.append(1) or type(mlp).forward(mlp, x)
+
+
 def own_think(model, told):
     model.think = lambda *given: told.append(1) or type(model).think(model, *given)
 
@@ -166,7 +175,7 @@ class Told(list):
         pass
 
 
-@pytest.mark.parametrize("edit", [hook, hook_on_all, own_forward, own_class, own_think])
+@pytest.mark.parametrize("edit", [hook, hook_on_all, own_forward, own_class, own_call, own_think])
 def test_where_python_may_do_something_else_the_loop_reads(edit, capsys):
     model, told = tiny(), Told()
     prefix = prefix_of(model, 1, 6)
@@ -191,6 +200,46 @@ def test_an_edited_page_is_read_by_the_loop(monkeypatch, capsys):
     assert_same(expected, found)
     assert (torch.stack(found.tail[-1]) - torch.stack(before.tail[-1])).norm() > 0.1
     assert "kernels: PyTorch for the thought (MLP.forward was edited)" in capsys.readouterr().err
+
+
+def test_with_gradients_the_loop_reads(capsys):
+    model = tiny()
+    with kernels.using("triton"):
+        thought = think.__wrapped__(model, prefix_of(model, 1, 6))
+    assert thought.tail[0][0].requires_grad
+    assert "PyTorch for the thought (gradients are enabled)" in capsys.readouterr().err
+
+
+def test_a_choice_that_thinks_has_a_recording_of_its_own():
+    model = tiny()
+    inner, outer = prefix_of(model, 1, 6), prefix_of(model, 1, 5, seed=1)
+
+    def thoughts():
+        seen = []
+
+        def choose(logits):
+            seen.append(think(model, inner, words=2))
+            return alpamayo.pick(logits, 0, 1.0)
+
+        with torch.no_grad():
+            return [model.think(outer, 2, True, 0, 2, choose), *seen]
+
+    with kernels.using("torch"):
+        expected = thoughts()
+    with kernels.using("triton"):
+        for a, b in zip(expected, thoughts()):
+            assert_same(a, b)
+
+
+def test_a_model_is_freed():
+    model = tiny()
+    with kernels.using("triton"):
+        think(model, prefix_of(model, 1, 6), words=1)
+    lm = weakref.ref(model.vlm.model.language_model)
+    assert lm() in decoding.kept
+    del model
+    gc.collect()
+    assert lm() is None
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="graphs need a GPU")

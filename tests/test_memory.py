@@ -15,6 +15,7 @@ import memory
 import train
 import world
 from alpamayo import PRESETS, Alpamayo, Vocabulary, with_words
+from kernels import one_launch
 
 pytestmark = pytest.mark.in_pytorch("planned, and counted, is what PyTorch's lines allocate")
 TEXTS = [data.sentence(cause, world.LEFT) for cause in data.CAUSES]
@@ -115,3 +116,15 @@ def test_the_largest_preset_is_planned_and_nothing_is_allocated():
     assert 40 < gib < 43 and resident() - before < 0.5
     prompt = model.prompt_ids([0, 1, 2, 6], [[(10, 18)]] * 16, reason=True)
     assert 2880 + 48 < len(prompt) < 3100
+
+
+def test_gradients_and_kernels_are_planned(monkeypatch, capsys):
+    """A second piece of the batch finds the first one's gradients; an expert that learns, and is too
+    large for one launch, has a 16-bit copy for rollouts."""
+    monkeypatch.setattr(one_launch, "MOST_BYTES", 0)
+    flags = "gpu --stage rl --train expert --group 2"
+    whole = planned(monkeypatch, capsys, f"{flags} --batch 1")
+    parts = planned(monkeypatch, capsys, f"{flags} --batch 2 --accumulate 2")
+    learn = whole["weights that learn"][0]
+    assert parts["total"][1] > whole["total"][1] + 0.3 * learn
+    assert parts["kernels"] == whole["kernels"] and 0.5 * learn < whole["kernels"][0] < 4 * learn

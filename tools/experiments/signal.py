@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import data
 import rl
-from alpamayo import NANO, OF_EXPERT, grpo, heads_of, load_model
+from alpamayo import NANO, OF_EXPERT, Alpamayo, grpo, heads_of
 from doors import whole
 from tools import markdown
 from tools.common import world_scenes
@@ -60,7 +60,8 @@ def params_of_expert(model):
 
 def main(args):
     """Print, for each head, how much of its gradient two independent draws of rollouts share."""
-    model = load_model(args.checkpoint, args.device)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = Alpamayo.from_pretrained(args.checkpoint, torch.float32, device)  # as it learns
     scenes = world_scenes(model.cfg, args.split, SCENES, args)
     numbers = range(len(scenes))
     scene = data.to_device(scenes.batch(numbers), model.device)
