@@ -356,6 +356,7 @@ def test_rl_rows_are_trained_and_measured_once(here, cache, tmp_path, command, m
     lines = found[1]
     assert found[0][-len(lines) :] == lines and len(here) == 1  # before them, what training said
     assert lines[0].startswith("| tail | both right, % |") and lines[2].startswith("| before |")
+    assert "| tail, score | before | nft |" in lines and "| tail, both right, % | before | nft |" in lines
     numbers = json.loads(lines[-1])
     assert list(numbers) == ["before", "nft"] and 0 <= numbers["nft"][0]["tail"]["reason"] <= 5
 

@@ -12,6 +12,8 @@ import argparse
 import json
 from functools import partial
 
+import torch
+
 import data
 import rl
 import runs
@@ -45,6 +47,7 @@ ROWS = {  # flags beside the usual ones
     "thought alone": "--objective nft --train vlm",
     "episodes": "--objective nft --episode 4 --batch 2 --group 8",
 }
+BY_SITUATION = {"right": ("both right, %", 0, 100), "drive score": ("score", 2, 1)}
 PAPER = """\
 | the paper's Table 9 | ADE | reasoning | consistency | close encounters, % |
 | --- | ---: | ---: | ---: | ---: |
@@ -85,12 +88,13 @@ def measure(folder, policy, args):
 
 
 def think_and_drive(folder, policy, split, args):
-    """Means of a checkpoint's likeliest rollouts of scenes of a split, and of its drives."""
+    """Means of a checkpoint's likeliest rollouts of scenes of a split, and of its drives; decisions
+    and score also by situation."""
     model = load_model(folder, args.device)
     flags = flags_of_rl()
     flags.policy = policy
     view = data.view_of(model.cfg, args.size)
-    scenes = data.load_world(split, args.eval, FIRST, args.cache, **view)
+    scenes = data.load_world(split, max(args.eval, args.drive), FIRST, args.cache, **view)
     found = rl.likeliest(model, scenes, args.eval, flags)
 
     def drive(scene):
@@ -100,7 +104,14 @@ def think_and_drive(folder, policy, split, args):
     first = world.SEEDS[split] + FIRST
     met = drive_scenes(drive, range(first, first + args.drive), seconds=20.0, **view)
     found |= {f"drive {name}": value.float() for name, value in met.items()}
-    return {name: value.mean().item() for name, value in found.items()}
+    means = {name: value.mean().item() for name, value in found.items()}
+    for situation in sorted(set(scenes.names)):
+        there = torch.tensor([name == situation for name in scenes.names])
+        for name in BY_SITUATION:
+            some = found[name][there[: len(found[name])]]
+            if len(some):
+                means[f"{name}: {situation}"] = some.mean().item()
+    return means
 
 
 def flags_of_rl():
@@ -135,6 +146,20 @@ def table_of(rows, split):
     return markdown(lines, [split, *COLUMNS])
 
 
+def table_by_situation(rows, split, name):
+    """The same by situation: of decisions or score, a column for each row."""
+    title, digits, scale = BY_SITUATION[name]
+    every = [found[split] for seeds in rows.values() for found in seeds]
+    keys = sorted({key for found in every for key in found if key.startswith(f"{name}: ")})
+    lines = []
+    for key in keys:
+        cells = [key.removeprefix(f"{name}: ")]
+        for seeds in rows.values():
+            cells.append(spread([found[split][key] for found in seeds], digits, scale))
+        lines.append(cells)
+    return markdown(lines, [f"{split}, {title}", *rows])
+
+
 def main(args):
     """Train what is missing, measure, print a table for each split, then the numbers."""
     train([one for row in args.rows for one in trainings_of(row, args)], args)
@@ -145,6 +170,8 @@ def main(args):
         rows[row] = [measure(folder, policy, args) for folder in trained or [NANO]]
     for split in args.splits:
         print(table_of(rows, split), end="\n\n")
+        for name in BY_SITUATION:
+            print(table_by_situation(rows, split, name), end="\n\n")
     print(f"{args.train_steps} steps; the likeliest rollout of {args.eval} scenes a split, "
           f"{args.drive} scenarios of 20 s; seeds: {args.seeds}; ± their standard deviation.")
     print(f"\n{PAPER}")
