@@ -30,6 +30,7 @@ import math
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
@@ -68,6 +69,25 @@ def plain_prefix_attention(q, k0, v0, k1=None, v1=None, mask0=None, mask1=None):
     if k1 is not None:
         y = y + w[..., P:] @ v1
     return y.reshape(N, H, T, d)
+
+
+def over_copies(q, k0, v0, k1=None, v1=None, mask0=None, mask1=None):
+    """The same by PyTorch's fused attention, over a copy of the prefix for each sample."""
+    N, H, T, _ = q.shape
+    B, G, P, _ = k0.shape
+    n = N // B
+    k, v = k0.repeat_interleave(n, 0), v0.repeat_interleave(n, 0)
+    if k1 is not None:
+        k, v = torch.cat([k, k1], 2), torch.cat([v, v1], 2)
+    mask = None
+    if mask0 is not None or mask1 is not None:
+        if mask0 is None:
+            mask0 = q.new_ones(B, P, dtype=torch.bool)
+        if mask1 is None:
+            mask1 = q.new_ones(N, 1, k.shape[2] - P, dtype=torch.bool)
+        mask0 = mask0.repeat_interleave(n, 0)[:, None].expand(-1, mask1.shape[1], -1)
+        mask = torch.cat([mask0, mask1], 2)[:, None]  # (N, 1, T or 1, P + S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != G)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -490,7 +510,11 @@ prefix_attention_op.register_autograd(gradients_of_attention, setup_context=keep
 
 
 def prefix_attention(q, k0, v0, k1=None, v1=None, mask0=None, mask1=None):
-    """See `plain_prefix_attention`."""
+    """See `plain_prefix_attention`. On a CPU, where the scores of a group's R rows would take more
+    memory than copies of its keys and values, copies are faster."""
     if not by_hand(q.device, q.dtype):
-        return plain_prefix_attention(q, k0, v0, k1, v1, mask0, mask1)
+        R = q.shape[1] // k0.shape[1] * q.shape[2]
+        copies = q.device.type == "cpu" and R >= 2 * q.shape[3]
+        attend = over_copies if copies else plain_prefix_attention
+        return attend(q, k0, v0, k1, v1, mask0, mask1)
     return call(prefix_attention_op, q, k0, v0, k1, v1, mask0, mask1, 0)[0]

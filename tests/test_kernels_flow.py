@@ -105,16 +105,24 @@ def test_prefix_attention(case, dtype):
         compare(leaves, mask0, mask1, splits, TOLERANCE[dtype])
 
 
-def test_plain_attention_is_attention_with_the_prefix_copied():
-    leaves, mask0, mask1 = inputs(2, 3, 4, 2, 5, 11, 7, 8, True, "queries", torch.float64)
-    q, k0, v0, k1, v1 = leaves
-    seen = torch.cat([mask0.repeat_interleave(3, 0)[:, None].expand(-1, 5, -1), mask1], -1)
-    k = torch.cat([k0.repeat_interleave(3, 0), k1], 2)
-    v = torch.cat([v0.repeat_interleave(3, 0), v1], 2)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen[:, None], enable_gqa=True
-    )
-    torch.testing.assert_close(attention.plain_prefix_attention(*leaves, mask0, mask1), expected)
+@pytest.mark.parametrize("mask0, mask1, S", [
+    (True, "queries", 7), (False, "samples", 7), (True, None, 7), (False, None, 7), (True, None, 0), (False, None, 0),
+])  # fmt: skip
+def test_attention_over_copies_of_the_prefix_is_the_same(mask0, mask1, S, monkeypatch):
+    """A CPU's way, by PyTorch's own attention, is taken where the model's queries are many."""
+    T = 5 if mask1 is None else random.choice([5, 40])
+    leaves, *masks = inputs(2, 3, 4, 2, T, 11, S, 8, mask0, mask1, torch.float64)
+    there = [x for x in leaves if x is not None]
+    expected = attention.plain_prefix_attention(*leaves, *masks)
+    found = attention.over_copies(*leaves, *masks)
+    torch.testing.assert_close(found, expected)
+    dy = torch.randn_like(found)
+    for a, b in zip(*(torch.autograd.grad(y, there, dy) for y in (found, expected))):
+        torch.testing.assert_close(a, b)
+    with kernels.using("torch"):
+        monkeypatch.setattr(attention, "over_copies", lambda *_: "copies")
+        taken = attention.prefix_attention(*leaves, *masks)
+    assert isinstance(taken, str) == (2 * T >= 16 and DEVICE == "cpu")
 
 
 def test_a_part_may_see_nothing_and_a_row_may_not():
