@@ -25,7 +25,7 @@ from tools.common import COUNT, drive_scenes
 from tools.experiments.trainings import Training, folder_of, measured, spread, train
 
 ABOUT = "Table 9: what each reward adds, and stage rl's other choices"
-NEEDS = "25 minutes of a busy core for a training of 60 steps, 7 to measure it"
+NEEDS = "12 to 25 minutes of a core for a training of 60 steps, 6 to measure it"
 FIRST = 50_000  # of a split, the first scene to measure on
 ROWS = {  # flags beside the usual ones
     "before": None,
