@@ -30,6 +30,7 @@ def small(monkeypatch):
     monkeypatch.setattr(kernels, "processors", 8)  # interpreted one by one: the fewer, the faster
     monkeypatch.setattr(kernels, "_said", set())
     monkeypatch.setattr(alpamayo, "HORIZON", 4)
+    monkeypatch.setattr(decoding, "SHARED", 16)
 
 
 def tiny(dtype=torch.float32):
@@ -77,7 +78,7 @@ def recordings(model):
 
 
 @pytest.mark.parametrize("B, n, P, words, due", [
-    (1, 1, 5, 6, 0), (2, 3, 128, 3, 0), (1, 2, 131, 2, 8), (2, 1, 9, 0, 8),
+    (1, 1, 5, 6, 0), (2, 3, 16, 3, 0), (1, 2, 19, 2, 8), (2, 1, 9, 0, 8),
 ])  # fmt: skip
 def test_a_recorded_thought_is_the_loops(B, n, P, words, due):
     model = tiny()
@@ -88,12 +89,13 @@ def test_a_recorded_thought_is_the_loops(B, n, P, words, due):
 def test_prompts_of_other_lengths_share_it_and_leave_nothing_behind():
     """Not even NaN, where a prompt before had them."""
     model = tiny()
-    broken = prefix_of(model, 1, 100, seed=1)
+    broken = prefix_of(model, 1, 12, seed=1)
     for kv in broken.layers:
-        kv[0][..., -9:, :] = torch.nan
+        for x in kv:
+            x[..., -4:, :] = torch.nan
     with kernels.using("triton"):
         think(model, broken, heat=0)
-    for P in (90, 128):
+    for P in (7, 16):
         assert_same(*both(model, prefix_of(model, 1, P, seed=P)))
     assert len(recordings(model)) == 1
     for n in range(3, 7):
@@ -227,6 +229,7 @@ def test_a_choice_that_thinks_has_a_recording_of_its_own():
     with kernels.using("torch"):
         expected = thoughts()
     with kernels.using("triton"):
+        thoughts()  # leaves one behind
         for a, b in zip(expected, thoughts()):
             assert_same(a, b)
 

@@ -26,7 +26,7 @@ from doors import whole
 from tools import markdown
 
 ABOUT = "Table 13: the milliseconds of a plan, stage by stage"
-NEEDS = "not timed yet"
+NEEDS = "a minute of a GPU; of a core not timed yet"
 SIZES = {  # H W, pixels of an image
     "nano": (64, 128),
     "mini": (128, 256),
