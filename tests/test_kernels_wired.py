@@ -6,6 +6,7 @@ the kernels run in Triton's interpreter.
 """
 import os
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -186,7 +187,8 @@ def test_sampling_under_autocast(small, scene, both, monkeypatch):
     assert (moved - by_ours).norm() <= 3e-2 * moved.norm()
 
 
-def test_an_update_of_stage_rl(scene, both):
+def test_an_update_of_stage_rl(scene, both, monkeypatch):
+    monkeypatch.setattr(rl, "nft", partial(rl.nft, levels=1))
     model, flags, scene = tiny(), flags_of_rl(), data.rows_of(scene, [0])
     with kernels.using("torch"):
         rollout = model.sample(scene, n=2, steps=1, max_new_tokens=2, seed=0)
