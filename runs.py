@@ -64,8 +64,8 @@ def begin_log(folder, steps, say):
     if not steps:
         with suppress(FileNotFoundError):
             os.remove(os.path.join(folder, STATE))
-        for own in Path(folder).glob("own-*"):
-            shutil.rmtree(own, ignore_errors=True)
+        for old in (*Path(folder).glob("own-*"), Path(folder, "best")):
+            shutil.rmtree(old, ignore_errors=True)
     elif os.path.exists(path):
         lines = [line for line in doors.read_json_lines(path) if line.number("step") <= steps]
         for line in lines:

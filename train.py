@@ -109,6 +109,8 @@ def add_run_flags(add):
     add("--overwrite", False, "write over the run or the checkpoint that is in --out")
     add("--val-every", 200, "steps between validation passes", whole(1))
     add("--save-every", 200, "steps between checkpoints", whole(1))
+    add("--best", False, "early stopping: keep the checkpoint of the least ADE in validation, too, "
+        "in OUT/best")
     add("--seed", 0, "of weights, order and noise", whole())
     add("--device", None, "cpu | cuda | mps (default: cuda, where there is one)", device_of)
     add("--threads", 0, "CPU threads of each process; 0: PyTorch's choice", whole(0, 1024))
@@ -120,6 +122,8 @@ def add_model_flags(add):
     unset = argparse.SUPPRESS  # unset flags keep --init's or the preset's value
     add("--preset", "nano", "size of a model from scratch; the largest is for --plan",
         choices=tuple(PRESETS))
+    add("--width", 1.0, "of a model from scratch: how wide its layers are, times the preset's",
+        real(0, 16, above=0))
     add("--init", None, "start from this checkpoint, ours or the release's", metavar="FOLDER")
     add("--vision", unset, "image tokens | triplane tokens | Flex scene tokens; another encoder "
         "than --init's starts untrained behind its tower (default: --init's, or image)",
@@ -154,6 +158,9 @@ def add_data_flags(add):
         "on from where it got to. Half of a batch are then such scenes (DAgger; not the paper's)",
         whole())
     add("--blind", False, "grey images: what can be known without looking")
+    add("--says", "reasoning", "what stage `reason` learns to say before it drives: the whole "
+        "reasoning | the meta-action alone, what is decided without why (the paper's Table 6)",
+        choices=("reasoning", "meta"))
 
 
 def add_learning_flags(add):
@@ -216,6 +223,8 @@ def check_flags(flags, error):
               "run --stage all")
     if flags.stage == "rl" and not flags.init:
         error("--stage rl starts from a checkpoint of stage reason: give it with --init")
+    if flags.says == "meta" and flags.stage not in ("reason", "all"):
+        error(f"--says meta --stage {flags.stage}: it is said in stages reason and all")
     if flags.lora and not flags.init:
         error("--lora adapts a model that has learned: give it with --init")
     if flags.lora and os.path.realpath(flags.init) == os.path.realpath(flags.out):
@@ -226,8 +235,12 @@ def check_flags(flags, error):
         made = name in ("out", "cache") and folder and not os.path.exists(folder)
         if not made and folder not in (None, "world") and not os.path.isdir(folder):
             error(f"--{name} {folder}: expected a folder")
+    if flags.init and flags.width != 1:
+        error(f"--width {flags.width:g}: --init's model is as wide as it is")
+    if flags.best and flags.stage == "rl":
+        error("--best: stage rl validates on several splits, none of which decides")
     if not flags.init:
-        replace(PRESETS[flags.preset], **seeing(flags))  # raises where the preset cannot see so
+        config_from_scratch(flags)  # raises where there is no such model
 
 
 # --------------------------------------------------------------------------------------------------
@@ -399,6 +412,7 @@ def report(run, when, stage, values):
 # Model and optimisers
 
 SEEING = ("vision", "planes_patch", "flex_tokens", "keep")
+WIDTHS = ("n_embd", "n_mlp", "v_embd", "v_mlp", "e_embd", "e_mlp", "a_embd")
 OF_MUON = (".layers.", ".blocks.", "merger", ".triplane.", ".flex.")  # in a parameter's name
 
 
@@ -437,9 +451,16 @@ def with_new_encoder(run, model, cfg):
     return new.to(run.device)
 
 
+def config_from_scratch(flags):
+    """The Config of --preset, --width and how it sees; still without words."""
+    cfg = replace(PRESETS[flags.preset], **seeing(flags))
+    wide = {name: round(flags.width * getattr(cfg, name)) for name in WIDTHS}
+    return replace(cfg, **wide)
+
+
 def model_from_scratch(run):
     """A model of --preset. Its vocabulary is that of the training scenes."""
-    cfg = replace(PRESETS[run.flags.preset], **seeing(run.flags))
+    cfg = config_from_scratch(run.flags)
     cfg = with_words(cfg, run.scenes.reasoning + list(data.ROUTES.values()))
     model = Alpamayo(cfg, Vocabulary(cfg))
     model.init_weights(seeded(run.flags.seed))
@@ -647,11 +668,11 @@ def order_of(epoch, count, seed):
 
 
 def pieces(run, scenes, numbers):
-    """Yields these scenes on the device, as many at a time as a step reads.
-
-    --blind makes their images grey."""
+    """Yields these scenes on the device, as many at a time as a step reads, as the flags show them:
+    --blind makes their images grey, --says meta cuts their reasoning short."""
     for i in range(0, len(numbers), run.piece):
         scene = data.to_device(scenes.batch(numbers[i : i + run.piece]), run.device)
+        scene = data.meta_actions_of(scene) if run.flags.says == "meta" else scene
         yield data.in_grey(scene) if run.flags.blind else scene
 
 
@@ -889,6 +910,11 @@ def write_down(run, line, log, last):
     print(json.dumps(line), file=log, flush=True)
     if last or line["step"] % flags.save_every == 0:
         save(run, line["step"], line["stage"])
+    if flags.best and "val" in line:
+        errors = [past["val"]["ade"] for past in doors.read_json_lines(log.name) if "val" in past]
+        if errors[-1] == min(errors):
+            with runs.new_checkpoint(os.path.join(flags.out, "best")) as new:
+                save_model(run, new, line["stage"])
     if flags.stage == "rl" and "val" in line:
         rl.draw_curves(log.name, os.path.join(flags.out, "curves.png"))
 
@@ -910,7 +936,11 @@ def save(run, step, stage):
                 "tensors": str(len(tensors)), **run.signs}
     with runs.new_checkpoint(flags.out) as new:
         save_tensors(os.path.join(new, runs.STATE), tensors, settings)
-        run.model.save_pretrained(new, reasoning="off" if stage == "action" else "on")
+        save_model(run, new, stage)
+
+
+def save_model(run, folder, stage):
+    run.model.save_pretrained(folder, reasoning="off" if stage == "action" else "on")
 
 
 @torch.no_grad()
@@ -939,8 +969,8 @@ def restore(run):
 
 def print_plan(flags):
     """Prints the memory that a step with these flags takes, without taking it (memory.py)."""
-    cfg = read_config(flags.init) if flags.init else PRESETS[flags.preset]
-    cfg = replace(cfg, **seeing(flags))
+    cfg = replace(read_config(flags.init), **seeing(flags)) if flags.init else None
+    cfg = cfg or config_from_scratch(flags)
     size = (1080, 1920)  # NVIDIA's cameras
     text = " word" * 38
     if not cfg.max_pixels:  # a model of the world

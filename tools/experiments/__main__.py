@@ -1,26 +1,45 @@
 """
-The paper's experiments in small: each prints Markdown tables, then its numbers as JSON.
+The paper's experiments in small: each prints Markdown tables, then its rows as JSON.
 
-    python -m tools.experiments list       their names, and what they need
-    python -m tools.experiments vision     Table 12: four ways to see
-    python -m tools.experiments rl         Table 9: what each reward adds
-    python -m tools.experiments signal     which part of stage rl's gradient is signal
-    python -m tools.experiments decoding   Table 11: the path by tokens or by flow
-    python -m tools.experiments latency    Table 13: the milliseconds of a plan
+    python -m tools.experiments list         their names, and what they need
+    python -m tools.experiments vision       Table 12: four ways to see
+    python -m tools.experiments reasoning    Tables 6 to 8: what it brings to think
+    python -m tools.experiments all          all of them, into docs/rows.jsonl and the docs
+    python -m tools.experiments page         the docs' tables anew from docs/rows.jsonl
 
 What a table needs is trained once, --jobs at a time, and gone on with after a kill: trainings.py.
+What a row is, and how the docs are made from it: rows.py.
 """
+import json
+from pathlib import Path
+
 import doors
 from doors import whole
 from tools.common import SIDE
-from tools.experiments import decoding, latency, rewards, signal, vision
+from tools.experiments import (
+    decoding,
+    demand,
+    latency,
+    pruning,
+    reasoning,
+    rewards,
+    rows,
+    scaling,
+    signal,
+    vision,
+)
 
 EXPERIMENTS = {
-    "vision": vision,
+    "reasoning": reasoning,
     "rl": rewards,
     "signal": signal,
     "decoding": decoding,
+    "vision": vision,
     "latency": latency,
+    "size": scaling.size,
+    "data": scaling.data,
+    "pruning": pruning,
+    "demand": demand,
 }
 
 
@@ -28,26 +47,67 @@ def parse_flags():
     p = doors.Flags("Experiments of the paper in small.")
     named = p.add_subparsers(dest="name", required=True, parser_class=doors.Flags)
     named.add_parser("list", description="Names, and what they need.")
+    named.add_parser("page", description="Make the docs' tables anew from docs/rows.jsonl.")
+    add_flags(named.add_parser("all", description="All of them, into the docs.").add_argument)
     for name, page in EXPERIMENTS.items():
         add = named.add_parser(name, description=page.ABOUT).add_argument
-        add("--device", type=doors.device_of,
-            help="cpu, cuda or mps (default: a GPU if there is one)")
-        add("--size", type=SIDE, nargs=2, default=(64, 128), help="H W, pixels of the images")
-        add("--cache", default="data", help="the folder where rendered scenes are kept")
-        add("--out", default="out/experiments", type=doors.folder_to_write, help="the models")
-        add("--seeds", type=whole(), nargs="+", default=[0], help="trainings of each row")
-        add("--jobs", type=whole(1, 1000), default=1, help="trainings at a time, a thread each")
+        add_flags(add)
+        add("--rows-to", metavar="FILE", help="put the rows there, in place of the table's older "
+            "ones; of docs/rows.jsonl the docs are made")
         page.add_flags(add)
-    return p.parse_args()
+    return p
+
+
+def add_flags(add):
+    """What all experiments take."""
+    add("--device", type=doors.device_of, help="cpu, cuda or mps (default: a GPU if there is one)")
+    add("--size", type=SIDE, nargs=2, default=(64, 128), help="H W, pixels of the images")
+    add("--cache", default="data", help="the folder where rendered scenes are kept")
+    add("--out", default="out/experiments", type=doors.folder_to_write, help="the models")
+    add("--seeds", type=whole(), nargs="+", default=[0], help="trainings of each row")
+    add("--jobs", type=whole(1, 1000), default=1, help="trainings at a time, a thread each")
+
+
+def run(name, args):
+    """Measure a table; print it, and its rows; put them where --rows-to says."""
+    page = EXPERIMENTS[name]
+    if hasattr(page, "aside") and page.aside(args):
+        return
+    told = rows.about(args)
+    found = json.loads(json.dumps(page.measure(args)))  # as a file would have them
+    print(rows.block(page, found, told))
+    print(json.dumps({"about": told, "rows": found}))
+    if args.rows_to:
+        rows.write(args.rows_to, name, found, told)
+
+
+def make_pages():
+    """Fill the tables of the docs."""
+    tables = rows.read(rows.KEPT)
+    for file in sorted(Path(rows.DOCS).glob("*.md")):
+        old = file.read_text("utf-8")
+        new = rows.fill(old, tables, EXPERIMENTS)
+        if new != old:
+            doors.write_atomically(str(file), lambda part, new=new: Path(part).write_text(new))
+            print(f"made anew  {file}")
 
 
 def main():
-    args = parse_flags()
+    parser = parse_flags()
+    args = parser.parse_args()
     if args.name == "list":
         for name, page in EXPERIMENTS.items():
             print(f"{name:10} {page.ABOUT}; {page.NEEDS}")
+    elif args.name == "page":
+        make_pages()
+    elif args.name == "all":
+        for name in EXPERIMENTS:
+            usual = parser.parse_args([name, "--rows-to", str(rows.KEPT)])
+            given = {k: v for k, v in vars(args).items() if k != "name"}
+            run(name, type(usual)(**{**vars(usual), **given}))
+        make_pages()
     else:
-        EXPERIMENTS[args.name].main(args)
+        run(args.name, args)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Table 11: the path by action tokens or by the flow in so many steps; and what mo
 The paper's own tokens are six of a learned tokenizer a path. Here they are the release's 128, two
 numbers for each of the 64 poses.
 """
-import json
 from functools import partial
 from statistics import median
 
@@ -33,6 +32,9 @@ ROWS |= {f"flow, {steps} steps": ("flow", steps) for steps in (10, 5, 2)}
 ROWS["flow, 1 step"] = "flow", 1
 COUNTS = 1, 2, 6, 16  # samples
 HEATS = 0.3, 0.6, 1.0, 1.5  # temperatures of what is said
+NOTE = """\
+{eval} scenes and {drive} scenarios of {split}; ADE and comfort of the likeliest plan; milliseconds
+of one scene a plan, median of {plans}."""
 PAPER = """\
 | the paper's Table 11 | minADE6, m | comfort, % | speed |
 | --- | ---: | ---: | ---: |
@@ -102,7 +104,8 @@ def best_of(model, scenes):
 
 
 def measure(args):
-    """{row: numbers}, and {temperature: {count: minADE}}; each is found once, but for the times."""
+    """{row: numbers}; the last is "samples": {temperature: {count: minADE}}. Each is found once,
+    but for the times."""
     model = load_model(args.checkpoint, args.device)
     view = data.view_of(model.cfg, args.size)
     scenes = data.load_world(args.split, args.eval, FIRST, args.cache, **view)
@@ -115,28 +118,24 @@ def measure(args):
         rows[row]["ms"], rows[row]["ms of all"] = milliseconds(
             model, scenes.batch([0]), *how, args.plans)
     samples = partial(best_of, model, scenes)
-    return rows, measured(kept, settings | {"row": "samples"}, samples)
+    return rows | {"samples": measured(kept, settings | {"row": "samples"}, samples)}
 
 
-def main(args):
-    """Print the two tables, the paper's, then the numbers."""
-    rows, samples = measure(args)
+def text(rows, settings):
+    """Two tables: ways to decode, and what samples and temperature buy."""
     lines = []
     for row, found in rows.items():
+        if row == "samples":
+            continue
         lines.append([
             row, f"{found['ade']:.2f}", f"{found['minade']:.2f}", f"{100 * found['accel']:.0f}",
             f"{100 * found['comfort']:.0f}", f"{found['drive score']:.2f}",
             f"{100 * found['drive close']:.0f}", f"{found['ms']:.1f}", f"{found['ms of all']:.0f}",
         ])  # fmt: skip
-    print(markdown(lines, ["path", "ADE, m", "minADE6, m", "comfort: accel, %", "all six, %",
-                           "score", "close encounters, %", "ms of the path", "of the plan"]))
-    print()
+    ways = markdown(lines, ["path", "ADE, m", "minADE6, m", "comfort: accel, %", "all six, %",
+                            "score", "close encounters, %", "ms of the path", "of the plan"])
     lines = []
-    for heat, found in samples.items():
+    for heat, found in rows["samples"].items():
         lines.append([heat, *(f"{value:.2f}" for value in found.values())])
-    print(markdown(lines, ["temperature", *(f"minADE of {count}, m" for count in COUNTS)]))
-    threads = torch.get_num_threads()
-    print(f"\n{args.eval} scenes and {args.drive} scenarios of {args.split}; ADE and comfort of "
-          f"the likeliest plan; one scene a plan on {threads} CPU thread(s), median of "
-          f"{args.plans}.\n\n{PAPER}")
-    print(json.dumps({"rows": rows, "samples": samples}))
+    samples = markdown(lines, ["temperature", *(f"minADE of {count}, m" for count in COUNTS)])
+    return f"{ways}\n\n{samples}\n\n{NOTE.format(**settings)}"

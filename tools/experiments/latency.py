@@ -9,7 +9,6 @@ paper's. The floor of a stage is the longer of two times: to read its weights on
 and to multiply what it multiplies, at the rates of a large copy and a large product, which the tool
 measures.
 """
-import json
 import time
 from statistics import median
 
@@ -113,7 +112,7 @@ def floors(model, scene, speed):
     return found
 
 
-def measure(preset, args):
+def milliseconds(preset, args):
     """{row: {stage: milliseconds}} of a preset with random weights, and of its floors."""
     cfg = PRESETS[preset]
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -141,22 +140,24 @@ def measure(preset, args):
     return rows
 
 
-def main(args):
-    """Print a table for each preset, the paper's, then the numbers."""
-    found = {}
-    for preset in args.presets:
-        found[preset] = measure(preset, args)
+def measure(args):
+    """{preset: {row: {stage: milliseconds}}}."""
+    return {preset: milliseconds(preset, args) for preset in args.presets}
+
+
+def text(rows, settings):
+    """A table for each preset."""
+    tables = []
+    for preset, found in rows.items():
         lines = []
-        for row, ms in found[preset].items():
+        for row, ms in found.items():
             cells = [f"{ms[stage]:.2f}" if stage in ms else "-" for stage in (*STAGES, "all")]
             lines.append([row, *cells])
-        print(markdown(lines, [f"{preset}, ms", "vision", "prefill", "reasoning", "path", "all"]))
-        print()
-    threads = torch.get_num_threads()
-    print(f"One scene, random weights; {TOKENS} tokens of reasoning; {STEPS} Euler steps "
-          f"or {2 * HORIZON} tokens; median of {args.plans} plans; {threads} CPU thread(s).")
-    print(f"\n{PAPER}")
-    print(json.dumps(found))
+        header = [f"{preset}, ms", "vision", "prefill", "reasoning", "path", "all"]
+        tables.append(markdown(lines, header))
+    note = (f"One scene, random weights; {TOKENS} tokens of reasoning; {STEPS} Euler steps or "
+            f"{2 * HORIZON} tokens; median of {settings['plans']} plans.")
+    return "\n\n".join([*tables, note])
 
 
 def add_flags(add):

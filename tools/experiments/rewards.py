@@ -9,7 +9,6 @@ training, no validation and no choice of a setting has seen: the likeliest rollo
 a split, and --drive scenarios of 20 s in closed loop.
 """
 import argparse
-import json
 from functools import partial
 
 import torch
@@ -48,6 +47,9 @@ ROWS = {  # flags beside the usual ones
     "episodes": "--objective nft --episode 4 --batch 2 --group 8",
 }
 BY_SITUATION = {"right": ("both right, %", 0, 100), "drive score": ("score", 2, 1)}
+NOTE = """\
+{train_steps} steps; the likeliest rollout of {eval} scenes a split, {drive} scenarios of 20 s;
+seeds: {seeds}; ± their standard deviation."""
 PAPER = """\
 | the paper's Table 9 | ADE | reasoning | consistency | close encounters, % |
 | --- | ---: | ---: | ---: | ---: |
@@ -74,7 +76,7 @@ def trainings_of(row, args):
     return [Training(flags, seed) for seed in args.seeds]
 
 
-def measure(folder, policy, args):
+def of_checkpoint(folder, policy, args):
     """{split: numbers} of a checkpoint, each found once. policy: what drives, flow or tokens."""
     kept = folder
     if folder == NANO:  # nothing is written beside what is shipped
@@ -160,19 +162,21 @@ def table_by_situation(rows, split, name):
     return markdown(lines, [f"{split}, {title}", *rows])
 
 
-def main(args):
-    """Train what is missing, measure, print a table for each split, then the numbers."""
+def measure(args):
+    """{row: [{split: numbers} of each seed]}; what is missing is trained first."""
     train([one for row in args.rows for one in trainings_of(row, args)], args)
     rows = {}
     for row in args.rows:
         trained = [folder_of(one, args) for one in trainings_of(row, args)]
         policy = "tokens" if "--policy tokens" in (ROWS[row] or "") else "flow"
-        rows[row] = [measure(folder, policy, args) for folder in trained or [NANO]]
-    for split in args.splits:
-        print(table_of(rows, split), end="\n\n")
-        for name in BY_SITUATION:
-            print(table_by_situation(rows, split, name), end="\n\n")
-    print(f"{args.train_steps} steps; the likeliest rollout of {args.eval} scenes a split, "
-          f"{args.drive} scenarios of 20 s; seeds: {args.seeds}; ± their standard deviation.")
-    print(f"\n{PAPER}")
-    print(json.dumps(rows))
+        rows[row] = [of_checkpoint(folder, policy, args) for folder in trained or [NANO]]
+    return rows
+
+
+def text(rows, settings):
+    """A table for each split, and two of its situations."""
+    tables = []
+    for split in settings["splits"]:
+        tables.append(table_of(rows, split))
+        tables += [table_by_situation(rows, split, name) for name in BY_SITUATION]
+    return "\n\n".join([*tables, NOTE.format(**settings)])

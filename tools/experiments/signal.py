@@ -58,8 +58,8 @@ def params_of_expert(model):
     return [p for name, p in model.named_parameters() if name.startswith(OF_EXPERT)]
 
 
-def main(args):
-    """Print, for each head, how much of its gradient two independent draws of rollouts share."""
+def measure(args):
+    """{part: {way: norm and cosine}}: how much of a head's gradient two independent draws share."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = Alpamayo.from_pretrained(args.checkpoint, torch.float32, device)  # as it learns
     scenes = world_scenes(model.cfg, args.split, SCENES, args)
@@ -72,20 +72,28 @@ def main(args):
         rollout = rl.try_out(model, flags, nullcontext(), seed, scene)
         rewards = rl.rewards_of(scene, rollout, scenes, numbers, flags)
         draws.append(gradients(model, scene, rewards, rollout, flags.beta, seed))
-    lines = []
+    rows = {}
     for part in PARTS:
-        cells = [part]
+        rows[part] = {}
         for way in WAYS:
             grads = [draw[way, part] for draw in draws]
-            norm = torch.stack(grads).mean(0).norm()
+            norm = torch.stack(grads).mean(0).norm().item()
             pairs = combinations(grads, 2)
             cosines = [F.cosine_similarity(a, b, dim=0).item() for a, b in pairs]
-            cells += [f"{norm:.2g}", f"{np.mean(cosines):.2f}"]
-        lines.append(cells)
+            rows[part][way] = {"norm": norm, "cosine": float(np.mean(cosines))}
+    return rows
+
+
+def text(rows, settings):
+    """The table."""
+    lines = []
+    for part, found in rows.items():
+        cells = [(f"{one['norm']:.2g}", f"{one['cosine']:.2f}") for one in found.values()]
+        lines.append([part, *(cell for pair in cells for cell in pair)])
     titles = [title for way in WAYS for title in (f"{way}: norm", "cosine")]
-    print(markdown(lines, ["rewarded for", *titles]))
-    numbers = dict(scenes=len(scenes), split=args.split, draws=args.draws, group=flags.group)
-    print(f"\n{SIGNAL_NOTE.format(**numbers)}")
+    group = flags_of_rl().group
+    note = SIGNAL_NOTE.format(scenes=SCENES, group=group, **settings)
+    return f"{markdown(lines, ['rewarded for', *titles])}\n\n{note}"
 
 
 def add_flags(add):

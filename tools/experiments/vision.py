@@ -1,15 +1,16 @@
 """
-Table 12: four ways to see, each a nano that learned from nothing in the built-in world.
+Table 12: four ways to see, each before the shipped nano, which then learns on.
 
-    python -m tools.experiments vision --jobs 2 --seeds 0 1 2
+    python -m tools.experiments vision --jobs 2
+    python -m tools.experiments vision --from-nothing              each a nano from nothing
     python -m tools.experiments vision --picture out/seeing.png    what the trained ones look at
     python -m tools.experiments vision --parameters                their size beside the paper's
 
 The page reads: the ways to see; their numbers; their table; their picture; the command.
 """
-import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,14 +23,15 @@ from tqdm import tqdm
 import data
 import draw
 import world
-from alpamayo import PRESETS, Config, VisionTower, load_model
+from alpamayo import NANO, PRESETS, Config, VisionTower, load_model
 from doors import whole
 from tools import blind, markdown
 from tools.common import COUNT, measure_plans, world_scenes
+from tools.experiments.measures import FIRST
 from tools.experiments.trainings import Training, folder_of, spread, train
 
-ABOUT = "Table 12: vision encoders, and pruning"
-NEEDS = "3 hours on two cores for three seeds"
+ABOUT = "Table 12: vision encoders"
+NEEDS = "an hour and a half of a core"
 SAMPLING = {"seed": 0, "n": 6, "steps": 10, "batch": 32, "reason": True, "route": True}
 TRAINED = PRESETS["nano"]
 PICTURES = TRAINED.frames // TRAINED.temporal_patch * len(TRAINED.cameras)  # of a scene
@@ -58,17 +60,15 @@ WAYS = [
     Way("Flex, 13", "--vision flex --flex-tokens 13", "32, -3 %"),
     Way("Flex, 6", "--vision flex --flex-tokens 6", "16, -2 %"),
     Way("Flex, 3", "--vision flex --flex-tokens 3", "8, -2 %"),
-    *(Way(f"keep {keep}, not retrained", switches={"keep": keep}) for keep in SHARES_KEPT),
-    *(Way(f"keep {keep}, trained with it", f"--keep {keep}") for keep in SHARES_KEPT),
 ]
 
 
 def trainings_of(way, args):
-    """A row's, one a seed. Models trained with pruning have one seed."""
-    seeds = args.seeds[:1] if "--keep" in way.flags else args.seeds
+    """A row's, one a seed."""
     height, width = args.size
     usual = f"--steps {args.train_steps} --scenes {args.scenes} --size {height} {width}"
-    return [Training(f"{usual} {way.flags}".strip(), seed) for seed in seeds]
+    usual += "" if args.from_nothing else f" --stage reason --init {NANO}"
+    return [Training(f"{usual} {way.flags}".strip(), seed) for seed in args.seeds]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,21 +104,24 @@ def prompt_milliseconds(model, scene):
     return 1000 * (seconds["vision"] + seconds["prefill"]) / len(scene["images"])
 
 
-def compare_ways(args):
+def compare_ways(ways, args):
     """The table's numbers, {row: {name: number, or a list of one for each seed}}."""
-    scenes = world_scenes(TRAINED, "val", args.eval, args)
+    world_scenes(TRAINED, "train", args.scenes, args)  # once, before several processes would
+    train([one for way in ways for one in trainings_of(way, args)], args)
+    view = data.view_of(TRAINED, args.size)
+    scenes = data.load_world("val", args.eval, FIRST, args.cache, **view)
     one = scenes.batch([0])
-    many = scenes.batch(range(min(args.batch, args.eval)))
+    many = scenes.batch(range(min(SAMPLING["batch"], args.eval)))
     rows = {}
     models = {}  # of the first seed
-    for way in tqdm(WAYS, desc="evaluating", unit="row"):
+    for way in tqdm(ways, desc="evaluating", unit="row"):
         folders = [folder_of(one, args) for one in trainings_of(way, args)]
         seeds = [load_model(folder, args.device, **way.switches) for folder in folders]
-        found = [measure_plans(model, scenes, args) for model in seeds]
+        found = [measure_plans(model, scenes, SimpleNamespace(**SAMPLING)) for model in seeds]
         both, errors, minade = (
             [numbers[name].mean().item() for numbers in found]
             for name in ("both", "ade", "minade"))
-        single = rows[WAYS[0].name]["minade"] if rows else minade
+        single = rows[ways[0].name]["minade"] if rows else minade
         model = models[way.name] = seeds[0]
         row = rows[way.name] = {"paper": way.paper, "both": both, "ade": errors, "minade": minade}
         row["relative"] = [a / b - 1 for a, b in zip(minade, single)]
@@ -131,18 +134,9 @@ def compare_ways(args):
             times[name].append([prompt_milliseconds(model, one), prompt_milliseconds(model, many)])
     for name, row in rows.items():
         row["ms"], row["ms_among"] = np.median(times[name], 0).tolist()
+    for name, numbers in blind.measure(blind.fit_drivers(), scenes).items():
+        rows[name] = {key: [numbers[key].mean().item()] for key in ("ade", "minade")}
     return rows
-
-
-def without_eyes(args):
-    """What drivers without eyes do in the same scenes, as text."""
-    scenes = world_scenes(TRAINED, "val", args.eval, args)
-    found = blind.measure(blind.fit_drivers(), scenes)
-    said = []
-    for name, numbers in found.items():
-        error, least = numbers["ade"].mean(), numbers["minade"].mean()
-        said.append(f"{name} ADE {error:.2f} m, minADE {least:.2f} m")
-    return "; ".join(said)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,16 +144,14 @@ def without_eyes(args):
 
 ENCODER_NOTE = """\
 Both right, ADE: of the likeliest samples for {eval} held-out scenes of our world, % that decide
-right, and m; minADE: best of {n} other samples; relative: minADE against single image of the same
-seed; seeds: {seeds}; ± their standard deviation; what is trained with pruning has the first seed
-only. Every model learned from nothing for {train_steps} steps of 32 scenes. Without eyes: {blind}.
-Tokens: visual tokens of the language
+right, and m; minADE: best of {n} other samples; relative: minADE against the first row's of the
+same seed; seeds: {seeds}; ± their standard deviation. Every model learned {begun} for {train_steps}
+steps of 32 scenes, of {scenes}. The last rows have no eyes. Tokens: visual tokens of the language
 model for each of {pictures} pictures; a picture is two successive frames of a camera. Parameters:
 of what turns the tower's patches into tokens; triplane and Flex need no mergers. FLOP: matrix
-products of one scene. ms: vision + prefill on this machine with {threads} thread(s), median of
-{repeats} rounds over all rows, a scene by itself and a scene of a batch of {batch}. The paper's:
-Table 12, tokens an image and relative minADE, of real traffic, a 0.5B model and 160 tokens an
-image: compare the order only."""
+products of one scene. ms: vision + prefill, median of {repeats} rounds over all rows, a scene by
+itself and a scene of a batch of {batch}. The paper's: Table 12, tokens an image and relative
+minADE, of real traffic, a 0.5B model and 160 tokens an image: compare the order only."""
 
 
 def encoder_table(rows):
@@ -170,10 +162,14 @@ def encoder_table(rows):
     lines = []
 
     def rank(name):
-        return -np.mean(rows[name]["both"]), np.mean(rows[name]["ade"])
+        return -np.mean(rows[name].get("both", -1)), np.mean(rows[name]["ade"])
 
     for name in sorted(rows, key=rank):
         row = rows[name]
+        if "both" not in row:  # it has no eyes
+            numbers = {"ADE, m": spread(row["ade"]), "minADE, m": spread(row["minade"])}
+            lines.append([name, *(numbers.get(title, "-") for title in header[1:])])
+            continue
         lines.append([
             name,
             spread(row["both"], 0, 100),
@@ -202,7 +198,7 @@ def full_size():
             projection = parameters_of([getattr(encoder, last)])
             rest = parameters_of([encoder]) - projection
             lines.append(
-                f"{vision:8} for a language model {width:4} wide: {rest / 1e6:4.1f} M, and "
+                f"    {vision:8} for a language model {width:4} wide: {rest / 1e6:4.1f} M, and "
                 f"{projection / 1e6:5.1f} M for the projection to its tokens; "
                 f"the paper says {paper}")
     return "\n".join(lines)
@@ -335,31 +331,42 @@ def draw_planes(figure, model, scene):
     axes[2].invert_xaxis()  # looking ahead, left is left
 
 
-def add_flags(add):
-    add("--train-steps", type=whole(1), default=400, help="optimiser steps of each training")
+def add_training_flags(add):
+    add("--train-steps", type=whole(1), default=200, help="optimiser steps of each training")
     add("--scenes", type=COUNT, default=8000, help="scenes to train with")
     add("--eval", type=COUNT, default=256, help="held-out scenes to evaluate on")
+    add("--from-nothing", action="store_true", help="train whole models, not the shipped one on")
+
+
+def add_flags(add):
+    add_training_flags(add)
     add("--parameters", action="store_true", help="count the encoders at full size, and stop")
     add("--picture", metavar="PNG", type=draw.picture,
         help="draw what the trained encoders look at, and stop")
     add("--situation", help="with --picture: the first held-out scene of that kind")
 
 
-def main(args):
-    vars(args).update(SAMPLING)
+def aside(args):
+    """Whether another thing than the table was asked for; then it is done."""
     if args.parameters:
         print(full_size())
-        return
-    if args.picture:
+    elif args.picture:
         draw_seeing(args.picture, args)
         print(f"picture    {args.picture}")
-        return
-    for split, count in (("train", args.scenes), ("val", 128)):
-        world_scenes(TRAINED, split, count, args)  # once, before several processes would
-    train([one for way in WAYS for one in trainings_of(way, args)], args)
-    rows = compare_ways(args)
-    run = {"pictures": PICTURES, "threads": torch.get_num_threads(), "repeats": REPEATS}
-    run |= vars(args) | {"blind": without_eyes(args)}
-    print(encoder_table(rows))
-    print(f"\n{ENCODER_NOTE.format(**run)}\n\nParameters at full size:\n{full_size()}")
-    print(json.dumps({**run, "rows": rows}, default=str))  # a device is told by its name
+    return bool(args.parameters or args.picture)
+
+
+def measure(args):
+    """{row: numbers}, see `compare_ways`; what is missing is trained first."""
+    return compare_ways(WAYS, args)
+
+
+def text(rows, settings):
+    """The table, and the encoders at full size."""
+    return f"{encoder_table(rows)}\n\n{note_of(settings)}\n\nAt full size:\n\n{full_size()}"
+
+
+def note_of(settings):
+    begun = "from nothing" if settings["from_nothing"] else "on from the shipped nano"
+    options = SAMPLING | settings | {"pictures": PICTURES, "repeats": REPEATS, "begun": begun}
+    return ENCODER_NOTE.format(**options)

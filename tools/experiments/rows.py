@@ -1,0 +1,104 @@
+"""
+Rows of tables: a JSON line each, from which the docs are made.
+
+    {"table": "reasoning", "row": "path only", "found": {...}, "about": {...}}
+
+`found` is what was measured, `about` what it was measured with: command, settings, code, machine,
+date. Tables of the docs stand between two marks, `<!-- table NAME -->` and `<!-- end -->`, and are
+made by `python -m tools.experiments page` from docs/rows.jsonl alone: nobody types a figure.
+"""
+import json
+import os
+import platform
+import re
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+import doors
+import runs
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+KEPT = DOCS / "rows.jsonl"
+MARKED = re.compile(r"<!-- table (\S+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
+NOT_TOLD = ("name", "cache", "out", "rows_to", "jobs", "device")  # of a command's settings
+
+
+def about(args):
+    """What a table's rows are measured with."""
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_TOLD}
+    return {
+        "command": " ".join(["python -m tools.experiments", *sys.argv[1:]]),
+        "settings": json.loads(json.dumps(settings, default=str)),
+        "code": runs.sources(),
+        "machine": machine(args.device),
+        "date": f"{date.today():%-d %B %Y}",
+    }
+
+
+def machine(device):
+    """The processor, how much of it works, and PyTorch's version, in words."""
+    if str(device or "").startswith("cuda") or (device is None and torch.cuda.is_available()):
+        name = torch.cuda.get_device_name()
+    else:
+        threads = torch.get_num_threads()
+        name = f"{processor()}, {threads} thread{'s' * (threads > 1)}"
+    return f"{name}, PyTorch {torch.__version__.partition('+')[0]}"
+
+
+def processor():
+    """The name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write(file, table, found, told):
+    """Put a table's rows {row: numbers} into a file of JSON lines, in place of its older ones."""
+    lines = []
+    if os.path.exists(file):
+        lines = [dict(line.fields) for line in doors.read_json_lines(str(file))]
+    lines = [line for line in lines if line.get("table") != table]
+    for row, numbers in found.items():
+        lines.append({"table": table, "row": row, "found": numbers, "about": told})
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    doors.write_json_lines(str(file), lines)
+
+
+def read(file):
+    """{table: ({row: numbers}, about)} of a file of JSON lines."""
+    tables = {}
+    for line in doors.read_json_lines(str(file)):
+        fields = line.fields
+        rows, _ = tables.setdefault(fields["table"], ({}, fields["about"]))
+        rows[fields["row"]] = fields["found"]
+    return tables
+
+
+def origin(told):
+    """Where a table's rows come from, a line."""
+    return (f"`{told['command']}`: {told['machine']}, {told['date']}, code "
+            f"`{told['code']}`.")
+
+
+def block(page, found, told):
+    """A table as the docs show it: ours, where it comes from, and the paper's."""
+    parts = [page.text(found, told["settings"]), origin(told)]
+    if hasattr(page, "PAPER"):
+        parts.append(page.PAPER)
+    return "\n\n".join(parts)
+
+
+def fill(text, tables, pages):
+    """A page of the docs with its tables made anew. KeyError where a table has no rows."""
+
+    def made(match):
+        name = match[1]
+        return f"<!-- table {name} -->\n{block(pages[name], *tables[name])}\n<!-- end -->\n"
+
+    return MARKED.sub(made, text)
