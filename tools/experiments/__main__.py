@@ -10,6 +10,7 @@ The paper's experiments in small: each prints Markdown tables, then its rows as 
 What a table needs is trained once, --jobs at a time, and gone on with after a kill: trainings.py.
 What a row is, and how the docs are made from it: rows.py.
 """
+import argparse
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tools.experiments import (
     decoding,
     demand,
     latency,
+    lessons,
     pruning,
     reasoning,
     rewards,
@@ -40,6 +42,7 @@ EXPERIMENTS = {
     "data": scaling.data,
     "pruning": pruning,
     "demand": demand,
+    "lessons": lessons,
 }
 
 
@@ -68,12 +71,12 @@ def add_flags(add):
     add("--jobs", type=whole(1, 1000), default=1, help="trainings at a time, a thread each")
 
 
-def run(name, args):
+def run(name, args, usual):
     """Measure a table; print it, and its rows; put them where --rows-to says."""
     page = EXPERIMENTS[name]
     if hasattr(page, "aside") and page.aside(args):
         return
-    told = rows.about(args)
+    told = rows.about(args, usual)
     found = json.loads(json.dumps(page.measure(args)))  # as a file would have them
     print(rows.block(page, found, told))
     print(json.dumps({"about": told, "rows": found}))
@@ -102,12 +105,12 @@ def main():
         make_pages()
     elif args.name == "all":
         for name in EXPERIMENTS:
-            usual = parser.parse_args([name, "--rows-to", str(rows.KEPT)])
-            given = {k: v for k, v in vars(args).items() if k != "name"}
-            run(name, type(usual)(**{**vars(usual), **given}))
+            usual = parser.parse_args([name])
+            given = vars(args) | {"name": name, "rows_to": str(rows.KEPT)}
+            run(name, argparse.Namespace(**vars(usual) | given), usual)
         make_pages()
     else:
-        run(args.name, args)
+        run(args.name, args, parser.parse_args([args.name]))
 
 
 if __name__ == "__main__":

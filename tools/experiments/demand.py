@@ -163,9 +163,9 @@ def text(rows, settings):
     for split in SPLITS:
         lines = []
         for row, found in rows.items():
-            if row == "ms":
-                continue
-            doubt, share = row.split(", ")
+            doubt, _, share = row.partition(", ")
+            if row == "ms" or (doubt != DOUBTS[0] and float(share) in (0, 1)):
+                continue  # never and always are the same for all doubts
             numbers = found[split]
             thinks = numbers["thinks"]
             cost = ms["at once"] + thinks * (ms["thought"] - ms["at once"])

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import re
-import sys
+import shlex
 from datetime import date
 from pathlib import Path
 
@@ -27,11 +27,16 @@ MARKED = re.compile(r"<!-- table (\S+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 NOT_TOLD = ("name", "cache", "out", "rows_to", "jobs", "device")  # of a command's settings
 
 
-def about(args):
-    """What a table's rows are measured with."""
+def about(args, usual):
+    """What a table's rows are measured with. usual: the flags where none is given."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_TOLD}
+    words = ["python -m tools.experiments", args.name]
+    for name, value in settings.items():
+        if value != getattr(usual, name):
+            given = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{name.replace('_', '-')}", *(shlex.quote(str(one)) for one in given)]
     return {
-        "command": " ".join(["python -m tools.experiments", *sys.argv[1:]]),
+        "command": " ".join(words),
         "settings": json.loads(json.dumps(settings, default=str)),
         "code": runs.sources(),
         "machine": machine(args.device),
@@ -62,7 +67,7 @@ def write(file, table, found, told):
     """Put a table's rows {row: numbers} into a file of JSON lines, in place of its older ones."""
     lines = []
     if os.path.exists(file):
-        lines = [dict(line.fields) for line in doors.read_json_lines(str(file))]
+        lines = list(doors.read_json_lines(str(file)))
     lines = [line for line in lines if line.get("table") != table]
     for row, numbers in found.items():
         lines.append({"table": table, "row": row, "found": numbers, "about": told})
@@ -74,9 +79,8 @@ def read(file):
     """{table: ({row: numbers}, about)} of a file of JSON lines."""
     tables = {}
     for line in doors.read_json_lines(str(file)):
-        fields = line.fields
-        rows, _ = tables.setdefault(fields["table"], ({}, fields["about"]))
-        rows[fields["row"]] = fields["found"]
+        rows, _ = tables.setdefault(line.text("table"), ({}, line.object("about")))
+        rows[line.text("row")] = line.object("found")
     return tables
 
 
