@@ -107,6 +107,15 @@ def test_every_link_exists(page):
             assert anchor in headings(target), f"{page}: {target} has no heading {anchor}"
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- table" in text_of(page)])
+def test_tables_are_those_of_the_rows(page):
+    """`python -m tools.experiments page` puts right."""
+    from tools.experiments import rows
+    from tools.experiments.__main__ import EXPERIMENTS
+
+    assert rows.fill(text_of(page), rows.read(rows.KEPT), EXPERIMENTS) == text_of(page)
+
+
 # --------------------------------------------------------------------------------------------------
 # Paths and commands
 

@@ -144,6 +144,27 @@ def test_fine_tuning_one_part_leaves_the_other(cache, unbroken, tmp_path):
     assert not torch.equal(before[one], after[one])
 
 
+def test_the_best_is_kept_and_a_narrow_model_says_its_meta_action(cache, tmp_path, monkeypatch):
+    """--best, --width and --says in one run. The best of three validations is the second."""
+    errors = iter([3.0, 1.0, 2.0, 4.0])
+    heads = []
+
+    def validate(run, stage):
+        heads.append(run.model.vlm.lm_head.weight.clone())
+        said = {text for piece in train.pieces(run, run.val, range(8)) for text in piece["reasoning"]}
+        assert all(data.decisions(text) and " since " not in text for text in said)
+        return {"ade": next(errors)}
+
+    monkeypatch.setattr(train, "validate", validate)
+    flags = "--steps 3 --val-every 1 --action-share 0 --best --width 0.5 --says meta"
+    run(command(cache, tmp_path, *flags.split()))
+    last, best = (Alpamayo.from_pretrained(str(tmp_path / name)) for name in ("", "best"))
+    assert torch.equal(best.vlm.lm_head.weight, heads[1]) and torch.equal(last.vlm.lm_head.weight, heads[2])
+    assert last.cfg.n_embd == 80 and last.cfg.head_dim == 40
+    run(command(cache, tmp_path, "--steps", "1", "--overwrite", "--says", "meta"))
+    assert not (tmp_path / "best").exists()  # of the older run
+
+
 def write_reasoning(clip):
     rows = [{"time": t, "text": "Turn left, since the road does."} for t in (2, 2.5, 3)]
     (clip / "reasoning.json").write_text(json.dumps(rows))

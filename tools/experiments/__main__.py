@@ -46,7 +46,8 @@ EXPERIMENTS = {
 }
 
 
-def parse_flags():
+def parse_flags(words=None):
+    """The flags of the command line, or of these words."""
     p = doors.Flags("Experiments of the paper in small.")
     named = p.add_subparsers(dest="name", required=True, parser_class=doors.Flags)
     named.add_parser("list", description="Names, and what they need.")
@@ -58,7 +59,7 @@ def parse_flags():
         add("--rows-to", metavar="FILE", help="put the rows there, in place of the table's older "
             "ones; of docs/rows.jsonl the docs are made")
         page.add_flags(add)
-    return p
+    return p.parse_args(words)
 
 
 def add_flags(add):
@@ -96,8 +97,7 @@ def make_pages():
 
 
 def main():
-    parser = parse_flags()
-    args = parser.parse_args()
+    args = parse_flags()
     if args.name == "list":
         for name, page in EXPERIMENTS.items():
             print(f"{name:10} {page.ABOUT}; {page.NEEDS}")
@@ -105,12 +105,12 @@ def main():
         make_pages()
     elif args.name == "all":
         for name in EXPERIMENTS:
-            usual = parser.parse_args([name])
+            usual = parse_flags([name])
             given = vars(args) | {"name": name, "rows_to": str(rows.KEPT)}
             run(name, argparse.Namespace(**vars(usual) | given), usual)
         make_pages()
     else:
-        run(args.name, args, parser.parse_args([args.name]))
+        run(args.name, args, parse_flags([args.name]))
 
 
 if __name__ == "__main__":

@@ -77,9 +77,11 @@ LESSONS = {
         MODEL, "            ids = (bins + vocab.first_action).flatten(1)",
         "            ids = (bins + vocab.first_action).mT.flatten(1)", NEW, "val action"),
     "greedy rollouts": Lesson(
-        "rl.py", "        temperature=flags.temperature,", "        temperature=0,", RL, "one_text"),
+        "rl.py", "        temperature=flags.temperature,", "        temperature=0,", RL,
+        "one_text"),
     "a reward upside down": Lesson(
-        "rl.py", '    "trajectory": (1.0,', '    "trajectory": (-1.0,', RL, "val tail trajectory"),
+        "rl.py", '    "trajectory": (1.0,', '    "trajectory": (-1.0,', RL,
+        "val tail trajectory"),
 }  # fmt: skip
 
 

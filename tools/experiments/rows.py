@@ -80,7 +80,7 @@ def read(file):
     tables = {}
     for line in doors.read_json_lines(str(file)):
         rows, _ = tables.setdefault(line.text("table"), ({}, line.object("about")))
-        rows[line.text("row")] = line.object("found")
+        rows[line.text("row")] = line["found"]
     return tables
 
 
