@@ -185,7 +185,7 @@ def sentence(situation, side):
 
 def decisions(text):
     """The decisions (longitudinal, lateral) of a reasoning text, or None if it states none."""
-    decided = text.partition(" since ")[0].strip(" .").lower()
+    decided = text.partition(" since ")[0].strip().lower()
     longitudinal, _, lateral = decided.partition(" and ")
     known = longitudinal in LONGITUDINAL and lateral in LATERAL
     return (longitudinal, lateral) if known else None
@@ -269,12 +269,6 @@ def in_grey(scene):
 def without_route(scene):
     """The Scene without its route: the driver has to guess where to turn."""
     return {key: value for key, value in scene.items() if key != "route"}
-
-
-def meta_actions_of(scene):
-    """The Scene whose reasoning is its meta-action: what is decided, without why."""
-    decided = [text.partition(" since ")[0] for text in scene["reasoning"]]
-    return scene | {"reasoning": [f"{text.rstrip('.')}." for text in decided]}
 
 
 def seed_of(seed, step, part=None):

@@ -672,7 +672,7 @@ def pieces(run, scenes, numbers):
     --blind makes their images grey, --says meta cuts their reasoning short."""
     for i in range(0, len(numbers), run.piece):
         scene = data.to_device(scenes.batch(numbers[i : i + run.piece]), run.device)
-        scene = data.meta_actions_of(scene) if run.flags.says == "meta" else scene
+        scene = meta_actions_of(scene) if run.flags.says == "meta" else scene
         yield data.in_grey(scene) if run.flags.blind else scene
 
 
@@ -683,6 +683,11 @@ def front_only(scene):
         return scene
     keys = scene.keys() & {"images", "camera_ids", "camera_to_ego", "intrinsics"}
     return scene | {key: scene[key][:, keep] for key in keys}
+
+
+def meta_actions_of(scene):
+    """The Scene whose reasoning is its meta-action: what is decided, without why."""
+    return scene | {"reasoning": [text.partition(" since ")[0] for text in scene["reasoning"]]}
 
 
 def hide_route(scene):
