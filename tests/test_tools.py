@@ -487,7 +487,6 @@ def test_the_line_of_a_lesson_is_there(name):
 
 def test_a_lesson_is_learned_in_a_copy(cache, tmp_path, command, monkeypatch, capsys):
     """The copy has the changed line, the project has not; what is not changed is measured once for all; then it is drawn."""
-    monkeypatch.setattr(measures, "drives", lambda *_, **__: {"score": 0.5, "score_se": 0.1})
     common = ("experiments", "lessons", "--eval", 2, "--cache", cache, "--out", tmp_path, "--device", "cpu")
     command(*common, "--of", NANO)
     experiments.main()

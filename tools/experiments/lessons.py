@@ -27,12 +27,13 @@ import runs
 import world
 from alpamayo import NANO, load_model
 from tools import markdown
+from tools.common import COUNT
 from tools.experiments import measures
 from tools.experiments.measures import shown
 from tools.experiments.trainings import ROOT, measured
 
 ABOUT = "ten changes of one line"
-NEEDS = "an hour of a core"
+NEEDS = "50 minutes of a core"
 COPIED = ("*.py", "kernels/*", "world/*.py", "tools/**/*.py", "checkpoints/nano/**/*")
 SHOWN = 60_003  # of val: the scene whose plans the picture shows
 
@@ -86,7 +87,7 @@ LESSONS = {
 
 
 def add_flags(add):
-    measures.add_flags(add, scenes=128, drives=32)
+    add("--eval", type=COUNT, default=128, help="scenes of val to plan for")
     add("--of", metavar="FOLDER", help="print the numbers of one checkpoint as JSON, and stop")
     add("--picture", metavar="PNG", type=draw.picture,
         help="draw what was measured, and stop")
@@ -138,7 +139,7 @@ def learn(folder, lesson, args, change):
         log = [dict(line) for line in doors.read_json_lines(f"{checkpoint}/log.jsonl")]
     size = map(str, args.size)
     numbers = run("-m", "tools.experiments", "lessons", "--of", checkpoint, "--size", *size,
-                  "--eval", str(args.eval), "--drive", str(args.drive))
+                  "--eval", str(args.eval))
     found = json.loads(numbers.splitlines()[-1])
     if log:
         found["log"] = {key: value for key, value in log[-1].items() if key != "val"}
@@ -147,13 +148,11 @@ def learn(folder, lesson, args, change):
 
 
 def numbers_of(folder, args):
-    """What is measured of a checkpoint by the code as it is here: plans, drives, and the paths
-    (6, 64, 2) in the scene of the picture."""
+    """What is measured of a checkpoint by the code as it is here: plans, and the paths (6, 64, 2)
+    in the scene of the picture."""
     model = load_model(folder, args.device)
     speaks = model.cfg.reasoning == "on"
     found = measures.plans(model, "val", args, reason=speaks)
-    driven = measures.drives(model, "val", args, reason=speaks)
-    found |= {f"drive {name}": value for name, value in driven.items()}
     scene = scene_shown(model.cfg, args)
     out = model.sample(scene, 6, seed=0, reason=speaks)
     found["paths"] = [[[round(v, 2) for v in xy] for xy in path[:, :2].tolist()]
@@ -191,7 +190,7 @@ def measure(args):
         lesson, change = job
         name = runs.short_hash([repr(job).encode()])
         folder = f"{args.out}/lessons/{name}"
-        settings = dict(eval=args.eval, drive=args.drive, code=runs.sources())
+        settings = dict(eval=args.eval, code=runs.sources())
         return measured(f"{folder}.found", settings, partial(learn, folder, lesson, args, change))
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -206,12 +205,12 @@ def measure(args):
 WAYS = "as it is", "changed"
 COLUMNS = {  # title: name, digits, scale
     "ADE, m": ("ade", 2, 1),
+    "minADE6, m": ("minade", 2, 1),
     "both right, %": ("both", 0, 100),
-    "score": ("drive score", 2, 1),
 }
 NOTE = """\
-{eval} scenes and {drive} scenarios of 20 s of val, ± standard error. In each cell: as it is, then
-changed."""
+{eval} scenes of val, ± standard error; in each cell as it is, then changed. ADE, both right: of the
+likeliest plan."""
 
 
 def text(rows, settings):
