@@ -62,15 +62,13 @@ def doubt_of(model, scene, doubt):
 
 @torch.no_grad()
 def plans_of(model, scenes):
-    """Of each scene: both doubts; ADE and decisions of the likeliest plan with and without thought.
-    {name: (N,)}."""
+    """Of each scene, {name: (N,)}: both doubts; ADE of the likeliest plan, at once and thought."""
     parts = []
     for _, scene in batches(scenes):
         part = {doubt: doubt_of(model, scene, doubt) for doubt in DOUBTS}
-        for reason in (True, False):
+        for name, reason in (("at once", False), ("thought", True)):
             out = rl.likeliest_of(model, scene, STEPS, reason)
-            error = ade(out.xyz[:, 0].cpu(), scene["ego_future_xyz"])
-            part["thought" if reason else "at once"] = error
+            part[name] = ade(out.xyz[:, 0].cpu(), scene["ego_future_xyz"])
         parts.append(part)
     return data.joined(parts)
 
@@ -113,23 +111,23 @@ def milliseconds(model, scene, plans):
 
 
 def curve(model, args):
-    """{"doubt, share": {split: numbers}} from never to always."""
+    """{"doubt, share": {split: numbers}} from never to always, which are told of the first doubt:
+    they are the same for all."""
     view = data.view_of(model.cfg, args.size)
     load = partial(data.load_world, folder=args.cache, **view)
     chosen_on = plans_of(model, load("val", args.eval, CHOICE))
-    found = {split: plans_of(model, load(split, args.eval, FIRST)) for split in SPLITS}
+    planned = {split: plans_of(model, load(split, args.eval, FIRST)) for split in SPLITS}
+    cases = [(doubt, share) for doubt in DOUBTS for share in SHARES
+             if doubt == DOUBTS[0] or share not in (0, 1)]
     rows = {}
-    for doubt in DOUBTS:
-        for share in tqdm(SHARES, desc=doubt):
-            threshold = threshold_of(chosen_on[doubt], share)
-            row = rows[f"{doubt}, {share:g}"] = {}
-            for split, numbers in found.items():
-                think = numbers[doubt] > threshold
-                error = torch.where(think, numbers["thought"], numbers["at once"])
-                row[split] = means({"ade": error, "thinks": think.float()})
-                always_or_never = share in (0, 1) and doubt != DOUBTS[0]  # the same for all doubts
-                if share not in DRIVEN or always_or_never:
-                    continue
+    for doubt, share in tqdm(cases, desc="thinking on demand", unit="row"):
+        threshold = threshold_of(chosen_on[doubt], share)
+        row = rows[f"{doubt}, {share:g}"] = {}
+        for split, numbers in planned.items():
+            think = numbers[doubt] > threshold
+            error = torch.where(think, numbers["thought"], numbers["at once"])
+            row[split] = means({"ade": error, "thinks": think.float()})
+            if share in DRIVEN:
                 first = world.SEEDS[split] + FIRST
                 policy = OnDemand(model, doubt, threshold)
                 seeds = range(first, first + args.drive)
@@ -163,9 +161,9 @@ def text(rows, settings):
     for split in SPLITS:
         lines = []
         for row, found in rows.items():
-            doubt, _, share = row.partition(", ")
-            if row == "ms" or (doubt != DOUBTS[0] and float(share) in (0, 1)):
-                continue  # never and always are the same for all doubts
+            if row == "ms":
+                continue
+            doubt, share = row.split(", ")
             numbers = found[split]
             thinks = numbers["thinks"]
             cost = ms["at once"] + thinks * (ms["thought"] - ms["at once"])
