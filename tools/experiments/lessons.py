@@ -78,8 +78,7 @@ LESSONS = {
         MODEL, "            ids = (bins + vocab.first_action).flatten(1)",
         "            ids = (bins + vocab.first_action).mT.flatten(1)", NEW, "val action"),
     "greedy rollouts": Lesson(
-        "rl.py", "        temperature=flags.temperature,", "        temperature=0,", RL,
-        "one_text"),
+        "rl.py", "top_p=flags.top_p, steps=1", "top_p=1e-9, steps=1", RL, "one_text"),
     "a reward upside down": Lesson(
         "rl.py", '    "trajectory": (1.0,', '    "trajectory": (-1.0,', RL,
         "val tail trajectory"),
