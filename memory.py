@@ -4,6 +4,7 @@ Training in less memory, and a plan of how much a run needs.
     adapters         the language model's matrices are frozen; beside each learns a change of low
                      rank (LoRA)
     checkpointing    activations are computed again in the backward pass instead of being kept
+    sharding         each of many devices has a part of every weight, gradient and moment (FSDP2)
     the plan         what a run will need, before it runs: train.py --plan
 
     python train.py --plan                                              nano from scratch, on a GPU
@@ -21,9 +22,16 @@ inside PyTorch's kernels, CUDA's own share, fragmentation. Leave a tenth and one
 plan is for one process. Under torchrun each process needs all of it for its share of the batch, and
 its gradients once more while they are averaged.
 """
+import os
+import select
+import socket
+import sys
+import threading
+import time
+import warnings
 import weakref
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -31,6 +39,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401, train.py's
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -43,6 +54,7 @@ from alpamayo import (
     Alpamayo,
     Expert,
     Layer,
+    Merger,
     Past,
     Rollout,
     Triplane,
@@ -90,8 +102,9 @@ class Adapted(nn.Module):
         return (self.weight.float() + change).to(self.weight.dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        # On the CPU: a GPU may have no room for a second copy.
-        destination[prefix + "weight"] = self.merged().cpu()
+        # On the CPU: a GPU may have no room for a second copy. Of a sharded one it has a part.
+        merged = self.merged()
+        destination[prefix + "weight"] = merged if isinstance(merged, DTensor) else merged.cpu()
 
 
 def add_adapters(model, rank, generator=None):
@@ -134,6 +147,181 @@ def checkpoint_activations(model):
             m.forward = partial(checkpoint, m.forward, **options)
         elif isinstance(m, Triplane):
             m.update = partial(checkpoint, m.update, **options)  # of one slab of its cells
+
+
+# --------------------------------------------------------------------------------------------------
+# Many devices, by PyTorch's engines. One process needs nothing of this section
+
+
+class Call(nn.Module):
+    """The model as an engine has it: a step is a function of the model, called inside `forward`.
+
+    DDP and FSDP2 work around a module's forward. A step has no one method of the model that does
+    all of it, so this module's forward is whatever function it is given."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function):
+        return function()
+
+
+def by_itself(function):
+    """The engine of a single process."""
+    return function()
+
+
+def replicate(model):
+    """DDP: every device has the whole model; gradients are averaged while backward still runs.
+
+    Some steps leave some parameters without gradient; DDP looks for them, and leaves them so."""
+    options = dict(find_unused_parameters=True, gradient_as_bucket_view=True)
+    return DistributedDataParallel(Call(model), broadcast_buffers=False, **options)
+
+
+def shard(model, mesh, half):
+    """FSDP2: every device has a part of each parameter, and of its gradient and moments.
+
+    A layer is whole while it computes, and so are in turn the tower's other weights, a merger or
+    an encoder, the embeddings, the head, the expert's norm; the rest with the model. half: they are
+    gathered in bfloat16, and gradients are still added up in float32. Every piece of a batch adds
+    its gradients to the parts at once: whole ones would take the memory that sharding saves."""
+    vlm = model.vlm
+    tower = vlm.model.visual
+    alone = [m for m in model.modules() if isinstance(m, Layer | VisionBlock | Merger)]
+    alone += [m for m in (getattr(tower, "flex", None), getattr(tower, "triplane", None)) if m]
+    alone += [tower, vlm.model.language_model.embed_tokens, vlm.lm_head, model.expert]
+    dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else {}
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False, **dtypes)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    engine = Call(model)
+    for part in (*alone, engine):
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    return engine
+
+
+def gathered(tensor):
+    """A tensor whole, on every device; all processes must ask. Most tensors are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor):
+    """What this process has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor, like):
+    """This process's part of a whole tensor, sharded like another of the same shape."""
+    if not isinstance(like, DTensor):
+        return tensor
+    mesh = like.device_mesh
+    parts = tensor.chunk(mesh.size())  # as FSDP2 does; the last devices may have nothing
+    rank = mesh.get_local_rank()
+    rows = parts[rank] if rank < len(parts) else tensor[:0]
+    return DTensor.from_local(rows.to(like.device), mesh, like.placements,
+                              shape=like.shape, stride=like.stride())
+
+
+class WholeModel:
+    """A copy of a sharded model to sample with: whole on each device, plain, in 16 bits there.
+
+    Rollouts end after different numbers of tokens. Gathered layer by layer, a model would have to
+    be asked equally often in all processes, and every token would move all weights once."""
+
+    def __init__(self, model, rank, dtype):
+        with torch.device("meta"):
+            copy = Alpamayo(model.cfg, model.vocabulary)
+            if rank:
+                add_adapters(copy, rank)
+        copy.action_space = model.action_space
+        for name, buffer in model.named_buffers():
+            place, _, leaf = name.rpartition(".")
+            copy.get_submodule(place).register_buffer(leaf, buffer)
+        self.model, self.source, self.dtype = copy.eval(), model, dtype
+
+    @torch.no_grad()
+    def refresh(self):
+        """The model, with the weights of now; all processes must ask."""
+        for name, p in self.source.named_parameters():
+            place, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(place)
+            own = getattr(module, leaf)
+            if own.is_meta:
+                dtype = p.dtype if "lora_" in name else self.dtype
+                own = nn.Parameter(gathered(p).to(dtype, copy=True), requires_grad=False)
+                setattr(module, leaf, own)
+            elif p.requires_grad:  # in place: recorded graphs of kernels read from there
+                own.copy_(gathered(p))
+        return self.model
+
+
+# --------------------------------------------------------------------------------------------------
+# Who ends, ends all
+
+
+class Watch:
+    """Ends this process, with a line, some seconds after another one has ended too early.
+
+    Every process has a connection to process 0. The system closes it when its process ends,
+    however it does, and finds out within 40 s when the machine is gone. A process that is slow, or
+    waits for a disk, keeps it. told(): what else to say."""
+
+    def __init__(self, store, rank, world_size, told=str):
+        self.rank, self.told = rank, told
+        self.lines = {}  # rank: the connection to it
+        host = os.environ["MASTER_ADDR"]
+        if rank == 0:
+            with socket.create_server(("", 0)) as door:
+                store.set("watch", str(door.getsockname()[1]))
+                for _ in range(world_size - 1):
+                    line, _ = door.accept()
+                    self.lines[int(line.recv(16))] = line
+        else:
+            self.lines[0] = socket.create_connection((host, int(store.get("watch"))))
+            self.lines[0].sendall(str(rank).encode())
+        for line in self.lines.values():
+            line.settimeout(None)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in (("KEEPIDLE", 10), ("KEEPINTVL", 10), ("KEEPCNT", 3)):
+                if hasattr(socket, f"TCP_{name}"):  # Linux
+                    line.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
+        threading.Thread(target=self.look, daemon=True).start()
+
+    def look(self):
+        lines = dict(self.lines)
+        while lines:
+            for line in select.select(list(lines.values()), [], [])[0]:
+                rank = next(r for r, one in lines.items() if one is line)
+                try:
+                    said = line.recv(64).decode()
+                except OSError:
+                    said = ""
+                if said == BYE:
+                    del lines[rank]
+                else:
+                    return self.end(int(said or rank))
+
+    def end(self, rank):
+        """Process `rank` has ended: tell the others, and end too."""
+        for other, line in self.lines.items():
+            if other != rank:
+                with suppress(OSError):
+                    line.sendall(str(rank).encode())
+        time.sleep(GRACE)  # this process may have something of its own to say, and end by itself
+        print(f"train.py: process {rank} has ended, so process {self.rank} ends; {self.told()}",
+              file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def leave(self):
+        """From here on this process may end."""
+        for line in self.lines.values():
+            with suppress(OSError):
+                line.sendall(BYE.encode())
+
+
+BYE = "bye"
+GRACE = 3.0  # s
 
 
 # --------------------------------------------------------------------------------------------------
