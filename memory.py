@@ -19,8 +19,8 @@ optimisers update all tensors at once, as a GPU's do.
 
 On a GPU it adds what the Triton kernels keep while stage rl tries out. Not counted: scratch memory
 inside PyTorch's kernels, CUDA's own share, fragmentation. Leave a tenth and one GiB for these. The
-plan is for one process. Under torchrun each process needs all of it for its share of the batch, and
-its gradients once more while they are averaged.
+plan is for one process, or with --shard N for each of N. Under torchrun without --shard each
+process needs all of it for its share of the batch and, with --accumulate, its gradients once more.
 """
 import os
 import select
@@ -36,6 +36,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401, train.py's
@@ -346,13 +347,32 @@ class Tracker(TorchDispatchMode):
             args = (args[0], indices)
         out = op(*args, **(kwargs or {}))
         self.count(out)
+        if op is torch.ops.fsdp.split_with_sizes_copy.default:
+            self.count(kwargs["out"], "weights gathered")
         return out
+
+    def __enter__(self):
+        """FSDP2 lets gathered weights go by resizing their storage, which no operation tells."""
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage, size):
+            resize(storage, size)
+            if id(storage) in self.alive:
+                self.count_storage(storage, "weights gathered")
+
+        torch.UntypedStorage.resize_ = resize_and_count
+        self.resize = resize
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self.resize
+        return super().__exit__(*error)
 
     def count(self, tensors, kind=None):
         """Counts the storages of nested tensors. Without a kind, new ones are activations."""
         for t in tree_leaves(tensors):
             if torch.is_tensor(t):
-                self.count_storage(t.untyped_storage(), kind)
+                self.count_storage(local(t).untyped_storage(), kind)
         if self.now.total() > self.peak.total():
             self.peak = self.now.copy()
 
@@ -361,7 +381,7 @@ class Tracker(TorchDispatchMode):
         if key not in self.alive:
             weakref.finalize(storage, self.forget, key)
         elif kind:
-            self.forget(key)  # to count it anew, as this kind
+            self.forget(key)  # to count it anew, as this kind, or in this size
         else:
             return
         kind = kind or "activations"
@@ -385,6 +405,7 @@ def peaks(run, phases):
     with Tracker() as tracker:
         hooks = name_kinds(tracker, run)
         for name, phase in phases.items():
+            tracker.count([p.grad for p in run.params if p.grad is not None], "gradients")
             tracker.peak = Counter()
             phase()
             found[name] = tracker.peak
@@ -397,9 +418,11 @@ def name_kinds(tracker, run):
     """Tells the tracker what is what, now and, by the hooks returned, as gradients come."""
     frozen = [p for p in run.model.parameters() if not p.requires_grad]
     tracker.count([frozen, list(run.model.buffers())], "weights that stay")
-    tracker.count(run.params, "weights that learn")
+    tracker.count(list(run.params), "weights that learn")
     for optimiser, _ in run.optimisers:
         tracker.count(list(optimiser.state.values()), "optimiser")
+    if run.to_sample:
+        tracker.count(list(run.to_sample.model.parameters()), "copy to sample")
     models = {run.model, run.reference or run.model}
     for reference in models - {run.model}:
         tracker.count(list(reference.parameters()), "reference model")
@@ -410,7 +433,11 @@ def name_kinds(tracker, run):
     def count_cache(lm, args, out):
         tracker.count(out[1], "keys and values")
 
-    hooks = [p.register_post_accumulate_grad_hook(count_gradient) for p in run.params]
+    hooks = []
+    if not run.mesh:  # else no parameter has a gradient before it has its part: phase by phase
+        hooks += [p.register_post_accumulate_grad_hook(count_gradient) for p in run.params]
+    if run.to_sample:
+        models.add(run.to_sample.model)
     for model in models:
         hooks.append(model.vlm.model.language_model.register_forward_hook(count_cache))
     return hooks
@@ -447,6 +474,22 @@ def made_up_scene(cfg, batch, size, text):
     # Zeros that nobody writes to take no memory.
     scene["images"] = torch.zeros(batch, len(cfg.cameras), cfg.frames, 3, *size, dtype=torch.uint8)
     return scene | {"reasoning": [text] * batch, "route": ["turn left"] * batch}
+
+
+@contextmanager
+def one_of(processes):
+    """The devices of so many processes, of which this one is the first and the others do not exist;
+    None of one process."""
+    if processes < 2:
+        yield None
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    try:
+        yield dist.init_device_mesh("cpu", (processes,))
+    finally:
+        dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -491,7 +534,8 @@ def with_kernels(peaks, run, scene):
     said, steps = flags.max_new_tokens, flags.flow_steps
     if flags.policy == "tokens":
         said, steps = said + 2 * HORIZON, 0
-    kept = kept_by_kernels(run.model, scene, flags.group, said, steps)
+    model = run.to_sample.model if run.to_sample else run.model
+    kept = kept_by_kernels(model, scene, flags.group, said, steps)
     return {phase: peak + Counter(kernels=kept) for phase, peak in peaks.items()}
 
 
@@ -527,6 +571,8 @@ def kept_by_kernels(model, scene, group, said, steps):
 KINDS_OF_BYTES = (
     "weights that stay",
     "weights that learn",
+    "weights gathered",
+    "copy to sample",
     "reference model",
     "gradients",
     "optimiser",

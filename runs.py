@@ -258,8 +258,8 @@ def share_anew(flags, world_size):
     The pieces of a batch, to which noise and means belong, stay as they are where they can be
     shared equally among the processes; else they become more."""
     _, settings = read_settings(flags.resume)
-    pieces = settings.get("pieces", "1")
-    pieces = int(pieces) if pieces.isdecimal() else 1
+    pieces = settings.get("pieces", "")
+    pieces = int(pieces) if pieces.isdecimal() else flags.accumulate
     most = flags.batch // world_size
     wanted = -(-pieces // world_size)
     fits = [n for n in range(wanted, most + 1) if flags.batch % (n * world_size) == 0]

@@ -916,13 +916,19 @@ def prepare_rl(run):
     if (flags.kl or flags.kl_drive) and flags.lora:
         run.reference = run.model  # its adapters switched off
     elif flags.kl or flags.kl_drive:
-        reference = Alpamayo.from_pretrained(flags.init, getattr(torch, flags.dtype), run.device,
-                                             **seeing(flags)).requires_grad_(False)
-        run.reference = reference
-        if run.mesh:
-            engine = memory.shard(reference, run.mesh, run.arithmetic == "bfloat16")
-            replay = reference.replay
-            reference.replay = lambda *given: engine(partial(replay, *given))
+        model = Alpamayo.from_pretrained(flags.init, getattr(torch, flags.dtype), run.device,
+                                         **seeing(flags))
+        run.reference = reference_of(run, model)
+
+
+def reference_of(run, model):
+    """A reference policy of its own, of which only the `replay` is asked for."""
+    model.requires_grad_(False)
+    if run.mesh:
+        engine = memory.shard(model, run.mesh, run.arithmetic == "bfloat16")
+        replay = model.replay
+        model.replay = lambda *given: engine(partial(replay, *given))
+    return model
 
 
 def rl_step(run, step):
@@ -1100,23 +1106,26 @@ def print_plan(flags):
         cfg = with_words(cfg, texts)
         size = flags.size
         text = max(texts, key=len)
-    run = Run(flags, arithmetic="bfloat16" if flags.plan == "gpu" else flags.dtype)
-    fake = memory.FakeTensorMode(allow_non_fake_inputs=True)
-    make = partial(memory.model_without_weights, cfg, fake, getattr(torch, flags.dtype))
-    run.model = make()
-    prepare(run)
-    for optimiser, _ in run.optimisers:
-        for group in optimiser.param_groups:
-            group["foreach"] = flags.plan == "gpu"  # PyTorch's choice there
-    if flags.stage == "rl" and (flags.kl or flags.kl_drive):
-        run.reference = run.model if flags.lora else make()
-    scene = memory.made_up_scene(cfg, run.piece, size, text)
-    scene["images"] = fake.from_tensor(scene["images"])
-    rollouts = f" of {flags.group} rollouts" if flags.stage == "rl" else ""
-    print(f"{flags.init or flags.preset}, stage {flags.stage}: {counts(run)}; {run.piece} scenes"
-          f"{rollouts} at a time, {run.arithmetic} arithmetic")
-    found = memory.peaks(run, phases_of_step(run, scene))
-    print(memory.table(memory.with_kernels(found, run, scene)))
+    arithmetic = "bfloat16" if flags.plan == "gpu" else flags.dtype
+    with memory.one_of(flags.shard) as mesh:
+        run = Run(flags, arithmetic=arithmetic, world_size=max(flags.shard, 1), mesh=mesh)
+        fake = memory.FakeTensorMode(allow_non_fake_inputs=True)
+        make = partial(memory.model_without_weights, cfg, fake, getattr(torch, flags.dtype))
+        run.model = make()
+        prepare(run)
+        for optimiser, _ in run.optimisers:
+            for group in optimiser.param_groups:
+                group["foreach"] = flags.plan == "gpu"  # PyTorch's choice there
+        if flags.stage == "rl" and (flags.kl or flags.kl_drive):
+            run.reference = run.model if flags.lora else reference_of(run, make())
+        scene = memory.made_up_scene(cfg, run.piece, size, text)
+        scene["images"] = fake.from_tensor(scene["images"])
+        rollouts = f" of {flags.group} rollouts" if flags.stage == "rl" else ""
+        each = f", each of {flags.shard} devices" if flags.shard else ""
+        print(f"{flags.init or flags.preset}, stage {flags.stage}: {counts(run)}; {run.piece} "
+              f"scenes{rollouts} at a time{each}, {run.arithmetic} arithmetic")
+        found = memory.peaks(run, phases_of_step(run, scene))
+        print(memory.table(memory.with_kernels(found, run, scene)))
 
 
 def phases_of_step(run, scene):
@@ -1127,22 +1136,25 @@ def phases_of_step(run, scene):
     if flags.stage != "rl":
         lesson = "action" if flags.stage == "action" else "reason"
         learn = partial(backward, run, scene, lesson, True, None, insulate)
-        return {"losses": partial(twice, run, learn), "update": change}
+        phases = {"losses": partial(twice, run, learn), "update": change}
+        return phases | {"validation": partial(model_to_sample, run)} if run.mesh else phases
     steps = 0 if flags.policy == "tokens" else flags.flow_steps
     out = memory.made_up_rollout(run.model, run.piece, flags.group, flags.max_new_tokens, steps)
     out.eta = 0.0 if flags.objective == "nft" else out.eta
 
     def try_out():
+        model = model_to_sample(run)
         with run.autocast:
-            memory.last_token(run.model, scene, flags.group, out.tokens.shape[2])
+            memory.last_token(model, scene, flags.group, out.tokens.shape[2])
 
-    def learn_from_rollouts():
+    def losses_of_piece():
         advantage = dict.fromkeys(rl.HEADS, torch.zeros(run.piece, flags.group))
         with run.autocast:
             losses = rl.losses_of(run.model, run.reference, scene, out, advantage, flags,
                                   insulate=insulate)
-        losses["policy"].backward()
+        return losses.pop("policy"), None
 
+    learn_from_rollouts = partial(learn, run, losses_of_piece)
     phases = {"rollouts": try_out, "losses": partial(twice, run, learn_from_rollouts)}
     if flags.rehearse:
         phases["rehearsal"] = partial(backward, run, scene, "reason", False, None, insulate)
