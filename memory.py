@@ -40,8 +40,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401, train.py's
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -105,7 +103,7 @@ class Adapted(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         # On the CPU: a GPU may have no room for a second copy. Of a sharded one it has a part.
         merged = self.merged()
-        destination[prefix + "weight"] = merged if isinstance(merged, DTensor) else merged.cpu()
+        destination[prefix + "weight"] = merged if is_sharded(merged) else merged.cpu()
 
 
 def add_adapters(model, rank, generator=None):
@@ -188,6 +186,8 @@ def shard(model, mesh, half):
     an encoder, the embeddings, the head, the expert's norm; the rest with the model. half: they are
     gathered in bfloat16, and gradients are still added up in float32. Every piece of a batch adds
     its gradients to the parts at once: whole ones would take the memory that sharding saves."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
+
     vlm = model.vlm
     tower = vlm.model.visual
     alone = [m for m in model.modules() if isinstance(m, Layer | VisionBlock | Merger)]
@@ -202,26 +202,31 @@ def shard(model, mesh, half):
     return engine
 
 
+def is_sharded(tensor):
+    """Whether a tensor is a DTensor, of which each process has a part."""
+    return hasattr(tensor, "full_tensor")
+
+
 def gathered(tensor):
     """A tensor whole, on every device; all processes must ask. Most tensors are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local(tensor):
     """What this process has of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def part_of(tensor, like):
     """This process's part of a whole tensor, sharded like another of the same shape."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return tensor
     mesh = like.device_mesh
     parts = tensor.chunk(mesh.size())  # as FSDP2 does; the last devices may have nothing
     rank = mesh.get_local_rank()
     rows = parts[rank] if rank < len(parts) else tensor[:0]
-    return DTensor.from_local(rows.to(like.device), mesh, like.placements,
-                              shape=like.shape, stride=like.stride())
+    return type(like.detach()).from_local(rows.to(like.device), mesh, like.placements,
+                                          shape=like.shape, stride=like.stride())
 
 
 class WholeModel:

@@ -25,9 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from torch.distributed.tensor import DTensor
 
 import doors
 import memory
@@ -176,7 +174,7 @@ def signs_of(run):
 def sum_of_bits(tensors):
     """Of tensors whole or sharded: the same however they are."""
     here = sum(memory.local(p.detach()).view(torch.int16).sum().item() for p in tensors)
-    if not any(isinstance(p, DTensor) for p in tensors):
+    if not any(map(memory.is_sharded, tensors)):
         return here
     total = torch.tensor(here, device=tensors[0].device)
     dist.all_reduce(total)
@@ -296,7 +294,9 @@ MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer
 def write_parts(folder, tensors, settings):
     """Writes this process's parts of the sharded tensors into a new checkpoint's folder; all
     processes must. Returns the other tensors."""
-    parts = {name: t for name, t in tensors.items() if isinstance(t, DTensor)}
+    import torch.distributed.checkpoint as dcp  # slow to import
+
+    parts = {name: t for name, t in tensors.items() if memory.is_sharded(t)}
     place = os.path.join(folder, PARTS.format(settings["step"]))
     settings["parts"] = str(len(parts))
     dcp.save(parts, storage_writer=dcp.HuggingFaceStorageWriter(place, save_distributed=True))
@@ -306,6 +306,8 @@ def write_parts(folder, tensors, settings):
 def read_parts(path, settings, likes):
     """{name: tensor} of the parts beside the file to go on from, sharded as `likes` are: {name:
     a tensor}, and of those all that there are."""
+    import torch.distributed.checkpoint as dcp
+
     place = os.path.join(os.path.dirname(path), PARTS.format(settings["step"]))
     try:
         reader = dcp.HuggingFaceStorageReader(place)
@@ -320,12 +322,9 @@ def read_parts(path, settings, likes):
         tensors = {name: torch.empty_like(likes[name].detach(), dtype=torch.float32)
                    for name in found}
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-    except Exception as error:
-        line = str(error).strip().splitlines()
-        raise ValueError(f"{place}: no whole parts of a run to resume ({line[-1][:300]})") from None
-    except dcp.api.CheckpointException as error:
-        line = str(error).strip().splitlines()
-        raise ValueError(f"{place}: no whole parts of a run to resume ({line[-1][:300]})") from None
+    except (Exception, dcp.api.CheckpointException) as error:
+        line = str(error).strip().rpartition("\n")[2][:300]
+        raise ValueError(f"{place}: no whole parts of a run to resume ({line})") from None
     return tensors
 
 

@@ -37,7 +37,6 @@ from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import clip_grad_norm_
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -894,7 +893,9 @@ class MuonsMatrices(TorchFunctionMode):
         if casts and self.arithmetic == "float32":
             function = torch.Tensor.float
         out = function(*args, **(kwargs or {}))
-        if casts and isinstance(out, DTensor):
+        if casts and memory.is_sharded(out):
+            from torch.distributed.tensor import Replicate
+
             out = out.redistribute(placements=[Replicate()])
         return out
 
@@ -1141,6 +1142,8 @@ def phases_of_step(run, scene):
     steps = 0 if flags.policy == "tokens" else flags.flow_steps
     out = memory.made_up_rollout(run.model, run.piece, flags.group, flags.max_new_tokens, steps)
     out.eta = 0.0 if flags.objective == "nft" else out.eta
+
+    model_to_sample(run)  # it stays
 
     def try_out():
         model = model_to_sample(run)
