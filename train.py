@@ -320,9 +320,13 @@ def loop(run, first):
             add_own_scenes(run, step)
             line = rl_step(run, step) if flags.stage == "rl" else supervised_step(run, step)
             tokens += line.pop("tokens")
-            speed = round(tokens / (time.time() - begin))
+            seconds = time.time() - begin
+            speed = {"tok/s": round(tokens / seconds),
+                     "scenes/s": round(flags.batch * (step + 1 - first) / seconds, 1)}
+            if run.device.type == "cuda":
+                speed["GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
             losses = {k: line[k] for k in ("text", "action", "flow", "ade") if k in line}
-            bar.set_postfix({"stage": line["stage"], **losses, "tok/s": speed}, refresh=False)
+            bar.set_postfix({"stage": line["stage"], **losses, **speed}, refresh=False)
             bar.update()
             last = step + 1 == flags.steps
             if last or (step + 1) % flags.val_every == 0:
