@@ -176,6 +176,7 @@ def replicate(model):
 
     Some steps leave some parameters without gradient; DDP looks for them, and leaves them so."""
     options = dict(find_unused_parameters=True, gradient_as_bucket_view=True)
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # from 2.13 on
     return DistributedDataParallel(Call(model), broadcast_buffers=False, **options)
 
 
@@ -279,6 +280,7 @@ class Watch:
         host = os.environ["MASTER_ADDR"]
         if rank == 0:
             with socket.create_server(("", 0)) as door:
+                door.settimeout(300)
                 store.set("watch", str(door.getsockname()[1]))
                 for _ in range(world_size - 1):
                     line, _ = door.accept()

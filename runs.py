@@ -256,7 +256,7 @@ def share_anew(flags, world_size):
     The pieces of a batch, to which noise and means belong, stay as they are where they can be
     shared equally among the processes; else they become more."""
     _, settings = read_settings(flags.resume)
-    pieces = settings.get("pieces", "")
+    pieces = settings.get("pieces", "")[:9]
     pieces = int(pieces) if pieces.isdecimal() else flags.accumulate
     most = flags.batch // world_size
     wanted = -(-pieces // world_size)

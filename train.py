@@ -435,9 +435,9 @@ def ending_together(run):
         yield
     except (SystemExit, KeyboardInterrupt, ValueError, OSError, FloatingPointError):
         raise
-    except BaseException:  # of a collective, perhaps: the Watch will know
-        if run.watch:
-            time.sleep(60)
+    except BaseException as error:  # of a collective, perhaps: then the Watch knows, and ends it
+        if run.watch and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+            time.sleep(10)
         raise
     if run.watch:
         run.watch.leave()
