@@ -4,6 +4,7 @@ Training in less memory, and a plan of how much a run needs.
     adapters         the language model's matrices are frozen; beside each learns a change of low
                      rank (LoRA)
     checkpointing    activations are computed again in the backward pass instead of being kept
+    sharding         each of many devices has a part of every weight, gradient and moment (FSDP2)
     the plan         what a run will need, before it runs: train.py --plan
 
     python train.py --plan                                              nano from scratch, on a GPU
@@ -18,19 +19,28 @@ optimisers update all tensors at once, as a GPU's do.
 
 On a GPU it adds what the Triton kernels keep while stage rl tries out. Not counted: scratch memory
 inside PyTorch's kernels, CUDA's own share, fragmentation. Leave a tenth and one GiB for these. The
-plan is for one process. Under torchrun each process needs all of it for its share of the batch, and
-its gradients once more while they are averaged.
+plan is for one process, or with --shard N for each of N. Under torchrun without --shard each
+process needs all of it for its share of the batch and, with --accumulate, its gradients once more.
 """
+import os
+import select
+import socket
+import sys
+import threading
+import time
+import warnings
 import weakref
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401, train.py's
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -43,6 +53,7 @@ from alpamayo import (
     Alpamayo,
     Expert,
     Layer,
+    Merger,
     Past,
     Rollout,
     Triplane,
@@ -90,8 +101,9 @@ class Adapted(nn.Module):
         return (self.weight.float() + change).to(self.weight.dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        # On the CPU: a GPU may have no room for a second copy.
-        destination[prefix + "weight"] = self.merged().cpu()
+        # On the CPU: a GPU may have no room for a second copy. Of a sharded one it has a part.
+        merged = self.merged()
+        destination[prefix + "weight"] = merged if is_sharded(merged) else merged.cpu()
 
 
 def add_adapters(model, rank, generator=None):
@@ -137,6 +149,190 @@ def checkpoint_activations(model):
 
 
 # --------------------------------------------------------------------------------------------------
+# Many devices, by PyTorch's engines. One process needs nothing of this section
+
+
+class Call(nn.Module):
+    """The model as an engine has it: a step is a function of the model, called inside `forward`.
+
+    DDP and FSDP2 work around a module's forward. A step has no one method of the model that does
+    all of it, so this module's forward is whatever function it is given."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function):
+        return function()
+
+
+def by_itself(function):
+    """The engine of a single process."""
+    return function()
+
+
+def replicate(model):
+    """DDP: every device has the whole model; gradients are averaged while backward still runs.
+
+    Some steps leave some parameters without gradient; DDP looks for them, and leaves them so."""
+    options = dict(find_unused_parameters=True, gradient_as_bucket_view=True)
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # from 2.13 on
+    return DistributedDataParallel(Call(model), broadcast_buffers=False, **options)
+
+
+def shard(model, mesh, half):
+    """FSDP2: every device has a part of each parameter, and of its gradient and moments.
+
+    A layer is whole while it computes, and so are in turn the tower's other weights, a merger or
+    an encoder, the embeddings, the head, the expert's norm; the rest with the model. half: they are
+    gathered in bfloat16, and gradients are still added up in float32. Every piece of a batch adds
+    its gradients to the parts at once: whole ones would take the memory that sharding saves."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
+
+    vlm = model.vlm
+    tower = vlm.model.visual
+    alone = [m for m in model.modules() if isinstance(m, Layer | VisionBlock | Merger)]
+    alone += [m for m in (getattr(tower, "flex", None), getattr(tower, "triplane", None)) if m]
+    alone += [tower, vlm.model.language_model.embed_tokens, vlm.lm_head, model.expert]
+    dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else {}
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False, **dtypes)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    engine = Call(model)
+    for part in (*alone, engine):
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    return engine
+
+
+def is_sharded(tensor):
+    """Whether a tensor is a DTensor, of which each process has a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gathered(tensor):
+    """A tensor whole, on every device; all processes must ask. Most tensors are."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def local(tensor):
+    """What this process has of a tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def part_of(tensor, like):
+    """This process's part of a whole tensor, sharded like another of the same shape."""
+    if not is_sharded(like):
+        return tensor
+    mesh = like.device_mesh
+    parts = tensor.chunk(mesh.size())  # as FSDP2 does; the last devices may have nothing
+    rank = mesh.get_local_rank()
+    rows = parts[rank] if rank < len(parts) else tensor[:0]
+    return type(like.detach()).from_local(rows.to(like.device), mesh, like.placements,
+                                          shape=like.shape, stride=like.stride())
+
+
+class WholeModel:
+    """A copy of a sharded model to sample with: whole on each device, plain, in 16 bits there.
+
+    Rollouts end after different numbers of tokens. Gathered layer by layer, a model would have to
+    be asked equally often in all processes, and every token would move all weights once."""
+
+    def __init__(self, model, rank, dtype):
+        with torch.device("meta"):
+            copy = Alpamayo(model.cfg, model.vocabulary)
+            if rank:
+                add_adapters(copy, rank)
+        copy.action_space = model.action_space
+        for name, buffer in model.named_buffers():
+            place, _, leaf = name.rpartition(".")
+            copy.get_submodule(place).register_buffer(leaf, buffer)
+        self.model, self.source, self.dtype = copy.eval(), model, dtype
+
+    @torch.no_grad()
+    def refresh(self):
+        """The model, with the weights of now; all processes must ask."""
+        for name, p in self.source.named_parameters():
+            place, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(place)
+            own = getattr(module, leaf)
+            if own.is_meta:
+                dtype = p.dtype if "lora_" in name else self.dtype
+                own = nn.Parameter(gathered(p).to(dtype, copy=True), requires_grad=False)
+                setattr(module, leaf, own)
+            elif p.requires_grad:  # in place: recorded graphs of kernels read from there
+                own.copy_(gathered(p))
+        return self.model
+
+
+# --------------------------------------------------------------------------------------------------
+# Who ends, ends all
+
+
+class Watch:
+    """Ends this process, with a line, some seconds after another one has ended too early.
+
+    Every process has a connection to process 0. The system closes it when its process ends,
+    however it does, and finds out within 40 s when the machine is gone. A process that is slow, or
+    waits for a disk, keeps it. told(): what else to say."""
+
+    def __init__(self, store, rank, world_size, told=str):
+        self.rank, self.told = rank, told
+        self.lines = {}  # rank: the connection to it
+        host = os.environ["MASTER_ADDR"]
+        if rank == 0:
+            with socket.create_server(("", 0)) as door:
+                door.settimeout(300)
+                store.set("watch", str(door.getsockname()[1]))
+                for _ in range(world_size - 1):
+                    line, _ = door.accept()
+                    self.lines[int(line.recv(16))] = line
+        else:
+            self.lines[0] = socket.create_connection((host, int(store.get("watch"))))
+            self.lines[0].sendall(str(rank).encode())
+        for line in self.lines.values():
+            line.settimeout(None)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in (("KEEPIDLE", 10), ("KEEPINTVL", 10), ("KEEPCNT", 3)):
+                if hasattr(socket, f"TCP_{name}"):  # Linux
+                    line.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
+        threading.Thread(target=self.look, daemon=True).start()
+
+    def look(self):
+        lines = dict(self.lines)
+        while lines:
+            for line in select.select(list(lines.values()), [], [])[0]:
+                rank = next(r for r, one in lines.items() if one is line)
+                try:
+                    said = line.recv(64).decode()
+                except OSError:
+                    said = ""
+                if said == BYE:
+                    del lines[rank]
+                else:
+                    return self.end(int(said or rank))
+
+    def end(self, rank):
+        """Process `rank` has ended: tell the others, and end too."""
+        for other, line in self.lines.items():
+            if other != rank:
+                with suppress(OSError):
+                    line.sendall(str(rank).encode())
+        time.sleep(GRACE)  # this process may have something of its own to say, and end by itself
+        print(f"train.py: process {rank} has ended, so process {self.rank} ends; {self.told()}",
+              file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def leave(self):
+        """From here on this process may end."""
+        for line in self.lines.values():
+            with suppress(OSError):
+                line.sendall(BYE.encode())
+
+
+BYE = "bye"
+GRACE = 3.0  # s
+
+
+# --------------------------------------------------------------------------------------------------
 # The plan: counting
 
 
@@ -158,13 +354,32 @@ class Tracker(TorchDispatchMode):
             args = (args[0], indices)
         out = op(*args, **(kwargs or {}))
         self.count(out)
+        if op is torch.ops.fsdp.split_with_sizes_copy.default:
+            self.count(kwargs["out"], "weights gathered")
         return out
+
+    def __enter__(self):
+        """FSDP2 lets gathered weights go by resizing their storage, which no operation tells."""
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage, size):
+            resize(storage, size)
+            if id(storage) in self.alive:
+                self.count_storage(storage, "weights gathered")
+
+        torch.UntypedStorage.resize_ = resize_and_count
+        self.resize = resize
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self.resize
+        return super().__exit__(*error)
 
     def count(self, tensors, kind=None):
         """Counts the storages of nested tensors. Without a kind, new ones are activations."""
         for t in tree_leaves(tensors):
             if torch.is_tensor(t):
-                self.count_storage(t.untyped_storage(), kind)
+                self.count_storage(local(t).untyped_storage(), kind)
         if self.now.total() > self.peak.total():
             self.peak = self.now.copy()
 
@@ -173,7 +388,7 @@ class Tracker(TorchDispatchMode):
         if key not in self.alive:
             weakref.finalize(storage, self.forget, key)
         elif kind:
-            self.forget(key)  # to count it anew, as this kind
+            self.forget(key)  # to count it anew, as this kind, or in this size
         else:
             return
         kind = kind or "activations"
@@ -197,6 +412,7 @@ def peaks(run, phases):
     with Tracker() as tracker:
         hooks = name_kinds(tracker, run)
         for name, phase in phases.items():
+            tracker.count([p.grad for p in run.params if p.grad is not None], "gradients")
             tracker.peak = Counter()
             phase()
             found[name] = tracker.peak
@@ -209,9 +425,11 @@ def name_kinds(tracker, run):
     """Tells the tracker what is what, now and, by the hooks returned, as gradients come."""
     frozen = [p for p in run.model.parameters() if not p.requires_grad]
     tracker.count([frozen, list(run.model.buffers())], "weights that stay")
-    tracker.count(run.params, "weights that learn")
+    tracker.count(list(run.params), "weights that learn")
     for optimiser, _ in run.optimisers:
         tracker.count(list(optimiser.state.values()), "optimiser")
+    if run.to_sample:
+        tracker.count(list(run.to_sample.model.parameters()), "copy to sample")
     models = {run.model, run.reference or run.model}
     for reference in models - {run.model}:
         tracker.count(list(reference.parameters()), "reference model")
@@ -222,7 +440,11 @@ def name_kinds(tracker, run):
     def count_cache(lm, args, out):
         tracker.count(out[1], "keys and values")
 
-    hooks = [p.register_post_accumulate_grad_hook(count_gradient) for p in run.params]
+    hooks = []
+    if not run.mesh:  # else no parameter has a gradient before it has its part: phase by phase
+        hooks += [p.register_post_accumulate_grad_hook(count_gradient) for p in run.params]
+    if run.to_sample:
+        models.add(run.to_sample.model)
     for model in models:
         hooks.append(model.vlm.model.language_model.register_forward_hook(count_cache))
     return hooks
@@ -259,6 +481,22 @@ def made_up_scene(cfg, batch, size, text):
     # Zeros that nobody writes to take no memory.
     scene["images"] = torch.zeros(batch, len(cfg.cameras), cfg.frames, 3, *size, dtype=torch.uint8)
     return scene | {"reasoning": [text] * batch, "route": ["turn left"] * batch}
+
+
+@contextmanager
+def one_of(processes):
+    """The devices of so many processes, of which this one is the first and the others do not exist;
+    None of one process."""
+    if processes < 2:
+        yield None
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    try:
+        yield dist.init_device_mesh("cpu", (processes,))
+    finally:
+        dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -303,7 +541,8 @@ def with_kernels(peaks, run, scene):
     said, steps = flags.max_new_tokens, flags.flow_steps
     if flags.policy == "tokens":
         said, steps = said + 2 * HORIZON, 0
-    kept = kept_by_kernels(run.model, scene, flags.group, said, steps)
+    model = run.to_sample.model if run.to_sample else run.model
+    kept = kept_by_kernels(model, scene, flags.group, said, steps)
     return {phase: peak + Counter(kernels=kept) for phase, peak in peaks.items()}
 
 
@@ -339,6 +578,8 @@ def kept_by_kernels(model, scene, group, said, steps):
 KINDS_OF_BYTES = (
     "weights that stay",
     "weights that learn",
+    "weights gathered",
+    "copy to sample",
     "reference model",
     "gradients",
     "optimiser",

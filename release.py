@@ -721,38 +721,60 @@ def save_weights(model, folder, dtype=None, shard_bytes=5 * 2**30):
     dtype: of the parameters on disk, as they are where not given; buffers stay as they are.
     ValueError, before a byte is written, where a number is not finite. Killed or without room on
     the disk it leaves the earlier checkpoint or this one, never a mixture: shards take names that
-    no file has, then the index that names them replaces the earlier one, then earlier files go."""
+    no file has, then the index that names them replaces the earlier one, then earlier files go.
+    A model sharded over processes is gathered a file at a time: all call this, all but one with
+    folder None."""
     buffers = dict(model.named_buffers())
-    shards = [{}]
-    room = shard_bytes
-    for name, tensor in model.state_dict().items():
-        if dtype and name not in buffers:
-            tensor = tensor.to(dtype)
-        if tensor.nbytes > room and shards[-1]:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = tensor.contiguous()
-        room -= tensor.nbytes
-    for shard in shards:
-        doors.require_finite(shard, folder)
+    state = model.state_dict()
 
-    index = os.path.join(folder, INDEX)
+    def type_of(name):
+        return dtype if dtype and name not in buffers else state[name].dtype
+
+    shards = [[]]
+    room = shard_bytes
+    for name, tensor in state.items():
+        here = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        doors.require_finite({name: here.to(type_of(name))}, folder)
+        size = tensor.numel() * type_of(name).itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+
+    def save(file, names):
+        tensors = {}
+        for name in names:
+            tensor = state[name]
+            if hasattr(tensor, "full_tensor"):
+                tensor = tensor.full_tensor()  # all processes take part
+                tensor = tensor.cpu() if folder else None
+            if folder:
+                tensors[name] = tensor.to(type_of(name)).contiguous()
+        if folder:
+            doors.save_tensors(os.path.join(folder, file), tensors, {"format": "pt"})
+
+    index = os.path.join(folder or "", INDEX)
     if len(shards) == 1:
         files = [SINGLE]
-        doors.save_tensors(os.path.join(folder, SINGLE), shards[0], {"format": "pt"})
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(index)
+        save(SINGLE, shards[0])
+        if folder:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(index)
     else:
-        files = new_names(folder, len(shards))
-        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
+        files = new_names(folder or "", len(shards))
+        weight_map = {name: file for file, names in zip(files, shards) for name in names}
         try:
-            for file, shard in zip(files, shards):
-                doors.save_tensors(os.path.join(folder, file), shard, {"format": "pt"})
-            doors.write_json(index, {"metadata": {}, "weight_map": weight_map})
+            for file, names in zip(files, shards):
+                save(file, names)
+            if folder:
+                doors.write_json(index, {"metadata": {}, "weight_map": weight_map})
         except OSError:  # no room on the disk
             remove(folder, files)
             raise
-    remove(folder, {file for file in os.listdir(folder) if re.fullmatch(SHARD, file)} - {*files})
+    if folder:
+        there = {file for file in os.listdir(folder) if re.fullmatch(SHARD, file)}
+        remove(folder, there - {*files})
 
 
 def new_names(folder, count):

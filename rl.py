@@ -1,7 +1,7 @@
 """
 What stage rl needs beside its loss (Sec. 5.3): rewards, curation, the step. The loss, GRPO, is
 `rl_losses` in alpamayo.py; `nft`, which is not the paper's, is here. `python train.py --stage rl`
-runs the loop, in one process.
+runs the loop; under torchrun each process has its scenes, and all have the same divergences.
 
     scenes -> a group of rollouts behind one prompt -> rewards (B, G) -> GRPO -> the next scenes
 
@@ -32,6 +32,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
@@ -75,7 +76,7 @@ from doors import (
     write_atomically,
 )
 from draw import GREY, MODEL, pyplot, readable, save_figure
-from memory import without_adapters
+from memory import gathered, without_adapters
 from motion import LONGITUDINAL_META, comfort, lateral_events, meta_actions, smooth_motion
 from world import LEFT, RIGHT
 
@@ -303,7 +304,9 @@ class Judge:
     grade comes after `tries`. The paper also shows its judge the cameras' last images; ours reads.
     """
 
-    def __init__(self, url, model="judge", file=None, timeout=30.0, tries=3, wait=1.0):
+    def __init__(
+        self, url, model="judge", file=None, timeout=30.0, tries=3, wait=1.0, store=None,
+    ):  # fmt: skip
         self.url = endpoint(url).rstrip("/") + "/chat/completions"
         self.secret = os.environ.get("JUDGE_API_KEY", "").strip()
         if not re.fullmatch("[!-~]*", self.secret):
@@ -313,6 +316,7 @@ class Judge:
         self.timeout = timeout  # seconds to connect, and again for the whole answer
         self.tries = tries
         self.wait = wait  # seconds before the second try, twice as many before the next
+        self.store = store  # of several processes: a question is asked by the first that has it
         self.known = self.read_file() if file and os.path.exists(file) else {}
 
     def read_file(self):
@@ -334,13 +338,20 @@ class Judge:
     def __call__(self, pairs):
         keys = [self.key(pair) for pair in pairs]
         new = {key: pair for key, pair in zip(keys, pairs) if key not in self.known}
+        others = [key for key in new if self.store and self.store.add(f"asked {key}", 1) > 1]
+        own = {key: pair for key, pair in new.items() if key not in others}
         with ThreadPoolExecutor(8) as pool:
-            for key, score in zip(new, pool.map(self.ask, new.values())):
+            for key, score in zip(own, pool.map(self.ask, own.values())):
                 self.known[key] = score
+                if self.store:
+                    self.store.set(f"grade {key}", str(score))
                 if self.file:
                     os.makedirs(os.path.dirname(self.file) or ".", exist_ok=True)
                     with open(self.file, "a") as lines:
                         lines.write(json.dumps([key, score]) + "\n")
+        for key in others:
+            self.store.wait([f"grade {key}"], timedelta(hours=12))
+            self.known[key] = int(self.store.get(f"grade {key}"))
         return [self.known[key] for key in keys]
 
     def key(self, pair):
@@ -462,45 +473,64 @@ class Experience(NamedTuple):
     advantage: dict  # {head: (B, G)}: reward less the group's mean
 
 
-def step(model, reference, optimisers, scenes, number, known, flags, device, autocast, judge=None,
-         rehearse=None, insulate=True):
-    """Step `number` of a run. Brings known (scenes,), the divergences, up to date. rehearse: a
-    function of the update's number that adds other gradients to it. Returns the line of the log."""
+def step(run, number, model, learn, mean_of, rehearse=None, insulate=True):
+    """Step `number` of a train.py's Run: this process's part of it. Returns the line of the log.
+
+    Brings run.known (scenes,), the divergences, up to date. model: that of the run, to ask alone;
+    learn, mean_of: train.py's; rehearse: a function of the update's number that adds other
+    gradients to it."""
+    flags, scenes, known = run.flags, run.scenes, run.known
     numbers, drawn = choose(known, number, len(scenes), flags)
-    size = max(1, len(numbers) // flags.accumulate)
+    if run.world_size > 1 and len(numbers) < flags.batch:
+        raise ValueError(f"--batch {flags.batch}: there are {len(scenes)} scenes, and each of the "
+                         "processes must have its own")
+    size = max(1, len(numbers) // (flags.accumulate * run.world_size))
+    begin = run.first * size  # its pieces of the batch begin here,
+    end = len(numbers) if run.world_size == 1 else begin + flags.accumulate * size
     lived, earned = [], []
-    for first in range(0, len(numbers), size):
-        some = numbers[first : first + size]
-        ask = partial(try_out, model, flags, autocast, seed_of(flags.seed, number, first))
+    met = dict.fromkeys(numbers, 0.0)
+    for first in range(begin, end, size):
+        some = numbers[first : min(first + size, end)]
+        ask = partial(try_out, model, flags, run.autocast, seed_of(flags.seed, number, first))
         try:
             if flags.episode:
-                found, rewards, log_probs = drive_out(model, ask, scenes, some, flags, judge)
+                found, rewards, log_probs = drive_out(model, ask, scenes, some, flags, run.judge)
             else:
-                scene = to_device(scenes.batch(some), device)
+                scene = to_device(scenes.batch(some), run.device)
                 rollout = ask(scene)
-                rewards = rewards_of(scene, rollout, scenes, some, flags, judge)
+                rewards = rewards_of(scene, rollout, scenes, some, flags, run.judge)
                 log_probs = rollout.log_probs.sum(2).cpu()
                 found = [Experience(scene, rollout, advantage_of(rewards, flags))]
         except FloatingPointError as error:
             raise FloatingPointError(f"step {number + 1}: {error}") from None
         for name, value in rewards.items():
             expect_finite(number, f"reward `{name}`", value)
-        known[some] = divergence(log_probs, rewards["total"], flags.beta)
-        expect_finite(number, "divergence", known[some])
-        lived += found
+        divergences = divergence(log_probs, rewards["total"], flags.beta)
+        expect_finite(number, "divergence", divergences)
+        met |= zip(some, divergences.tolist())
+        piece = first // size
+        lived += [(one, seed_of(flags.seed, number, piece + i)) for i, one in enumerate(found)]
         earned.append(rewards)
+    met = mean_of(met)  # a scene is one process's
+    known[numbers] = run.world_size * torch.tensor([met[i] for i in numbers])
+    count = mean_of({"experiences": len(lived)})["experiences"]
 
     looked = {}
     old = [None] * len(lived)
     for update_number in range(flags.updates):
         sums = {}
-        for i, one in enumerate(lived):
-            seed = seed_of(flags.seed, number, i)
-            with autocast:
-                losses = losses_of(model, reference, *one, flags, old[i], seed, insulate)
-            loss = losses.pop("policy")
-            expect_finite(number, f"loss `{flags.objective}`", loss)
-            (loss / len(lived)).backward()
+        for i, (one, seed) in enumerate(lived):
+
+            def losses_of_piece(one=one, seed=seed, before=old[i]):
+                with run.autocast:
+                    losses = losses_of(
+                        run.model, run.reference, *one, flags, before, seed, insulate)
+                loss = losses.pop("policy")
+                expect_finite(number, f"loss `{flags.objective}`", loss)
+                return loss / count, losses
+
+            last = i == len(lived) - 1 and not rehearse
+            losses = learn(losses_of_piece, last=last)
             log_probs = losses.pop("log_probs")
             old[i] = old[i] or log_probs
             for name, value in losses.items():
@@ -508,8 +538,10 @@ def step(model, reference, optimisers, scenes, number, known, flags, device, aut
         looked |= sums  # those of the last update: in the first no ratio differs from 1
         if rehearse:
             looked["rehearsed"] = rehearse(update_number)
-        looked |= update(optimisers, number, flags)
-    looked |= log_of(lived, earned, known[numbers], drawn, flags.group)
+        looked |= update(run.optimisers, number, flags)
+    lived = [one for one, _ in lived]
+    looked = mean_of(looked | log_of(lived, earned, known[numbers], drawn, flags.group))
+    looked["tokens"] *= run.world_size
     return {"step": number + 1, "stage": "rl"} | looked
 
 
@@ -761,7 +793,7 @@ def update(optimisers, number, flags):
     norms = {}
     for (optimiser, lr), name in zip(optimisers, ("grad_norm", "grad_norm_expert")):
         params = [p for group in optimiser.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(params, flags.clip)
+        norm = gathered(torch.nn.utils.clip_grad_norm_(params, flags.clip))
         expect_finite(number, f"`{name}`", norm)
         norms[name] = norm.item()
         for group in optimiser.param_groups:
@@ -800,13 +832,17 @@ def log_of(lived, earned, divergences, drawn, group):
 # Validation
 
 
-def validate(model, held, flags, judge=None):
-    """Means of `likeliest` over the held-out scenes of each split, {"split name": float}."""
+def validate(model, held, flags, judge=None, rank=0, world_size=1):
+    """Means of `likeliest` over the held-out scenes of each split, {"split name": float}.
+
+    Of several processes each has its scenes; the mean of what they return is that of all scenes."""
     found = {}
     for split, scenes in held.items():
         count = min(flags.val_scenes, len(scenes))
-        for name, values in likeliest(model, scenes, count, flags, judge).items():
-            found[f"{split} {name}"] = values.mean().item()
+        own = range(rank, count, world_size)
+        weight = world_size / count if own else 0.0
+        for name, values in likeliest(model, scenes, own or [0], flags, judge).items():
+            found[f"{split} {name}"] = weight * values.double().sum().item()
     return found
 
 
@@ -826,12 +862,12 @@ def lines_of(when, values):
 
 
 @torch.no_grad()
-def likeliest(model, scenes, count, flags, judge=None):
-    """The rewards of the likeliest rollout of each of the first scenes, {name: (count,)}, and
-    `right`: whether both decisions are."""
+def likeliest(model, scenes, every, flags, judge=None):
+    """The rewards of the likeliest rollout of each of these scenes, {name: (scenes,)}, and
+    `right`: whether both decisions are. every: the scenes' numbers."""
     found = {}
-    for first in range(0, count, 32):
-        numbers = range(first, min(first + 32, count))
+    for first in range(0, len(every), 32):
+        numbers = every[first : first + 32]
         scene = scenes.batch(numbers)
         options = dict(length=flags.max_new_tokens, decode=flags.policy)
         rollout = likeliest_of(model, scene, flags.flow_steps, **options)

@@ -8,6 +8,8 @@ A run's folder, as train.py keeps it: whose it is, what it holds, whether a stop
     training.safetensors     moved there with it, to go on from: what learns, the optimisers'
                              moments and, as text, the settings: flags, step, number of tensors, and
                              the signs, by which a resumed run knows whether all is as it was
+    training-STEP/           with --shard: the parts of these tensors, a file from each process
+                             (torch.distributed.checkpoint); any number of processes can read them
 
 What cannot work is a ValueError of one line. What changes the losses is said.
 """
@@ -22,12 +24,16 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 import doors
+import memory
 
 FORMAT = "3"  # of training.safetensors
 STATE = "training.safetensors"
+PARTS = "training-{}"
+NEW = "saving"  # where a checkpoint is written, before it is moved
 SHARDS = ("model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors")
 OF_CHECKPOINT = (STATE, "config.json", "tokenizer.json", "vlm/config.json", *SHARDS)
 NOT_KEPT = ("resume", "out", "overwrite", "plan")  # of the flags
@@ -64,8 +70,10 @@ def begin_log(folder, steps, say):
     if not steps:
         with suppress(FileNotFoundError):
             os.remove(os.path.join(folder, STATE))
-        for old in (*Path(folder).glob("own-*"), Path(folder, "best")):
-            shutil.rmtree(old, ignore_errors=True)
+        older = ("own-*", "best", PARTS.format("*"))
+        for old in [path for name in older for path in Path(folder).glob(name)]:
+            if old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
     elif os.path.exists(path):
         lines = [line for line in doors.read_json_lines(path) if line.number("step") <= steps]
         for line in lines:
@@ -89,7 +97,7 @@ def require_numbers(line):
 def new_checkpoint(folder):
     """An empty folder to write a checkpoint to. Its files move to `folder` if the block ends well:
     all of them or, on any error, none."""
-    new = Path(folder, "saving")
+    new = Path(folder, NEW)
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     try:
         yield str(new)
@@ -102,6 +110,9 @@ def new_checkpoint(folder):
         for file in files:
             os.makedirs(Path(folder, file).parent, exist_ok=True)
             os.replace(Path(new, file), Path(folder, file))
+        for parts in Path(folder).glob(PARTS.format("*")):
+            if parts.is_dir() and not any(file.parts[0] == parts.name for file in files):
+                shutil.rmtree(parts, ignore_errors=True)  # of an older checkpoint
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -155,10 +166,20 @@ def signs_of(run):
         "sources": sources(),
         "scenes": f"{len(run.scenes)}, {short_hash(told)}",
         "config": short_hash([repr(replace(run.model.cfg, reasoning="on")).encode()]),
-        "base": str(sum(p.detach().view(torch.int16).sum().item() for p in frozen)),
+        "base": str(sum_of_bits(frozen)),
         "threads": str(torch.get_num_threads()),
         "PyTorch": torch.__version__,
     }
+
+
+def sum_of_bits(tensors):
+    """Of tensors whole or sharded: the same however they are."""
+    here = sum(memory.local(p.detach()).view(torch.int16).sum().item() for p in tensors)
+    if not any(map(memory.is_sharded, tensors)):
+        return here
+    total = torch.tensor(here, device=tensors[0].device)
+    dist.all_reduce(total)
+    return total.item()
 
 
 @lru_cache
@@ -230,6 +251,22 @@ def flags_of_stopped_run(folder, parser):
     return flags
 
 
+def share_anew(flags, world_size):
+    """Changes --accumulate and --shard of a stopped run as its number of processes wants it.
+
+    The pieces of a batch, to which noise and means belong, stay as they are where they can be
+    shared equally among the processes; else they become more."""
+    _, settings = read_settings(flags.resume)
+    pieces = settings.get("pieces", "")[:9]
+    pieces = int(pieces) if pieces.isdecimal() else flags.accumulate
+    most = flags.batch // world_size
+    wanted = -(-pieces // world_size)
+    fits = [n for n in range(wanted, most + 1) if flags.batch % (n * world_size) == 0]
+    if fits:  # else Run says what is wrong
+        flags.accumulate = fits[0]
+    flags.shard = int(flags.shard > 0 and world_size > 1)
+
+
 def differences(run, path, settings):
     """Lines to say of what is not as the stopped run had it.
 
@@ -240,7 +277,10 @@ def differences(run, path, settings):
     new = sorted(kept(run.flags).keys() - settings["flags"].keys())
     lines = [f"{path}: has no flag {name}: its default holds" for name in new]
     for name, now in run.signs.items():
-        if settings.get(name) != now:
+        if settings.get(name) != now and name == "processes":
+            lines.append(f"{path}: {settings.get(name)} processes when it was saved, {now} now; "
+                         "the losses are the same but for rounding, if the pieces are")
+        elif settings.get(name) != now:
             lines.append(f"{path}: {name}: {settings.get(name)} when it was saved, {now} now; the "
                          "losses will not be those of an unbroken run")
     return lines
@@ -252,32 +292,74 @@ def differences(run, path, settings):
 MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 
 
-def read_tensors(run, path, count):
+def write_parts(folder, tensors, settings):
+    """Writes this process's parts of the sharded tensors into a new checkpoint's folder; all
+    processes must. Returns the other tensors."""
+    import torch.distributed.checkpoint as dcp  # slow to import
+
+    parts = {name: t for name, t in tensors.items() if memory.is_sharded(t)}
+    place = os.path.join(folder, PARTS.format(settings["step"]))
+    settings["parts"] = str(len(parts))
+    dcp.save(parts, storage_writer=dcp.HuggingFaceStorageWriter(place, save_distributed=True))
+    return {name: t for name, t in tensors.items() if name not in parts}
+
+
+def read_parts(path, settings, likes):
+    """{name: tensor} of the parts beside the file to go on from, sharded as `likes` are: {name:
+    a tensor}, and of those all that there are."""
+    import torch.distributed.checkpoint as dcp
+
+    place = os.path.join(os.path.dirname(path), PARTS.format(settings["step"]))
+    try:
+        reader = dcp.HuggingFaceStorageReader(place)
+        found = reader.read_metadata().state_dict_metadata
+        wrong = sorted(name for name in found if name not in likes
+                       or found[name].size != likes[name].shape
+                       or found[name].properties.dtype != torch.float32)
+        if wrong or settings["parts"] != str(len(found)):
+            raise ValueError(f"has {len(found)} tensors, expected {settings['parts']}"
+                             + f"; unexpected, or of another shape: {', '.join(wrong[:3])}"
+                             * bool(wrong))
+        tensors = {name: torch.empty_like(likes[name].detach(), dtype=torch.float32)
+                   for name in found}
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    except (Exception, dcp.api.CheckpointException) as error:
+        line = str(error).strip().rpartition("\n")[2][:300]
+        raise ValueError(f"{place}: no whole parts of a run to resume ({line})") from None
+    return tensors
+
+
+def read_tensors(run, path, settings):
     """{name: tensor} of the file to go on from: all that it should hold, in shape, finite.
 
     A weight that has had no gradient yet has no moments. So the file says how many tensors there
-    are, `count`."""
+    are."""
     names = {p: name for name, p in run.model.named_parameters()}
-    shapes = {f"model.{names[p]}": p.shape for p in run.params}
+    likes = {f"model.{names[p]}": p for p in run.params}
     if run.known is not None:
-        shapes["known"] = run.known.shape
-    needed = set(shapes)
+        likes["known"] = run.known
+    needed = set(likes)
     for i, (optimiser, _) in enumerate(run.optimisers):
         for p in [p for group in optimiser.param_groups for p in group["params"]]:
             for key in MOMENTS[type(optimiser).__name__]:
-                shapes[f"{i}.{key}.{names[p]}"] = torch.Size() if key == "step" else p.shape
+                likes[f"{i}.{key}.{names[p]}"] = torch.empty(()) if key == "step" else p
     try:
         with safe_open(path, "pt") as f:
             tensors = {name: f.get_tensor(name) for name in f.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-    wrong = sorted((tensors.keys() - shapes.keys()) | (needed - tensors.keys()))
-    if wrong or count != str(len(tensors)):
-        raise ValueError(f"{path}: has {len(tensors)} tensors, expected {count}"
-                         + f"; missing or unexpected: {', '.join(wrong[:3])}" * bool(wrong))
     for name, tensor in tensors.items():
-        if tensor.shape != shapes[name] or tensor.dtype != torch.float32:
-            raise ValueError(f"{path}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, "
-                             f"expected torch.float32 {tuple(shapes[name])}")
-    doors.require_finite(tensors, path)
+        if name in likes:
+            shape = likes[name].shape
+            if tensor.shape != shape or tensor.dtype != torch.float32:
+                raise ValueError(f"{path}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                                 f"expected torch.float32 {tuple(shape)}")
+            tensors[name] = memory.part_of(tensor, likes[name])
+    if "parts" in settings:
+        tensors |= read_parts(path, settings, likes)
+    wrong = sorted((tensors.keys() - likes.keys()) | (needed - tensors.keys()))
+    if wrong or settings["tensors"] != str(len(tensors)):
+        raise ValueError(f"{path}: has {len(tensors)} tensors, expected {settings['tensors']}"
+                         + f"; missing or unexpected: {', '.join(wrong[:3])}" * bool(wrong))
+    doors.require_finite({name: memory.local(t) for name, t in tensors.items()}, path)
     return tensors

@@ -37,7 +37,7 @@ from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
@@ -50,7 +50,7 @@ import world
 from alpamayo import DT, NANO, OF_EXPERT, PRESETS, Alpamayo, ade, read_config, with_words
 from doors import device_of, real, save_tensors, whole
 from kernels import by_hand
-from release import Vocabulary
+from release import Vocabulary, save_weights
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -114,6 +114,9 @@ def add_run_flags(add):
     add("--seed", 0, "of weights, order and noise", whole())
     add("--device", None, "cpu | cuda | mps (default: cuda, where there is one)", device_of)
     add("--threads", 0, "CPU threads of each process; 0: PyTorch's choice", whole(0, 1024))
+    add("--shard", 0, "under torchrun: each process has a part of every weight, gradient and "
+        "moment (FSDP2), not all of them; N, how many there are, is for --plan", whole(0, 100_000),
+        nargs="?", const=1, metavar="N")
     add("--plan", None, "print the memory that these flags need, of a GPU (bfloat16 arithmetic) or "
         "a CPU (float32), and stop", choices=("gpu", "cpu"), nargs="?", const="gpu")
 
@@ -210,6 +213,11 @@ def check_flags(flags, error):
     rl.fill_in(flags)
     if flags.stage == "rl":
         rl.check_flags(flags, error)
+    if flags.shard and flags.episode:
+        error(f"--shard --episode {flags.episode:g}: drives end after different numbers of plans, "
+              "and sharded processes go in step")
+    if flags.shard == 1 and flags.plan:
+        error("--plan --shard: of how many processes? --shard N")
     if flags.plan:
         return
     if flags.own and (flags.data != "world" or flags.stage not in ("reason", "all")):
@@ -237,6 +245,8 @@ def check_flags(flags, error):
             error(f"--{name} {folder}: expected a folder")
     if flags.init and flags.width != 1:
         error(f"--width {flags.width:g}: --init's model is as wide as it is")
+    if flags.best and flags.shard:
+        error("--best --shard: the best is kept of models that a process has whole")
     if flags.best and flags.stage == "rl":
         error("--best: stage rl validates on several splits, none of which decides")
     if not flags.init:
@@ -256,7 +266,12 @@ class Run:
     arithmetic: str = "float32"  # or bfloat16
     rank: int = 0
     world_size: int = 1
+    mesh: object = None  # with --shard: the devices that share the weights
+    store: object = None  # of what the processes tell one another
+    watch: memory.Watch = None  # over the other processes
     model: Alpamayo = None
+    engine: object = memory.by_itself  # what computes a function of the model, see `learn`
+    to_sample: memory.WholeModel = None  # of a sharded model
     params: list = None  # of the model, those that learn
     optimisers: list = None  # pairs (optimiser, its full learning rate)
     scenes: object = None  # to learn from
@@ -276,6 +291,7 @@ class Run:
         if rest:
             raise ValueError(f"--batch {self.flags.batch}: must be a multiple of processes x "
                              f"--accumulate = {pieces}")
+        self.first = self.rank * self.flags.accumulate  # its first piece among those of a batch
 
     @property
     def autocast(self):
@@ -292,7 +308,7 @@ def main():
     if flags.plan:
         return print_plan(flags)
     run = start(flags)
-    with runs.own_folder(flags) if run.rank == 0 else nullcontext():
+    with ending_together(run), runs.own_folder(flags) if run.rank == 0 else nullcontext():
         run.model = starting_model(run)  # before the scenes: it decides how they are shown
         load_scenes(run)
         run.model = run.model or model_from_scratch(run)  # after the scenes: its words are theirs
@@ -301,64 +317,6 @@ def main():
         prepare(run)
         run.signs |= runs.signs_of(run)
         loop(run, restore(run) if flags.resume else 0)
-    if run.world_size > 1:
-        dist.destroy_process_group()
-
-
-def number_of_process(name, default):
-    """A number that torchrun puts into the environment."""
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise ValueError(f"{name} is {text!r} in the environment, expected a whole number")
-    return int(text)
-
-
-def start(flags):
-    """The Run on this process's device. Under torchrun it is one of several."""
-    rank = number_of_process("RANK", 0)
-    world_size = number_of_process("WORLD_SIZE", 1)
-    if not rank < world_size:
-        raise ValueError(f"RANK {rank}, WORLD_SIZE {world_size}: expected ranks from 0 on, as "
-                         "torchrun sets them")
-    if flags.stage == "rl" and world_size > 1:
-        raise ValueError("--stage rl runs in one process")
-    if flags.own % world_size:
-        raise ValueError(f"--own {flags.own}: must be a multiple of the {world_size} processes")
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
-    device = flags.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cuda = device.type == "cuda"
-    if cuda:
-        number = number_of_process("LOCAL_RANK", device.index or 0)
-        if number >= torch.cuda.device_count():
-            raise ValueError(f"no GPU {number} for this process: there are "
-                             f"{torch.cuda.device_count()}")
-        device = torch.device("cuda", number)
-        torch.cuda.set_device(device)
-    if world_size > 1:  # the others wait while the first renders the world
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
-    by_hand(device, torch.float32)  # a wrong ALPAMAYO_KERNELS ends it here
-    # GPU: bfloat16 arithmetic, float32 weights that learn. CPU: --dtype, float32 is faster.
-    run = Run(flags, device, "bfloat16" if cuda else flags.dtype, rank, world_size)
-    run.signs = {"processes": str(world_size), "device": f"{device.type}, {run.arithmetic}"}
-    return run
-
-
-@contextmanager
-def together(run):
-    """All processes end where what stands in this block fails in one of them, which says why."""
-    error = None
-    try:
-        yield
-    except Exception as problem:
-        error = problem
-    if run.world_size > 1:
-        failed = torch.tensor(float(error is not None), device=run.device)
-        dist.all_reduce(failed)
-        if failed and not error:
-            error = SystemExit(1)
-    if error:
-        raise error
 
 
 def loop(run, first):
@@ -376,18 +334,20 @@ def loop(run, first):
         for step in range(first, flags.steps):
             add_own_scenes(run, step)
             line = rl_step(run, step) if flags.stage == "rl" else supervised_step(run, step)
-            tokens += line.pop("tokens") * run.world_size
-            speed = round(tokens / (time.time() - begin))
+            tokens += line.pop("tokens")
+            seconds = time.time() - begin
+            speed = {"tok/s": round(tokens / seconds),
+                     "scenes/s": round(flags.batch * (step + 1 - first) / seconds, 1)}
+            if run.device.type == "cuda":
+                speed["GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
             losses = {k: line[k] for k in ("text", "action", "flow", "ade") if k in line}
-            bar.set_postfix({"stage": line["stage"], **losses, "tok/s": speed}, refresh=False)
+            bar.set_postfix({"stage": line["stage"], **losses, **speed}, refresh=False)
             bar.update()
             last = step + 1 == flags.steps
             if last or (step + 1) % flags.val_every == 0:
                 line["val"] = validate(run, line["stage"])
                 report(run, f"step {step + 1:6}", line["stage"], line["val"])
-            with together(run):
-                if run.rank == 0:
-                    write_down(run, line, log, last)
+            write_down(run, line, log, last)
     look = f"python sample.py --checkpoint {flags.out}"
     if flags.stage == "rl" and flags.data == "world":
         split = next((one for one in flags.split if one != "train"), "val")
@@ -406,6 +366,156 @@ def report(run, when, stage, values):
         return run.say(rl.lines_of(when, values))
     values = "  ".join(f"{k} {v:.3f}" for k, v in values.items())
     run.say(f"{when} {stage:6} validation: {values}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Many devices. torchrun starts this program once for each; with one process nothing here acts
+
+JOIN = 300  # s that processes have to come together
+
+
+def number_of_process(name, default):
+    """A number that torchrun puts into the environment."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{name} is {text!r} in the environment, expected a whole number")
+    return int(text)
+
+
+def start(flags):
+    """The Run on this process's device. Under torchrun it is one of several."""
+    rank = number_of_process("RANK", 0)
+    world_size = number_of_process("WORLD_SIZE", 1)
+    if not rank < world_size:
+        raise ValueError(f"RANK {rank}, WORLD_SIZE {world_size}: expected ranks from 0 on, as "
+                         "torchrun sets them")
+    if flags.resume:
+        runs.share_anew(flags, world_size)
+    elif flags.shard > 1 and flags.shard != world_size or flags.shard and world_size == 1:
+        raise ValueError(f"--shard {flags.shard}: there are {world_size} processes; torchrun "
+                         "--nproc_per_node N starts N")
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    device = flags.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
+    if cuda:
+        number = number_of_process("LOCAL_RANK", device.index or 0)
+        if number >= torch.cuda.device_count():
+            raise ValueError(f"no GPU {number} for this process: there are "
+                             f"{torch.cuda.device_count()}")
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    by_hand(device, torch.float32)  # a wrong ALPAMAYO_KERNELS ends it here
+    # GPU: bfloat16 arithmetic, float32 weights that learn. CPU: --dtype, float32 is faster.
+    run = Run(flags, device, "bfloat16" if cuda else flags.dtype, rank, world_size)
+    run.signs = {"pieces": str(flags.batch // run.piece), "processes": str(world_size),
+                 "device": f"{device.type}, {run.arithmetic}"}
+    if flags.own % int(run.signs["pieces"]):
+        raise ValueError(f"--own {flags.own}: must be a multiple of the {run.signs['pieces']} "
+                         "pieces of a batch")
+    if world_size > 1:
+        join(run)
+    return run
+
+
+def join(run):
+    """Meets the other processes."""
+    kind = run.device.type
+    backend = {"cuda": "nccl", "cpu": "gloo"}.get(kind)
+    if not backend or not getattr(dist, f"is_{backend}_available")():
+        raise ValueError(f"{run.world_size} processes on {kind}: this PyTorch has no "
+                         f"{backend or 'way'} to join them; --device cpu can")
+    door = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        wait = timedelta(seconds=JOIN)
+        store, *_ = next(dist.rendezvous("env://", run.rank, run.world_size, timeout=wait))
+        run.store = store
+        # Long: the others wait while the first renders the world. Who dies is seen by the Watch.
+        options = dict(store=store, rank=run.rank, world_size=run.world_size)
+        dist.init_process_group(backend, timeout=timedelta(hours=12), **options)
+    except (RuntimeError, ValueError) as error:
+        line = str(error).partition("\n")[0][:200]
+        raise ValueError(f"process {run.rank} of {run.world_size} found no others at {door}: "
+                         f"{line}") from None
+    told = partial(runs.saved_in, run.flags.out)
+    run.watch = memory.Watch(store, run.rank, run.world_size, told)
+    if run.flags.shard:
+        run.mesh = dist.init_device_mesh(kind, (run.world_size,))
+
+
+@contextmanager
+def ending_together(run):
+    """Where one process ends early all do, and say which it was: memory.Watch."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt, ValueError, OSError, FloatingPointError):
+        raise
+    except BaseException as error:  # of a collective, perhaps: then the Watch knows, and ends it
+        if run.watch and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+            time.sleep(10)
+        raise
+    if run.watch:
+        run.watch.leave()
+        run.engine = None  # DDP freed after the group waits for ever, now and then
+        dist.destroy_process_group()
+
+
+@contextmanager
+def together(run):
+    """All processes end where what stands in this block fails in one of them, which says why.
+
+    In the block no process waits for others."""
+    error = None
+    try:
+        yield
+    except Exception as problem:
+        error = problem
+    if run.world_size > 1:
+        failed = torch.tensor(float(error is not None), device=run.device)
+        dist.all_reduce(failed)
+        if failed and not error:
+            error = SystemExit(1)
+    if error:
+        raise error
+
+
+def learn(run, function, last=True):
+    """Adds the gradients of a piece of the batch. function() is the loss, and what to return.
+
+    The engine averages gradients over the processes: DDP at the last piece of an update, before
+    which it would be needless; FSDP2 at every piece, see memory.shard."""
+    later = run.world_size > 1 and not run.mesh and not last
+    with run.engine.no_sync() if later else nullcontext():
+        loss, found = run.engine(function)
+        loss.backward()
+    return found
+
+
+def mean_of(run, values):
+    """{name: number}, each the mean over the processes. What is None is so in all."""
+    if run.world_size == 1:
+        return values
+    names = [name for name, value in values.items() if value is not None]
+    means = torch.tensor([float(values[name]) for name in names], dtype=torch.float64)
+    means = means.to(run.device)
+    dist.all_reduce(means)
+    return values | dict(zip(names, (means / run.world_size).tolist()))
+
+
+def share_of(run, numbers):
+    """A process's part of the numbers of a batch's scenes: run.first is the first of its pieces."""
+    return numbers[run.first * run.piece :][: run.flags.accumulate * run.piece]
+
+
+def model_to_sample(run):
+    """A model that a process can ask on its own. All processes must call this."""
+    if not run.mesh:
+        return run.model
+    half = run.arithmetic == "bfloat16"
+    if not run.to_sample:
+        dtype = torch.bfloat16 if half else torch.float32
+        run.to_sample = memory.WholeModel(run.model, run.flags.lora, dtype)
+    return run.to_sample.refresh()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -484,6 +594,10 @@ def prepare(run):
         dtype = torch.float32 if p.requires_grad else getattr(torch, flags.dtype)
         # Copied: a matrix product's last bits depend on where in memory a file put its matrices.
         p.data = p.data.to(dtype, copy=True)
+    if run.mesh:
+        run.engine = memory.shard(run.model, run.mesh, run.arithmetic == "bfloat16")
+    elif run.world_size > 1:
+        run.engine = memory.replicate(run.model)
     run.params = [p for p in run.model.parameters() if p.requires_grad]
     make = rl.make_optimisers if flags.stage == "rl" else make_optimisers
     run.optimisers = make(run.model, flags)
@@ -572,26 +686,29 @@ def add_own_scenes(run, step):
     if number == len(ROUNDS) or step < ROUNDS[number] * flags.steps:
         return
     run.model.eval()
+    model = model_to_sample(run)
 
     def policy(scene):
         shown = data.in_grey(scene) if flags.blind else scene
         with run.autocast:
-            out = rl.likeliest_of(
-                run.model, shown, flags.flow_steps, length=flags.max_new_tokens)
+            out = rl.likeliest_of(model, shown, flags.flow_steps, length=flags.max_new_tokens)
         return out.actions[:, 0]
 
     first = OWN * (number + 1)
     view = data.view_of(run.model.cfg, flags.size)
 
-    def own_set(rank):
-        folder = os.path.join(flags.out, f"own-{number}-{rank}")
-        start = first + rank * OWN // run.world_size
-        return data.own_set(folder, policy, start, flags.own // run.world_size, **view)
+    parts = flags.batch // run.piece  # as many as pieces: the same for any number of processes
+
+    def own_set(part):
+        folder = os.path.join(flags.out, f"own-{number}-{part}")
+        start = first + part * OWN // parts
+        return data.own_set(folder, policy, start, flags.own // parts, **view)
 
     with together(run):  # each process drives for its share
-        own_set(run.rank)
+        for part in range(run.first, run.first + flags.accumulate):
+            own_set(part)
     with together(run):
-        run.scenes = data.Together([run.scenes, *map(own_set, range(run.world_size))])
+        run.scenes = data.Together([run.scenes, *map(own_set, range(parts))])
     run.own += flags.own
     add_own_scenes(run, step)  # a resumed run has several to add
 
@@ -649,11 +766,9 @@ def scene_numbers(run, step):
 
     Where some are of the model's own driving, every other one is."""
     flags = run.flags
-    share = flags.batch // run.world_size
-    first = step * flags.batch + run.rank * share
     others = len(run.scenes) - run.own
     numbers = []
-    for i in range(first, first + share):
+    for i in share_of(run, range(step * flags.batch, (step + 1) * flags.batch)):
         of_own = run.own > 0 and i % 2 == 1
         count = run.own if of_own else others
         number = order_of(i // count, count, flags.seed)[i % count]
@@ -723,27 +838,30 @@ def lesson_at(step, flags):
 
 
 def supervised_step(run, step):
-    """Returns the step's line of the log, and in it `tokens`, how many this process read."""
+    """Returns the step's line of the log, and in it `tokens`, how many all processes read.
+
+    A loss is the mean over the pieces of a batch of each one's mean, however the pieces are shared
+    among processes: a trace in a piece of short ones counts a little more."""
     flags = run.flags
     run.model.train()
     lesson, with_actions = lesson_at(step, flags)
     insulate = insulated(flags, step)
-    generator = seeded(data.seed_of(flags.seed, step, run.rank), run.device)
     means = defaultdict(float)
-    with together(run):
-        for scene in pieces(run, run.scenes, scene_numbers(run, step)):
-            if torch.rand(1, generator=generator, device=run.device) < flags.front_only:
-                scene = front_only(scene)
-            if torch.rand(1, generator=generator, device=run.device) >= flags.routes:
-                scene = hide_route(scene)
-            losses = backward(run, scene, lesson, with_actions, generator, insulate)
-            for name, value in losses.items():
-                rl.expect_finite(step, f"loss `{name}`", value)
-                means[name] += value.item() / flags.accumulate
-    if run.world_size > 1:
-        average_gradients(run)
+    for i, scene in enumerate(pieces(run, run.scenes, scene_numbers(run, step)), 1):
+        generator = seeded(data.seed_of(flags.seed, step, run.first + i - 1), run.device)
+        if torch.rand(1, generator=generator, device=run.device) < flags.front_only:
+            scene = front_only(scene)
+        if torch.rand(1, generator=generator, device=run.device) >= flags.routes:
+            scene = hide_route(scene)
+        last = i == flags.accumulate
+        losses = backward(run, scene, lesson, with_actions, generator, insulate, last)
+        for name, value in losses.items():
+            means[name] += value.item() / flags.accumulate
+    means = mean_of(run, means)  # if one is not finite all processes end
+    for name, value in means.items():
+        rl.expect_finite(step, f"loss `{name}`", torch.tensor(value))
     means["grad_norm"] = update(run, step).item()
-    means["tokens"] *= flags.accumulate
+    means["tokens"] *= flags.accumulate * run.world_size
     return {"step": step + 1, "stage": stage_at(step, flags), **means}
 
 
@@ -762,52 +880,56 @@ def insulated(flags, step):
     return step < flags.expert_teaches * flags.steps
 
 
-def backward(run, scene, lesson, with_actions, generator, insulate=True):
+def backward(run, scene, lesson, with_actions, generator, insulate=True, last=True):
     """The losses of a piece of the batch. Their gradients add to those of the pieces before."""
     flags = run.flags
-    with run.autocast:
-        losses = run.model(scene, lesson, action_tokens=with_actions, generator=generator,
-                           flow_samples=flags.flow_samples, hide_actions=flags.hide_actions,
-                           insulate=insulate)
-        loss = total_loss(losses, flags) / flags.accumulate
-    loss.backward()
-    return losses
 
+    def losses_of_piece():
+        with run.autocast:
+            losses = run.model(scene, lesson, action_tokens=with_actions, generator=generator,
+                               flow_samples=flags.flow_samples, hide_actions=flags.hide_actions,
+                               insulate=insulate)
+        found = {name: value.detach() for name, value in losses.items()}
+        return total_loss(losses, flags) / flags.accumulate, found
 
-def average_gradients(run):
-    """Averages the gradients over all processes, in one message.
-
-    A parameter that a step leaves without gradient has none in any process."""
-    gradients = [p.grad for p in run.params if p.grad is not None]
-    flat = parameters_to_vector(gradients)
-    dist.all_reduce(flat)
-    vector_to_parameters(flat / run.world_size, gradients)
+    return learn(run, losses_of_piece, last)
 
 
 def update(run, step):
     """Moves the parameters, at the step's rates. Returns the gradients' norm before clipping."""
-    norm = clip_grad_norm_(run.params, run.flags.clip)
+    norm = memory.gathered(clip_grad_norm_(run.params, run.flags.clip))
     if not run.flags.plan:  # a planned norm has no value
         rl.expect_finite(step, "`grad_norm`", norm)
-    precision = InFloat32 if run.arithmetic == "float32" else nullcontext
     for optimiser, full in run.optimisers:
         for group in optimiser.param_groups:
             group["lr"] = full * rate(step, run.flags)
-        with precision():
+        with MuonsMatrices(run.arithmetic):
             optimiser.step()
         optimiser.zero_grad()
     return norm
 
 
-class InFloat32(TorchFunctionMode):
-    """Keeps PyTorch's Muon from casting to bfloat16, for which most CPUs have no instructions.
+class MuonsMatrices(TorchFunctionMode):
+    """What PyTorch's Muon makes orthogonal: it casts that to bfloat16 first, which is seen here.
 
-    On one core with AVX2 a step of nano's 72 matrices takes 0.25 s; in bfloat16, 3.4 s."""
+    In float32 arithmetic it stays float32. For bfloat16 most CPUs have no instructions: on one
+    core with AVX2 a step of nano's 72 matrices takes 0.25 s; in bfloat16, 3.4 s. A sharded matrix
+    is gathered: every process finds the same whole update, and its parameter takes its part."""
+
+    def __init__(self, arithmetic):
+        super().__init__()
+        self.arithmetic = arithmetic
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.bfloat16:
+        casts = function is torch.Tensor.bfloat16
+        if casts and self.arithmetic == "float32":
             function = torch.Tensor.float
-        return function(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        if casts and memory.is_sharded(out):
+            from torch.distributed.tensor import Replicate
+
+            out = out.redistribute(placements=[Replicate()])
+        return out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -823,12 +945,23 @@ def prepare_rl(run):
         run.ordinary = run.scenes
     if flags.judge:
         answers = os.path.join(flags.out, "judge.jsonl")
-        run.judge = rl.Judge(flags.judge, flags.judge_model, answers)
+        run.judge = rl.Judge(flags.judge, flags.judge_model, answers, store=run.store)
     if (flags.kl or flags.kl_drive) and flags.lora:
         run.reference = run.model  # its adapters switched off
     elif flags.kl or flags.kl_drive:
-        run.reference = Alpamayo.from_pretrained(flags.init, getattr(torch, flags.dtype),
-                                                 run.device, **seeing(flags))
+        model = Alpamayo.from_pretrained(flags.init, getattr(torch, flags.dtype), run.device,
+                                         **seeing(flags))
+        run.reference = reference_of(run, model)
+
+
+def reference_of(run, model):
+    """A reference policy of its own, of which only the `replay` is asked for."""
+    model.requires_grad_(False)
+    if run.mesh:
+        engine = memory.shard(model, run.mesh, run.arithmetic == "bfloat16")
+        replay = model.replay
+        model.replay = lambda *given: engine(partial(replay, *given))
+    return model
 
 
 def rl_step(run, step):
@@ -840,8 +973,8 @@ def rl_step(run, step):
         report(run, "before     ", "rl", line["before"])
     insulate = insulated(flags, step)
     rehearsal = partial(rehearse, run, step, insulate) if flags.rehearse else None
-    line |= rl.step(run.model, run.reference, run.optimisers, run.scenes, step, run.known, flags,
-                    run.device, run.autocast, run.judge, rehearsal, insulate)
+    line |= rl.step(run, step, model_to_sample(run), partial(learn, run), partial(mean_of, run),
+                    rehearsal, insulate)
     run.say(rl.line_of(line))
     return line
 
@@ -852,17 +985,20 @@ def rehearse(run, step, insulate, update_number):
     Of action tokens only where they are what drives."""
     flags = run.flags
     seed = data.seed_of(flags.seed, step, 1 + update_number)
-    generator = seeded(seed, run.device)
     numbers = torch.randint(len(run.ordinary), (flags.batch,), generator=seeded(seed)).tolist()
     total = 0.0
-    for scene in pieces(run, run.ordinary, numbers):
-        with run.autocast:
-            losses = run.model(scene, "reason", action_tokens=flags.policy == "tokens",
-                               generator=generator, flow_samples=flags.flow_samples,
-                               insulate=insulate)
+    for i, scene in enumerate(pieces(run, run.ordinary, share_of(run, numbers)), 1):
+        generator = seeded(data.seed_of(seed, run.first + i - 1), run.device)
+
+        def losses_of_piece(scene=scene, generator=generator):
+            with run.autocast:
+                losses = run.model(scene, "reason", action_tokens=flags.policy == "tokens",
+                                   generator=generator, flow_samples=flags.flow_samples,
+                                   insulate=insulate)
             loss = total_loss(losses, flags) / flags.accumulate
-        (flags.rehearse * loss).backward()
-        total += loss.item()
+            return flags.rehearse * loss, loss.item()
+
+        total += learn(run, losses_of_piece, last=i == flags.accumulate)
     return total
 
 
@@ -877,25 +1013,29 @@ def validate(run, stage):
     Scenes and noise are the same every time. Processes share the scenes, so all must call this."""
     flags = run.flags
     run.model.eval()  # in stage rl for good: the update replays what was sampled
+    model = model_to_sample(run)
     if stage == "rl":
         with run.autocast:
-            return rl.validate(run.model, run.held, flags, run.judge)
+            found = rl.validate(model, run.held, flags, run.judge, run.rank, run.world_size)
+        return mean_of(run, found)
     reason = stage == "reason"
     names = ["action", "flow", "ade"] + ["text", "right", "exact"] * reason
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # last: scenes
-    numbers = range(run.rank, min(flags.val_scenes, len(run.val)), run.world_size)
-    for i, scene in enumerate(pieces(run, run.val, numbers)):
-        seed = i * run.piece
+    count = min(flags.val_scenes, len(run.val))
+    starts = range(run.rank * run.piece, count, run.world_size * run.piece)
+    numbers = [i for seed in starts for i in range(seed, min(seed + run.piece, count))]
+    for seed, scene in zip(starts, pieces(run, run.val, numbers)):
         with run.autocast:
-            values = run.model(scene, stage, generator=seeded(seed, run.device))
-            out = run.model.sample(scene, n=1, temperature=0, steps=5, max_new_tokens=64,
-                                   seed=seed, reason=reason)
+            values = model(scene, stage, generator=seeded(seed, run.device))
+            out = model.sample(scene, n=1, temperature=0, steps=5, max_new_tokens=64, seed=seed,
+                               reason=reason)
         values["ade"] = ade(out.xyz[:, 0], scene["ego_future_xyz"]).mean()
         pairs = zip(out.reasoning, scene["reasoning"])
         rights = torch.tensor([data.is_right(said, true) for (said,), true in pairs])
         values["right"], values["exact"] = rights[:, 2:].double().mean(0)
         row = [float(values[name]) for name in names] + [1.0]
         sums += len(scene["images"]) * sums.new_tensor(row)
+    run.to_sample = None  # a step of these stages needs its room
     if run.world_size > 1:
         sums = sums.to(run.device)
         dist.all_reduce(sums)
@@ -912,15 +1052,16 @@ def write_down(run, line, log, last):
     for name, value in (line | line.get("before", {}) | line.get("val", {})).items():
         if isinstance(value, float):
             rl.expect_finite(line["step"] - 1, f"`{name}`", torch.tensor(value))
-    print(json.dumps(line), file=log, flush=True)
+    with together(run):
+        if log:  # process 0's
+            print(json.dumps(line), file=log, flush=True)
     if last or line["step"] % flags.save_every == 0:
         save(run, line["step"], line["stage"])
     if flags.best and "val" in line:
-        errors = [past["val"]["ade"] for past in doors.read_json_lines(log.name) if "val" in past]
-        if errors[-1] == min(errors):
-            with runs.new_checkpoint(os.path.join(flags.out, "best")) as new:
-                save_model(run, new, line["stage"])
-    if flags.stage == "rl" and "val" in line:
+        with together(run):
+            if log:
+                keep_best(run, line, log)
+    if log and flags.stage == "rl" and "val" in line:
         rl.draw_curves(log.name, os.path.join(flags.out, "curves.png"))
 
 
@@ -939,13 +1080,41 @@ def save(run, step, stage):
         tensors["known"] = run.known
     settings = {"format": runs.FORMAT, "flags": json.dumps(runs.kept(flags)), "step": str(step),
                 "tensors": str(len(tensors)), **run.signs}
-    with runs.new_checkpoint(flags.out) as new:
-        save_tensors(os.path.join(new, runs.STATE), tensors, settings)
-        save_model(run, new, stage)
+    reasoning = "off" if stage == "action" else "on"
+    if run.mesh:
+        return save_sharded(run, tensors, settings, reasoning)
+    with together(run):
+        if run.rank == 0:
+            with runs.new_checkpoint(flags.out) as new:
+                save_tensors(os.path.join(new, runs.STATE), tensors, settings)
+                run.model.save_pretrained(new, reasoning=reasoning)
 
 
-def save_model(run, folder, stage):
-    run.model.save_pretrained(folder, reasoning="off" if stage == "action" else "on")
+def keep_best(run, line, log):
+    """Writes the checkpoint to use into OUT/best, if this validation's ADE is the least so far."""
+    errors = [past["val"]["ade"] for past in doors.read_json_lines(log.name) if "val" in past]
+    if errors[-1] == min(errors):
+        with runs.new_checkpoint(os.path.join(run.flags.out, "best")) as new:
+            reasoning = "off" if line["stage"] == "action" else "on"
+            run.model.save_pretrained(new, reasoning=reasoning)
+
+
+def save_sharded(run, tensors, settings, reasoning):
+    """The same of a sharded model. Each process writes its parts of what is sharded; the first
+    writes the rest and, a file of weights at a time, the checkpoint to use."""
+    first = run.rank == 0
+    folder = runs.new_checkpoint(run.flags.out) if first else nullcontext(
+        os.path.join(run.flags.out, runs.NEW))
+    with folder as new:
+        with together(run):
+            doors.require_finite({k: memory.local(v) for k, v in tensors.items()}, new)
+        rest = runs.write_parts(new, tensors, settings)
+        if first:
+            save_tensors(os.path.join(new, runs.STATE), rest, settings)
+            run.model.save_pretrained(new, reasoning=reasoning)
+        else:
+            save_weights(run.model, None)  # its parts of the tensors
+        dist.barrier()
 
 
 @torch.no_grad()
@@ -954,7 +1123,7 @@ def restore(run):
     path, settings = runs.read_settings(run.flags.resume)
     for line in runs.differences(run, path, settings):
         run.say(line)
-    tensors = runs.read_tensors(run, path, settings["tensors"])
+    tensors = runs.read_tensors(run, path, settings)
     run.known = tensors.pop("known", None)
     params = dict(run.model.named_parameters())
     for name, p in params.items():
@@ -983,23 +1152,26 @@ def print_plan(flags):
         cfg = with_words(cfg, texts)
         size = flags.size
         text = max(texts, key=len)
-    run = Run(flags, arithmetic="bfloat16" if flags.plan == "gpu" else flags.dtype)
-    fake = memory.FakeTensorMode(allow_non_fake_inputs=True)
-    make = partial(memory.model_without_weights, cfg, fake, getattr(torch, flags.dtype))
-    run.model = make()
-    prepare(run)
-    for optimiser, _ in run.optimisers:
-        for group in optimiser.param_groups:
-            group["foreach"] = flags.plan == "gpu"  # PyTorch's choice there
-    if flags.stage == "rl" and (flags.kl or flags.kl_drive):
-        run.reference = run.model if flags.lora else make()
-    scene = memory.made_up_scene(cfg, run.piece, size, text)
-    scene["images"] = fake.from_tensor(scene["images"])
-    rollouts = f" of {flags.group} rollouts" if flags.stage == "rl" else ""
-    print(f"{flags.init or flags.preset}, stage {flags.stage}: {counts(run)}; {run.piece} scenes"
-          f"{rollouts} at a time, {run.arithmetic} arithmetic")
-    found = memory.peaks(run, phases_of_step(run, scene))
-    print(memory.table(memory.with_kernels(found, run, scene)))
+    arithmetic = "bfloat16" if flags.plan == "gpu" else flags.dtype
+    with memory.one_of(flags.shard) as mesh:
+        run = Run(flags, arithmetic=arithmetic, world_size=max(flags.shard, 1), mesh=mesh)
+        fake = memory.FakeTensorMode(allow_non_fake_inputs=True)
+        make = partial(memory.model_without_weights, cfg, fake, getattr(torch, flags.dtype))
+        run.model = make()
+        prepare(run)
+        for optimiser, _ in run.optimisers:
+            for group in optimiser.param_groups:
+                group["foreach"] = flags.plan == "gpu"  # PyTorch's choice there
+        if flags.stage == "rl" and (flags.kl or flags.kl_drive):
+            run.reference = run.model if flags.lora else reference_of(run, make())
+        scene = memory.made_up_scene(cfg, run.piece, size, text)
+        scene["images"] = fake.from_tensor(scene["images"])
+        rollouts = f" of {flags.group} rollouts" if flags.stage == "rl" else ""
+        each = f", each of {flags.shard} devices" if flags.shard else ""
+        print(f"{flags.init or flags.preset}, stage {flags.stage}: {counts(run)}; {run.piece} "
+              f"scenes{rollouts} at a time{each}, {run.arithmetic} arithmetic")
+        found = memory.peaks(run, phases_of_step(run, scene))
+        print(memory.table(memory.with_kernels(found, run, scene)))
 
 
 def phases_of_step(run, scene):
@@ -1010,22 +1182,27 @@ def phases_of_step(run, scene):
     if flags.stage != "rl":
         lesson = "action" if flags.stage == "action" else "reason"
         learn = partial(backward, run, scene, lesson, True, None, insulate)
-        return {"losses": partial(twice, run, learn), "update": change}
+        phases = {"losses": partial(twice, run, learn), "update": change}
+        return phases | {"validation": partial(model_to_sample, run)} if run.mesh else phases
     steps = 0 if flags.policy == "tokens" else flags.flow_steps
     out = memory.made_up_rollout(run.model, run.piece, flags.group, flags.max_new_tokens, steps)
     out.eta = 0.0 if flags.objective == "nft" else out.eta
 
-    def try_out():
-        with run.autocast:
-            memory.last_token(run.model, scene, flags.group, out.tokens.shape[2])
+    model_to_sample(run)  # it stays
 
-    def learn_from_rollouts():
+    def try_out():
+        model = model_to_sample(run)
+        with run.autocast:
+            memory.last_token(model, scene, flags.group, out.tokens.shape[2])
+
+    def losses_of_piece():
         advantage = dict.fromkeys(rl.HEADS, torch.zeros(run.piece, flags.group))
         with run.autocast:
             losses = rl.losses_of(run.model, run.reference, scene, out, advantage, flags,
                                   insulate=insulate)
-        losses["policy"].backward()
+        return losses.pop("policy"), None
 
+    learn_from_rollouts = partial(learn, run, losses_of_piece)
     phases = {"rollouts": try_out, "losses": partial(twice, run, learn_from_rollouts)}
     if flags.rehearse:
         phases["rehearsal"] = partial(backward, run, scene, "reason", False, None, insulate)

@@ -179,7 +179,7 @@ def test_every_flag_exists(command):
         return
     program, given = words[at], words[at + 1 :]
     known = help_of(program)
-    commands = re.search(r"\{([a-z]+(?:,[a-z]+)+)\} \.\.\.", known)
+    commands = re.search(r"\{([a-z]+(?:,[a-z]+)+)\}\s+\.\.\.", known)
     if commands and given and given[0] in commands[1].split(","):
         known += help_of(program, given[0])
     for word in given:

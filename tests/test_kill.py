@@ -194,9 +194,8 @@ def loss_of_nan(*args):
 
 
 def gradient_of_infinity(*args):
-    losses = backward(*args)
-    args[0].params[0].grad[...] = torch.inf
-    return losses
+    args[0].params[0].register_hook(lambda grad: grad + torch.inf)
+    return backward(*args)
 
 
 def full_disk(*_):
@@ -207,7 +206,7 @@ backward = train.backward
 TROUBLE = {  # name: (function of train.py, the process, what is in its place, what is said)
     "loss": ("backward", 1, loss_of_nan, "step 3: loss `flow` is not finite; the checkpoint of step 2"),
     "gradient": ("backward", 1, gradient_of_infinity, "step 3: `grad_norm` is not finite; the checkpoint of step 2"),
-    "disk": ("save", 0, full_disk, "No space left on device; the checkpoint of step 2"),
+    "disk": ("save_tensors", 0, full_disk, "No space left on device; the checkpoint of step 2"),
 }
 
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -26,6 +27,7 @@ from test_vision import TINY, H, W
 import alpamayo
 import data
 import rl
+import train
 import world
 from alpamayo import Alpamayo, Vocabulary, euler_step, gaussian_log_prob, token_log_probs
 
@@ -608,9 +610,10 @@ def few():
 
 
 def one_step(model, few, flags, judge=None, reference=None, step=0):
-    known = torch.zeros(len(few))
-    line = rl.step(model, reference, rl.make_optimisers(model, flags), few, step, known, flags, CPU, contextlib.nullcontext(), judge)
-    return line, known
+    own = dict(model=model, reference=reference, optimisers=rl.make_optimisers(model, flags), scenes=few, judge=judge)
+    run = train.Run(flags, known=torch.zeros(len(few)), **own)
+    line = rl.step(run, step, model, partial(train.learn, run), partial(train.mean_of, run))
+    return line, run.known
 
 
 def test_an_episode_teaches_each_moment(few):

@@ -173,13 +173,22 @@ def aside(args):
         torch.set_num_threads(1)
         print(json.dumps(numbers_of(args.of, args)))
     elif args.picture:
-        draw_lessons(args.picture, measure(args), args)
+        draw_lessons(args.picture, with_paths(args), args)
         print(f"picture    {args.picture}")
     return bool(args.of or args.picture)
 
 
 def measure(args):
-    """{lesson: {"as it is": numbers, "changed": numbers}}, each found once."""
+    """{lesson: {"as it is": numbers, "changed": numbers}}."""
+    rows = with_paths(args)
+    for pair in rows.values():
+        for way, found in pair.items():
+            pair[way] = {name: value for name, value in found.items() if name != "paths"}
+    return rows
+
+
+def with_paths(args):
+    """The same, each found once, and in it the paths of the picture."""
     jobs = []
     for lesson in LESSONS.values():
         jobs += [(lesson, True), (Lesson(MODEL, "", "", lesson.train), False)]

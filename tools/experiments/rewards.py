@@ -97,7 +97,7 @@ def think_and_drive(folder, policy, split, args):
     flags.policy = policy
     view = data.view_of(model.cfg, args.size)
     scenes = data.load_world(split, max(args.eval, args.drive), FIRST, args.cache, **view)
-    found = rl.likeliest(model, scenes, args.eval, flags)
+    found = rl.likeliest(model, scenes, range(args.eval), flags)
 
     def drive(scene):
         options = dict(length=flags.max_new_tokens, decode=policy)
