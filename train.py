@@ -1181,8 +1181,8 @@ def phases_of_step(run, scene):
     insulate = insulated(flags, flags.steps - 1)  # the last step takes most
     if flags.stage != "rl":
         lesson = "action" if flags.stage == "action" else "reason"
-        learn = partial(backward, run, scene, lesson, True, None, insulate)
-        phases = {"losses": partial(twice, run, learn), "update": change}
+        teach = partial(backward, run, scene, lesson, True, None, insulate)
+        phases = {"losses": partial(twice, run, teach), "update": change}
         return phases | {"validation": partial(model_to_sample, run)} if run.mesh else phases
     steps = 0 if flags.policy == "tokens" else flags.flow_steps
     out = memory.made_up_rollout(run.model, run.piece, flags.group, flags.max_new_tokens, steps)
@@ -1209,10 +1209,10 @@ def phases_of_step(run, scene):
     return phases | {"update": change}
 
 
-def twice(run, learn):
+def twice(run, teach):
     """With --accumulate a second piece of the batch finds the gradients of the first."""
     for _ in range(min(2, run.flags.accumulate)):
-        learn()
+        teach()
 
 
 if __name__ == "__main__":

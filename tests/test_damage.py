@@ -856,7 +856,7 @@ def test_flags(tmp_path, monkeypatch, capsys):
     for place in ("alpamayo.Alpamayo.from_pretrained", "sample.load_model", "tools.common.load_model", "tools.judge.load_model",
                   "data.load_world", "data.make_scenes", "data.World", "tools.world.World", "train.load_scenes",
                   "train.starting_model", "train.print_plan", "tools.gallery.first_seed", "tools.world.cost",
-                  "tools.label.write_labels", "tools.experiments.rewards.main"):  # fmt: skip
+                  "tools.label.write_labels", "tools.experiments.rewards.measure"):  # fmt: skip
         monkeypatch.setattr(place, no_work)
     tally = Tally("flags", 300)
     assert parse is doors.Flags.parse_args and parsers.keys() == PROGRAMS.keys()

@@ -510,10 +510,11 @@ def test_prefix_attention_compiles(chip):
 
 
 @cross_compiled
-@pytest.mark.parametrize("chip", [80, 90, 100, 120])
+@pytest.mark.parametrize("chip", [90, 120])
 def test_sampler_compiles(chip):
     """A step of one sample over a layer of the release, in at most 6 launches, between two steps of
-    the flow; and the layer again for six samples."""
+    the flow; and the layer again for six samples. For the chip of our tables, and one with less
+    shared memory and other matrix units; attention, above, for all four."""
     cfg = replace(alpamayo.Config(), n_layer=1)
     with torch.device("meta"):
         parts = alpamayo.Expert(cfg), alpamayo.ActionEmbed(cfg), torch.nn.Linear(cfg.e_embd, 2)

@@ -34,7 +34,7 @@ STAGES = {  # what to learn; how the second run has its 4 pieces of a batch; by 
     "all, sharded": ("--stage all --action-share 0.5", 2, "--shard"),
     "expert, sharded": ("--stage reason --train expert --init INIT", 4, "--shard"),
     "adapters, sharded": ("--stage reason --train vlm --lora 2 --checkpointing --init INIT", 2, "--shard"),
-    "rl": (f"{RL} --kl 0.1 --rehearse 1 --init INIT", 4, ""),
+    "rl": (f"{RL} --kl 0.1 --rehearse 1 --init INIT", 2, ""),
     "rl, sharded": (f"{RL} --kl 0.1 --rehearse 1 --init INIT", 2, "--shard"),
 }
 

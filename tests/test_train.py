@@ -698,7 +698,7 @@ def test_kernels_that_cannot_run_end_it_before_the_work(monkeypatch):
     monkeypatch.setattr("kernels._choice", None)
     monkeypatch.setenv("ALPAMAYO_KERNELS", "nonsense")
     with pytest.raises(ValueError, match="ALPAMAYO_KERNELS: expected auto, torch or triton"):
-        train.start(SimpleNamespace(stage="all", own=0, threads=0, device=torch.device("cpu")))
+        train.start(SimpleNamespace(stage="all", own=0, threads=0, device=torch.device("cpu"), resume=None, shard=0, batch=1, accumulate=1, dtype="float32"))
 
 
 @pytest.mark.parametrize("rank, world_size", [("3", "1"), ("1", "1"), ("0", "0"), ("-1", "1"), ("x", "1"), ("0", "x"), ("0", "-1")])
@@ -706,7 +706,7 @@ def test_a_rank_that_cannot_be(rank, world_size, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world_size)
     with pytest.raises(ValueError, match="RANK|WORLD_SIZE") as error:
-        train.start(SimpleNamespace(stage="all", own=0, threads=0, device=torch.device("cpu")))
+        train.start(SimpleNamespace(stage="all", own=0, threads=0, device=torch.device("cpu"), resume=None, shard=0, batch=1, accumulate=1, dtype="float32"))
     assert "expected" in str(error.value) and "\n" not in str(error.value)
 
 
