@@ -245,7 +245,9 @@ class WholeModel:
         for name, buffer in model.named_buffers():
             place, _, leaf = name.rpartition(".")
             copy.get_submodule(place).register_buffer(leaf, buffer)
-        self.model, self.source, self.dtype = copy.eval(), model, dtype
+        self.model = copy.eval()
+        self.source = model
+        self.dtype = dtype
 
     @torch.no_grad()
     def refresh(self):
@@ -275,12 +277,13 @@ class Watch:
     waits for a disk, keeps it. told(): what else to say."""
 
     def __init__(self, store, rank, world_size, told=str):
-        self.rank, self.told = rank, told
+        self.rank = rank
+        self.told = told
         self.lines = {}  # rank: the connection to it
         host = os.environ["MASTER_ADDR"]
         if rank == 0:
             with socket.create_server(("", 0)) as door:
-                door.settimeout(300)
+                door.settimeout(300)  # s, as train.JOIN
                 store.set("watch", str(door.getsockname()[1]))
                 for _ in range(world_size - 1):
                     line, _ = door.accept()

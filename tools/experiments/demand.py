@@ -27,7 +27,7 @@ from tools.experiments.measures import FIRST, means, shown
 from tools.experiments.trainings import Training, folder_of, measured
 
 ABOUT = "reasoning on demand: think only where the model is in doubt"
-NEEDS = "25 minutes of a core"
+NEEDS = "45 minutes of a busy core"
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)  # of the scenes that are thought about
 DRIVEN = (0.0, 0.25, 1.0)  # of these, what also drives
 DOUBTS = ("word", "flow")

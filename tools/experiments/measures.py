@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import data
 import world
-from tools.common import COUNT, Policy, drive_scenes, measure_plans
+from tools.common import COUNT, SHARES, Policy, drive_scenes, measure_plans
 
 FIRST = 60_000  # of a split, the first scene to measure on
 
@@ -39,11 +39,12 @@ def drives(model, split, args, **changed):
 
 
 def means(numbers):
-    """Means and standard errors of {name: (N,)}. What no scene states is left out."""
+    """Means and standard errors of {name: (N,)}; of SHARES over the scenes that state decisions."""
     found = {}
     for name, values in numbers.items():
         values = values.double()
-        values = values[~values.isnan()]
+        if name in SHARES:
+            values = values[~values.isnan()]
         if len(values):
             error = values.std(correction=0) / len(values) ** 0.5
             found[name] = round(values.mean().item(), 5)

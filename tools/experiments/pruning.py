@@ -11,7 +11,7 @@ from tools.experiments import vision
 from tools.experiments.vision import Way, compare_ways, encoder_table
 
 ABOUT = "SparseVILA's: image tokens kept, and read back"
-NEEDS = "half an hour of a core"
+NEEDS = "not timed yet"
 WAYS = [
     Way("all tokens"),
     *(Way(f"keep {keep}", switches={"keep": keep}) for keep in (0.75, 0.5, 0.25, 0.1)),

@@ -9,17 +9,16 @@ many steps: one still says nothing, one says its meta-action (what is decided), 
 """
 from functools import partial
 
-import runs
 from alpamayo import load_model
 from doors import whole
 from tools import markdown
 from tools.common import COUNT
 from tools.experiments import measures
 from tools.experiments.measures import shown
-from tools.experiments.trainings import Training, folder_of, measured, train
+from tools.experiments.trainings import Training, folder_of, measured_rows, train
 
 ABOUT = "Tables 6 to 8: path only, meta-action and path, reasoning and path"
-NEEDS = "an hour and a half of a core"
+NEEDS = "two hours of a busy core"
 ROWS = {  # flags of train.py; whether it then speaks
     "path only": ("--stage action", False),
     "meta-action and path": ("--stage reason --says meta", True),
@@ -62,8 +61,9 @@ def training_of(row, seed, args):
     return Training(f"{flags} --init {init} {size}", seed)
 
 
-def numbers_of(folder, speaks, args):
+def numbers_of(args, row, folder):
     """{split: numbers} of a checkpoint: of plans, of plans without the route, of drives."""
+    _, speaks = ROWS[row]
     model = load_model(folder, args.device)
     found = {}
     for split in SPLITS:
@@ -79,16 +79,8 @@ def numbers_of(folder, speaks, args):
 def measure(args):
     """{row: [{split: numbers} of each seed]}; what is missing is trained first."""
     train([beginning(seed, args) for seed in args.seeds], args)
-    train([training_of(row, seed, args) for row in ROWS for seed in args.seeds], args)
-    settings = dict(eval=args.eval, drive=args.drive, code=runs.sources())
-    rows = {}
-    for row, (_, speaks) in ROWS.items():
-        rows[row] = []
-        for seed in args.seeds:
-            folder = folder_of(training_of(row, seed, args), args)
-            work = partial(numbers_of, folder, speaks, args)
-            rows[row].append(measured(folder, settings | {"speaks": speaks}, work))
-    return rows
+    rows = {row: [training_of(row, seed, args) for seed in args.seeds] for row in ROWS}
+    return measured_rows(rows, args, partial(numbers_of, args), eval=args.eval, drive=args.drive)
 
 
 COLUMNS = {  # title: name, digits, scale

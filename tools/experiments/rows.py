@@ -19,8 +19,8 @@ import torch
 
 import doors
 import runs
+from tools.experiments.trainings import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 KEPT = DOCS / "rows.jsonl"
 MARKED = re.compile(r"<!-- table (\S+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
@@ -29,10 +29,11 @@ NOT_TOLD = ("name", "cache", "out", "rows_to", "jobs", "device")  # of a command
 
 def about(args, usual):
     """What a table's rows are measured with. usual: the flags where none is given."""
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_TOLD}
+    told = {name: value for name, value in vars(args).items() if name not in NOT_TOLD}
+    settings = {name: in_project(value) for name, value in told.items()}
     words = ["python -m tools.experiments", args.name]
     for name, value in settings.items():
-        if value != getattr(usual, name):
+        if value != in_project(getattr(usual, name)):
             given = value if isinstance(value, list) else [] if value is True else [value]
             words += [f"--{name.replace('_', '-')}", *(shlex.quote(str(one)) for one in given)]
     return {
@@ -40,8 +41,14 @@ def about(args, usual):
         "settings": json.loads(json.dumps(settings, default=str)),
         "code": runs.sources(),
         "machine": machine(args.device),
-        "date": f"{date.today():%-d %B %Y}",
+        "date": f"{date.today().day} {date.today():%B %Y}",
     }
+
+
+def in_project(value):
+    """A setting; of a path in the project, the part that is the same on every machine."""
+    inside = isinstance(value, str) and value.startswith(f"{ROOT}{os.sep}")
+    return os.path.relpath(value, ROOT) if inside else value
 
 
 def machine(device):

@@ -11,13 +11,12 @@ from functools import partial
 
 import numpy as np
 
-import runs
 from alpamayo import load_model
 from doors import whole
 from tools import markdown
 from tools.experiments import measures
 from tools.experiments.measures import shown
-from tools.experiments.trainings import Training, folder_of, measured, train
+from tools.experiments.trainings import Training, measured_rows
 
 COLUMNS = {  # title: name, digits, scale
     "ADE, m": ("ade", 2, 1),
@@ -49,18 +48,23 @@ class Scaling:
 
     def measure(self, args):
         """{row: [numbers of each seed]}; what is missing is trained first."""
-        train([self.training_of(row, seed, args) for row in self.ROWS for seed in args.seeds], args)
-        settings = dict(eval=args.eval, code=runs.sources())
-        rows = {}
-        for row in self.ROWS:
-            rows[row] = []
-            for seed in args.seeds:
-                folder = folder_of(self.training_of(row, seed, args), args)
-                work = partial(numbers_of, folder, args)
-                numbers = measured(folder, settings, work)
-                numbers["scenes"] = int(self.training_of(row, seed, args).option("--scenes"))
-                rows[row].append(numbers)
-        return rows
+        rows = {row: [self.training_of(row, seed, args) for seed in args.seeds]
+                for row in self.ROWS}
+        return measured_rows(rows, args, partial(self.numbers_of, args), eval=args.eval)
+
+    def numbers_of(self, args, row, folder):
+        """Numbers of plans of a training's last checkpoint and, if it is to be measured, of that of
+        its best validation."""
+        model = load_model(folder, args.device)
+        found = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "scenes": int(self.training_of(row, 0, args).option("--scenes")),
+            "last": measures.plans(model, "val", args),
+        }
+        if self.early:
+            best = load_model(f"{folder}/best", args.device)
+            found["best"] = measures.plans(best, "val", args, reason=best.cfg.reasoning == "on")
+        return found
 
     def text(self, rows, settings):
         """The table, and how steeply the error falls. Of several seeds the first is shown."""
@@ -82,16 +86,6 @@ error. ADE, both right: of the likeliest plan; minADE6: the best of six others. 
 goes as {along} to the power of {slope:.2f}."""
 
 
-def numbers_of(folder, args):
-    """Numbers of plans of the last checkpoint of a training, and of that of its best validation."""
-    model = load_model(folder, args.device)
-    found = {"parameters": sum(p.numel() for p in model.parameters())}
-    found["last"] = measures.plans(model, "val", args)
-    best = load_model(f"{folder}/best", args.device)
-    speaks = best.cfg.reasoning == "on"
-    return found | {"best": measures.plans(best, "val", args, reason=speaks)}
-
-
 def slope(rows, along, name):
     """The power to which a number goes with what the rows have more of, by least squares."""
     more = [np.log(first[along]) for first, *_ in rows.values()]
@@ -101,7 +95,7 @@ def slope(rows, along, name):
 
 size = Scaling(
     about="Figure 12: three widths of nano at equal steps",
-    needs="an hour of a core",
+    needs="not timed yet",
     rows={
         "half as wide": "--scenes 8000 --width 0.5",
         "nano": "--scenes 8000",
@@ -113,7 +107,7 @@ size = Scaling(
 )
 data = Scaling(
     about="Figure 13: 500 to 8,000 scenes at equal steps, with and without early stopping",
-    needs="40 minutes of a core",
+    needs="not timed yet",
     rows={f"{count:,} scenes": f"--scenes {count}" for count in (500, 2000, 8000)},
     along="scenes",
     early=True,

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,10 +48,10 @@ def folder_of(training, args):
 
 def train(trainings, args):
     """Train what is missing, or go on where it stopped, --jobs at a time, a thread each."""
-    runs = {folder_of(one, args): one for one in trainings}  # some rows share a model
+    wanted = {folder_of(one, args): one for one in trainings}  # some rows share a model
     with ThreadPoolExecutor(args.jobs) as pool:
-        work = pool.map(lambda folder: run_training(folder, runs[folder], args), runs)
-        list(tqdm(work, total=len(runs), desc="training", unit="run"))
+        work = pool.map(lambda folder: run_training(folder, wanted[folder], args), wanted)
+        list(tqdm(work, total=len(wanted), desc="training", unit="run"))
 
 
 def run_training(folder, training, args):
@@ -71,6 +72,18 @@ def run_training(folder, training, args):
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["train.py was killed"]
         raise ValueError(f"{folder}: {lines[-1]}")
+
+
+def measured_rows(rows, args, work, **settings):
+    """{row: [what work(row, folder) found of each training]}; rows: {row: its trainings}, of which
+    those that are missing are trained first. settings: what it depends on beside the code."""
+    train([one for trainings in rows.values() for one in trainings], args)
+    found = {}
+    for row, trainings in rows.items():
+        key = settings | {"row": row, "code": runs.sources()}
+        folders = [folder_of(one, args) for one in trainings]
+        found[row] = [measured(folder, key, partial(work, row, folder)) for folder in folders]
+    return found
 
 
 def measured(folder, settings, work):

@@ -31,7 +31,7 @@ from tools.experiments.measures import FIRST
 from tools.experiments.trainings import Training, folder_of, spread, train
 
 ABOUT = "Table 12: vision encoders"
-NEEDS = "an hour and a half of a core"
+NEEDS = "not timed yet"
 SAMPLING = {"seed": 0, "n": 6, "steps": 10, "batch": 32, "reason": True, "route": True}
 TRAINED = PRESETS["nano"]
 PICTURES = TRAINED.frames // TRAINED.temporal_patch * len(TRAINED.cameras)  # of a scene
